@@ -1,0 +1,1 @@
+"""Algorithms: from a teacher and samples to a quantized student. One file each."""

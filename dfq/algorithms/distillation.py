@@ -1,0 +1,124 @@
+"""Distillation: train weights and steps of the student on the teacher's outputs for synthetic images.
+
+Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531) with learned steps (LSQ, arXiv 1902.08153): KL to the
+teacher's soft outputs plus the relative error of features where the network changes width or resolution. Nothing but
+synthetic samples is read; the run stops when the loss on held-out synthetic samples has stopped falling, and keeps the
+student of the best look.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dfq.algorithms._calibration import calibrate
+from dfq.dataset import SyntheticDataset
+from dfq.modules import stage_ends
+from dfq.quantizers.lsq import learn_step
+from dfq.settings import NonNegativeFloat, PositiveFloat, PositiveInt, resolve
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Minutes on small networks, hours on large ones."""
+
+    max_steps: PositiveInt = 600  # optimizer steps at most
+    batch_size: PositiveInt = 64  # samples a step
+    weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of the layer's weight step
+    bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
+    step_lr: PositiveFloat = 1e-3  # Adam on the quantizers' steps, relative to each step
+    feature_weight: NonNegativeFloat = 1.0  # of the relative feature error beside the KL
+    flip: bool = True  # mirror half of the batches
+    checks: PositiveInt = 10  # looks at held-out synthetic samples during a run
+    patience: PositiveInt = 5  # looks without a better loss before the run stops
+    num_calibration_samples: PositiveInt = 512  # samples that set the first ranges
+
+    def quantize(
+        self,
+        student: Student,
+        teacher: Teacher,
+        dataset: SyntheticDataset,
+        weight_quantizer: Any,
+        activation_quantizer: Any,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        """Train ``student`` in place; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
+        # Lightning takes seconds to import; who only rounds does not pay for it.
+        import pytorch_lightning as pl
+        from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+
+        from dfq.lightning.data import SyntheticDataModule
+        from dfq.lightning.distillation import DistillationModule
+
+        images = dataset.tensors(self.num_calibration_samples)["images"]
+        input_elements = calibrate(student, images, weight_quantizer, activation_quantizer)
+        student.module.requires_grad_(True)
+        for name, layer in student.layers.items():
+            learn_step(layer.weight_quantizer, layer.weight.numel() // layer.weight_quantizer.scale.numel())
+            learn_step(layer.input_quantizer, input_elements[name])
+        data = SyntheticDataModule(dataset, batch_size=self.batch_size, seed=seed)
+        module = DistillationModule(
+            student,
+            teacher,
+            resolve("task", teacher.task),
+            stage_ends(teacher.dataflow),
+            self.max_steps,
+            self.weight_lr,
+            self.bias_lr,
+            self.step_lr,
+            self.feature_weight,
+            self.flip,
+            seed,
+        )
+        best = ModelCheckpoint(work_dir, filename="best", monitor="held_out_loss", save_last=True)
+        with warnings.catch_warnings():
+            # Lightning advises loaders in many processes; the data is a memory map.
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            trainer = pl.Trainer(
+                **trainer_device(teacher.device),
+                max_steps=self.max_steps,
+                max_epochs=-1,
+                check_val_every_n_epoch=None,
+                val_check_interval=max(1, self.max_steps // self.checks),
+                callbacks=[
+                    best,
+                    EarlyStopping("held_out_loss", patience=self.patience),
+                    RichProgressBar(leave=True),
+                ],
+                logger=False,
+                enable_model_summary=False,
+                default_root_dir=work_dir,
+            )
+            last = work_dir / "last.ckpt"
+            _fit(trainer, module, data, str(last) if last.exists() else None)
+        state = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+        student.module.to(teacher.device)
+
+
+def trainer_device(device: torch.device) -> dict[str, Any]:
+    """What a Lightning Trainer has to be told to run on ``device``."""
+    if device.type == "cuda":
+        return {"accelerator": "gpu", "devices": [device.index or 0]}
+    return {"accelerator": device.type, "devices": 1}
+
+
+def _fit(trainer: Any, module: Any, data: Any, checkpoint: str | None) -> None:
+    """``trainer.fit`` that ends in KeyboardInterrupt after Ctrl-C, as everything else here does.
+
+    Lightning ignores SIGINT from then on and leaves by ``sys.exit(1)``.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None

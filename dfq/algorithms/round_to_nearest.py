@@ -1,0 +1,34 @@
+"""Round to nearest: calibrated ranges, nothing trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfq.algorithms._calibration import calibrate
+from dfq.dataset import SyntheticDataset
+from dfq.settings import PositiveInt
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Seconds; enough at 8 bits on most networks."""
+
+    num_calibration_samples: PositiveInt = 512  # samples whose activations are looked at
+
+    def quantize(
+        self,
+        student: Student,
+        teacher: Teacher,
+        dataset: SyntheticDataset,
+        weight_quantizer: Any,
+        activation_quantizer: Any,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        """Give ``student`` its grids, in place."""
+        images = dataset.tensors(self.num_calibration_samples)["images"]
+        calibrate(student, images, weight_quantizer, activation_quantizer)

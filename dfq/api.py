@@ -1,0 +1,292 @@
+"""What ``import dfq`` gives: the arrows as functions that take a yaml's name or an object, settings as keywords."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from dfq import inspection, pipeline
+from dfq import report as reports
+from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.pipeline import Experiment
+from dfq.scheme import Scheme
+from dfq.settings import build, load, resolve
+from dfq.student import Student, read_manifest
+from dfq.teacher import InputSpec, Teacher, resolve_device
+
+
+def load_teacher(
+    model: nn.Module | str,
+    task: str = "classification",
+    input_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "auto",
+    **settings: Any,
+) -> Teacher:
+    """A teacher from a network in memory, or from a loader by name.
+
+    Args:
+        model: an ``nn.Module`` (then ``input_size``, ``mean`` and ``std`` are needed), or the name of a teacher yaml
+            (``digits``, ``timm``, ``torchvision``, ``factory``), whose settings go in as keywords: ``name="resnet18"``.
+        input_size: (C, H, W).
+        mean, std: of the normalization (byte / 255 - mean) / std, one a channel.
+    """
+    if isinstance(model, str):
+        given = {"input_size": input_size, "mean": mean, "std": std}
+        return _build_teacher({**load("teacher", model), **settings, **{k: v for k, v in given.items() if v is not None}}, device)
+    missing = [name for name, value in (("input_size", input_size), ("mean", mean), ("std", std)) if value is None]
+    if missing or settings:
+        wrong = ", ".join(missing) if missing else ", ".join(settings)
+        raise UserError(
+            f"got {'no ' if missing else ''}{wrong} for a network in memory",
+            "task, input_size=(C, H, W), mean, std, device",
+            "give exactly these",
+        )
+    assert input_size is not None and mean is not None and std is not None
+    return Teacher(model, task, InputSpec(tuple(input_size), tuple(mean), tuple(std)), device=resolve_device(device))
+
+
+def generate(
+    teacher: Teacher,
+    generator: Any = "zeroq",
+    num_samples: int = 1024,
+    dataset_dir: str | os.PathLike | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> SyntheticDataset:
+    """Synthetic samples for ``teacher``, on disk; goes on where an interrupted call stopped.
+
+    Args:
+        generator: a yaml's name (``zeroq``, ``gaussian``) with settings as keywords, or an object.
+        dataset_dir: null: a folder under ``outputs/datasets`` named after what makes it.
+    """
+    return pipeline.generate(teacher, resolve("generator", generator, **settings), num_samples, seed, _path(dataset_dir))
+
+
+def quantize(
+    teacher: Teacher,
+    dataset: SyntheticDataset | str | os.PathLike,
+    scheme: Scheme | str = "w4a4",
+    policy: str | None = None,
+    algorithm: Any = "distillation",
+    weight_quantizer: Any = "mse",
+    activation_quantizer: Any = "mse",
+    student_dir: str | os.PathLike | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Student:
+    """A quantized student of ``teacher``, made with ``dataset``; settings of the algorithm go in as keywords.
+
+    With ``student_dir`` the student is saved there, an interrupted call goes on, and a finished one is loaded.
+    """
+    chosen = Scheme.from_dict(load("scheme", scheme)) if isinstance(scheme, str) else scheme
+    if policy is not None:
+        chosen = replace(chosen, policy=policy)
+    methods = (
+        resolve("algorithm", algorithm, **settings),
+        resolve("quantizer", weight_quantizer),
+        resolve("quantizer", activation_quantizer),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _path(student_dir) or Path(scratch) / "student"
+        return pipeline.quantize(teacher, _dataset(dataset), chosen, *methods, seed=seed, student_dir=path)[0]
+
+
+def load_student(path: str | os.PathLike, teacher: Teacher | None = None, device: str | torch.device = "auto") -> Student:
+    """The student in a folder; the teacher is rebuilt from what the folder records unless it is given."""
+    if teacher is None:
+        teacher = _recorded_teacher(Path(path), device, weights=False)
+    return Student.load(path, teacher)
+
+
+def evaluate(
+    teacher: Teacher,
+    student: Student | None = None,
+    evaluation: Any = "none",
+    dataset: SyntheticDataset | str | os.PathLike | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
+
+    Args:
+        evaluation: a yaml's name with settings as keywords, an object, or any iterable of (images, labels) batches
+            (a DataLoader) whose images are normalized for the network.
+        dataset: synthetic samples; fidelity is measured on the held-out part.
+    """
+    if not isinstance(evaluation, str | Mapping) and isinstance(evaluation, Iterable):
+        chosen = evaluation
+    else:
+        chosen = resolve("evaluation", evaluation, **settings)
+    return pipeline.evaluate(teacher, student, chosen, None if dataset is None else _dataset(dataset))
+
+
+def export(
+    student: Student,
+    artifact_path: str | os.PathLike,
+    exporter: Any = "onnx_qdq",
+    teacher: Teacher | None = None,
+    dataset: SyntheticDataset | str | os.PathLike | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write the artifact and check it in its runtime; returns its description (size, parity, latency).
+
+    Args:
+        teacher: the float network, for the size and latency beside it.
+        dataset: synthetic samples; the artifact is compared to the student on the held-out part.
+    """
+    method = resolve("exporter", exporter, **settings)
+    opened = None if dataset is None else _dataset(dataset)
+    return pipeline.export(student, method, Path(artifact_path), teacher, opened)
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def command(name: str, config: Mapping[str, Any]) -> float | None:
+    """Run a command of the command line with its resolved configuration; returns the figure a sweeper optimizes."""
+    return {
+        "run": _run,
+        "generate": _generate,
+        "quantize": _quantize,
+        "evaluate": _evaluate,
+        "export": _export,
+        "report": _report,
+        "inspect": _inspect,
+    }[name](config)
+
+
+def _run(config: Mapping[str, Any]) -> float | None:
+    report = pipeline.run(
+        Experiment(
+            teacher=_build_teacher(config["teacher"], config["device"]),
+            generator=build(config["generator"], "generator"),
+            scheme=Scheme.from_dict(config["scheme"]),
+            algorithm=build(config["algorithm"], "algorithm"),
+            weight_quantizer=build(config["weight_quantizer"], "weight_quantizer"),
+            activation_quantizer=build(config["activation_quantizer"], "activation_quantizer"),
+            evaluation=build(config["evaluation"], "evaluation"),
+            exporter=build(config["exporter"], "exporter"),
+            num_samples=config["num_samples"],
+            seed=config["seed"],
+            dataset_dir=_path(config["dataset_dir"]),
+            student_dir=_path(config["student_dir"]),
+            artifact_path=_path(config["artifact_path"]),
+            output_dir=Path(config["output_dir"]),
+            references=tuple(config["references"]),
+            command=config["command"],
+        )
+    )
+    metrics = report["student"]["metrics"]
+    return next(iter(metrics.values()), report["fidelity"]["agreement"])
+
+
+def _generate(config: Mapping[str, Any]) -> None:
+    teacher = _build_teacher(config["teacher"], config["device"])
+    generator = build(config["generator"], "generator")
+    dataset = pipeline.generate(teacher, generator, config["num_samples"], config["seed"], _path(config["dataset_dir"]))
+    Console().print(inspection.describe(dataset.path), soft_wrap=True)
+
+
+def _quantize(config: Mapping[str, Any]) -> None:
+    _, path = pipeline.quantize(
+        _build_teacher(config["teacher"], config["device"]),
+        SyntheticDataset(config["dataset_dir"]),
+        Scheme.from_dict(config["scheme"]),
+        build(config["algorithm"], "algorithm"),
+        build(config["weight_quantizer"], "weight_quantizer"),
+        build(config["activation_quantizer"], "activation_quantizer"),
+        config["seed"],
+        _path(config["student_dir"]),
+    )
+    Console().print(inspection.describe(path), soft_wrap=True)
+
+
+def _evaluate(config: Mapping[str, Any]) -> float | None:
+    student_dir = Path(config["student_dir"])
+    teacher = _teacher_of(config, student_dir, weights=True)
+    student = Student.load(student_dir, teacher)
+    if student.teacher["sha256"] != teacher.sha256:
+        raise UserError(
+            f"got a student made from {student.teacher['name']} (sha256 {student.teacher['sha256'][:12]}) and a teacher "
+            f"{teacher.name} (sha256 {teacher.sha256[:12]})",
+            "the teacher the student was made from",
+        )
+    dataset = _dataset_of(config, student)
+    evaluation = build(config["evaluation"], "evaluation")
+    return pipeline.report_student(
+        teacher, student, student_dir, evaluation, dataset, Path(config["output_dir"]), config["command"]
+    )
+
+
+def _export(config: Mapping[str, Any]) -> None:
+    student_dir = Path(config["student_dir"])
+    exporter = build(config["exporter"], "exporter")
+    teacher = _teacher_of(config, student_dir, weights=True)
+    student = Student.load(student_dir, teacher)
+    description = pipeline.export(student, exporter, _path(config["artifact_path"]), teacher, _dataset_of(config, student))
+    Console().print(inspection.describe(Path(description["path"])), soft_wrap=True)
+
+
+def _report(config: Mapping[str, Any]) -> None:
+    Console().print(str(reports.render(Path(config["output_dir"]))), soft_wrap=True)
+
+
+def _inspect(config: Mapping[str, Any]) -> None:
+    Console().print(inspection.describe(Path(config["path"])), soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------ pieces
+
+
+def _build_teacher(config: Mapping[str, Any], device: str | torch.device, **extra: Any) -> Teacher:
+    target = resolve_device(device)
+    teacher = build(config, "teacher", **extra)
+    if not isinstance(teacher, Teacher):
+        raise UserError(f"got a {type(teacher).__name__} from teacher._target_={config['_target_']}", "a function that returns a dfq Teacher")
+    teacher.config = dict(config)
+    return teacher.to(target)
+
+
+def _recorded_teacher(student_dir: Path, device: str | torch.device, weights: bool) -> Teacher:
+    recorded = read_manifest(student_dir)["teacher"]
+    if recorded["config"] is None:
+        raise UserError(
+            f"got a student of {recorded['name']}, a network that was handed over in Python and can't be rebuilt from here",
+            do="give the teacher: teacher=factory teacher.factory=... , or load_student(path, teacher=...)",
+        )
+    config = dict(recorded["config"])
+    return _build_teacher(config, device) if weights else _build_teacher(config, device, weights=False)
+
+
+def _teacher_of(config: Mapping[str, Any], student_dir: Path, weights: bool) -> Teacher:
+    if config.get("teacher_given"):
+        return _build_teacher(config["teacher"], config["device"])
+    return _recorded_teacher(student_dir, config["device"], weights)
+
+
+def _dataset_of(config: Mapping[str, Any], student: Student) -> SyntheticDataset | None:
+    """The dataset on the command line, else the one the student was made with if it is still there."""
+    if config.get("dataset_dir"):
+        return SyntheticDataset(config["dataset_dir"])
+    recorded = student.settings.get("dataset", {}).get("path")
+    if recorded and (Path(recorded) / "manifest.json").exists():
+        return SyntheticDataset(recorded)
+    return None
+
+
+def _dataset(dataset: SyntheticDataset | str | os.PathLike) -> SyntheticDataset:
+    return dataset if isinstance(dataset, SyntheticDataset) else SyntheticDataset(dataset)
+
+
+def _path(value: str | os.PathLike | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,355 @@
+"""What can be wrong with a whole configuration, found before anything is imported, made or run.
+
+:data:`CHECKS` is the list, in the order in which mistakes are reported; each is a short function that raises
+:class:`UserError`. No torch: files are looked at, sources are read, nothing is executed. What only the network itself can
+tell (a checkpoint with the wrong keys, a device that is not there) is said later, in the same words, when it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dfq import settings
+from dfq.commands import COMMANDS, group_options, root
+from dfq.errors import UserError, did_you_mean
+from dfq.scheme import Scheme
+
+PLAIN_TYPES = {
+    "num_samples": "PositiveInt",
+    "seed": "NonNegativeInt",
+    "device": "str",
+    "dataset_dir": "str | None",
+    "student_dir": "str | None",
+    "artifact_path": "str | None",
+    "references": "list[Literal['gaussian', 'real']]",
+    "name": "str | None",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command with its composed configuration, as far as the command uses it."""
+
+    command: str
+    config: dict[str, Any]  # plain values of conf/config.yaml
+    choices: dict[str, str]  # group: name of its yaml
+    given: frozenset[str]  # dotted keys that the user set, on the command line or in an experiment
+
+    def uses(self, key: str) -> bool:
+        if key == "teacher" and self.command in ("evaluate", "export") and not self.teacher_given:
+            return False  # the student's folder says which one it was
+        return key in COMMANDS[self.command].options
+
+    @property
+    def teacher_given(self) -> bool:
+        return any(key.split(".")[0] == "teacher" for key in self.given)
+
+    def choice(self, key: str) -> str | None:
+        return self.choices.get(key) if self.uses(key) else None
+
+    def get(self, key: str, option: str) -> Any:
+        """``teacher.checkpoint`` of the configuration; None where the command does not use it or it is not set."""
+        value = (self.config.get(key) or {}).get(option) if self.uses(key) else None
+        return None if value == settings.MISSING else value
+
+
+def check(request: Request) -> None:
+    for function in CHECKS:
+        function(request)
+
+
+# ------------------------------------------------------------------------------------------------ names and types
+
+
+def plain_options(request: Request) -> None:
+    for key, annotation in PLAIN_TYPES.items():
+        if request.uses(key):
+            settings.check_value(request.config[key], annotation, key)
+
+
+def device(request: Request) -> None:
+    if request.uses("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", request.config["device"]):
+        known = ("auto", "cpu", "cuda", "mps")
+        raise UserError(
+            f"got device={request.config['device']}", "auto | cpu | cuda | cuda:N | mps", did_you_mean(request.config["device"], known)
+        )
+
+
+def scheme(request: Request) -> None:
+    if request.uses("scheme"):
+        Scheme.from_dict(request.config["scheme"])
+
+
+def known_options(request: Request) -> None:
+    """``generator.iteration=5``: an option that neither the yaml nor the method's class has."""
+    groups, _ = root()
+    for key in sorted(request.given):
+        group, _, option = key.partition(".")
+        name = request.choice(group)
+        if not option or name is None or group == "scheme" or "_target_" in (option, *_given_options(request, group)):
+            continue
+        known = group_options(group, name)
+        option = option.partition(".")[0]
+        if option not in known and "**" not in known:
+            raise UserError(
+                f"got {group}.{option}",
+                ", ".join(f"{group}.{other}" for other in known) or f"nothing: {groups[group].family}={name} has no options",
+                did_you_mean(option, known),
+            )
+
+
+def _given_options(request: Request, group: str) -> set[str]:
+    return {key.partition(".")[2] for key in request.given if key.startswith(f"{group}.")}
+
+
+def methods(request: Request) -> None:
+    """Every setting of every method of its type, in its range, and none missing."""
+    for key in root()[0]:
+        if key not in ("scheme", "experiment") and request.uses(key):
+            settings.check(request.config[key], key)
+
+
+def required_options(request: Request) -> None:
+    _, plain = root()
+    for key in COMMANDS[request.command].required:
+        if request.config[key] is None:
+            make = {"dataset_dir": "dfq generate makes one", "student_dir": "dfq quantize makes one"}[key]
+            raise UserError(f"got no {key}", plain[key].doc.partition(";")[0], f"give {key}=DIR; {make}")
+
+
+# ------------------------------------------------------------------------------------------------ teachers
+
+
+def either_weights_or_checkpoint(request: Request) -> None:
+    if request.get("teacher", "checkpoint") is None:
+        return
+    for other in ("pretrained", "weights"):
+        if request.get("teacher", other):
+            value = str(request.get("teacher", other)).lower() if other == "pretrained" else request.get("teacher", other)
+            raise UserError(f"got teacher.checkpoint and teacher.{other}={value}", "one of the two", "leave one away")
+
+
+def input_spec(request: Request) -> None:
+    size = request.get("teacher", "input_size")
+    if size is None:
+        return
+    if len(size) != 3 or any(not isinstance(side, int) or side < 1 for side in size):
+        raise UserError(f"got teacher.input_size={_list(size)}", "[channels, height, width], whole numbers >= 1")
+    for option in ("mean", "std"):
+        values = request.get("teacher", option)
+        if values is not None and len(values) != size[0]:
+            channels = f"{size[0]} channel{'s' * (size[0] > 1)}"
+            raise UserError(
+                f"got teacher.{option}={_list(values)} and teacher.input_size={_list(size)}", f"one number a channel, and {channels}"
+            )
+
+
+def _list(values: Iterable[Any]) -> str:
+    return f"[{','.join(str(value) for value in values)}]"
+
+
+def factory(request: Request) -> None:
+    """The module and the function of ``teacher.factory=module:function`` exist, as far as its source can tell."""
+    name = request.get("teacher", "factory") if request.choice("teacher") == "factory" else None
+    if name is None:
+        return
+    module, colon, function = name.partition(":")
+    if not colon or not all(part.isidentifier() for part in f"{module}.{function}".split(".")):
+        raise UserError(f"got teacher.factory={name}", "package.module:function")
+    spec = settings.find_spec(module)
+    if spec is None:
+        raise UserError(
+            f"got teacher.factory={name}, and no module {module} was found",
+            "a module that python can import",
+            "put its folder on PYTHONPATH, or run dfq in that folder",
+        )
+    known = settings.names(module)
+    if known is not None and function.partition(".")[0] not in known:
+        raise UserError(
+            f"got teacher.factory={name}, and {module} has no {function}",
+            "a function of that module",
+            did_you_mean(function, known) or f"look into {spec.origin}",
+        )
+
+
+def model_name(request: Request) -> None:
+    """The model is one that the installed package registers."""
+    package, name = request.choice("teacher"), request.get("teacher", "name")
+    if package not in ("timm", "torchvision") or not isinstance(name, str) or ":" in name:  # hf-hub:..., local-dir:...
+        return
+    architecture, _, tag = name.partition(".")
+    known, tagged = registered_models(package)
+    if known and architecture not in known:
+        raise UserError(
+            f"got teacher.name={name}, and {package} has no such model",
+            f"one of its {len(known)} models, such as resnet18",
+            did_you_mean(architecture, sorted(known)),
+        )
+    tags = [other for other in tagged if other.startswith(f"{architecture}.")]
+    if package == "timm" and tag and tags and name not in tags:
+        raise UserError(f"got teacher.name={name}, and timm has no such weights", " | ".join([architecture, *tags]), did_you_mean(name, tags))
+
+
+@lru_cache
+def registered_models(package: str) -> tuple[frozenset[str], tuple[str, ...]]:
+    """(architectures, names with the tag of their weights) in the sources of an installed package; empty where none are found."""
+    spec = settings.find_spec(f"{package}.models")
+    known: set[str] = set()
+    tagged: list[str] = []
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.py")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            known.update(re.findall(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)", text, re.MULTILINE))
+            known.update(re.findall(r"^@register_model\(name=[\"'](\w+)", text, re.MULTILINE))
+            tagged += re.findall(r"^ +[\"'](\w+\.\w+)\*?[\"']: ", text, re.MULTILINE)
+            for renamed in re.findall(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", text, re.MULTILINE | re.DOTALL):
+                known.update(re.findall(r"[\"'](\w+)[\"']:", renamed))
+    return frozenset(known), tuple(dict.fromkeys(tagged))
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def files_to_read(request: Request) -> None:
+    if (checkpoint := request.get("teacher", "checkpoint")) is not None:
+        _is_file("teacher.checkpoint", checkpoint, "weights as .safetensors, .pt or .pth", (".safetensors", ".pt", ".pth", ".bin", ".ckpt"))
+    for option in ("path", "reference_path"):
+        path = request.get("evaluation", option)
+        if path is not None and request.choice("evaluation") == "arrays":
+            _is_arrays(f"evaluation.{option}", path)
+        if path is not None and request.choice("evaluation") == "imagefolder":
+            _is_folder(f"evaluation.{option}", path, "a folder with one folder of images per class")
+            if not any(entry.is_dir() for entry in Path(path).iterdir()):
+                raise UserError(f"got evaluation.{option}={path}, which has no folders in it", "one folder of images per class")
+    command, config = request.command, request.config
+    if command in ("evaluate", "export"):
+        _holds("student_dir", config["student_dir"], "student.json", "a student's folder", "dfq quantize makes one")
+    if command == "quantize" or (command == "evaluate" and config["dataset_dir"] is not None):
+        _holds("dataset_dir", config["dataset_dir"], "manifest.json", "a dataset's folder", "dfq generate makes one")
+
+
+def _is_file(key: str, path: str, what: str, suffixes: tuple[str, ...]) -> None:
+    if not Path(path).exists():
+        raise UserError(f"got {key}={path}, which does not exist", what, _nearby(path))
+    if Path(path).is_dir():
+        raise UserError(f"got {key}={path}, which is a folder", what, "name the file in it")
+    if Path(path).suffix not in suffixes:
+        raise UserError(f"got {key}={path}", what)
+
+
+def _is_folder(key: str, path: str, what: str, do: str = "") -> None:
+    if not Path(path).exists():
+        raise UserError(f"got {key}={path}, which does not exist", what, _nearby(path) or do)
+    if not Path(path).is_dir():
+        raise UserError(f"got {key}={path}, which is a file", what, do)
+
+
+def _is_arrays(key: str, path: str) -> None:
+    what = "a .npz file with images uint8 [N, H, W, C] and labels int64 [N]"
+    _is_file(key, path, what, (".npz",))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"got {key}={path}, which is no .npz file ({error})", what, "write it with numpy.savez") from None
+    missing = [name for name in ("images", "labels") if name not in found]
+    if missing:
+        raise UserError(f"got {key}={path} without {' and '.join(missing)}", what, f"it holds {', '.join(sorted(found))}")
+
+
+def _holds(key: str, path: str, file: str, what: str, do: str) -> None:
+    _is_folder(key, path, what, do)
+    if not (Path(path) / file).is_file():
+        raise UserError(f"got {key}={path}, which has no {file}", what, do)
+
+
+def _nearby(path: str) -> str:
+    parent = Path(path).parent
+    if not parent.is_dir():
+        return f"there is no folder {parent} either"
+    return did_you_mean(Path(path).name, [entry.name for entry in parent.iterdir()])
+
+
+def files_to_write(request: Request) -> None:
+    command, config = request.command, request.config
+    if command in ("run", "generate") and config["dataset_dir"] is not None:
+        _can_become_folder("dataset_dir", config["dataset_dir"])
+    if command in ("run", "quantize") and config["student_dir"] is not None:
+        _can_become_folder("student_dir", config["student_dir"])
+    path = config["artifact_path"] if request.uses("artifact_path") else None
+    if path is not None:
+        suffix = settings.attribute(config["exporter"]["_target_"], "suffix")
+        if suffix and Path(path).suffix != suffix:
+            raise UserError(f"got artifact_path={path}", f"a file name that ends in {suffix}", f"give artifact_path={Path(path).with_suffix(suffix)}")
+        if Path(path).is_dir():
+            raise UserError(f"got artifact_path={path}, which is a folder", "a file name")
+        _can_become_folder("artifact_path", str(Path(path).parent), path)
+
+
+def _can_become_folder(key: str, path: str, shown: str = "") -> None:
+    if Path(path).exists() and not Path(path).is_dir():
+        raise UserError(f"got {key}={shown or path}, and {path} is a file", "a folder that is there or can be made")
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "can't be written to" if place.is_dir() else "is a file"
+        raise UserError(f"got {key}={shown or path}, and {place} {why}", "a folder that is there or can be made")
+
+
+# ------------------------------------------------------------------------------------------------ packages
+
+
+def installed_packages(request: Request) -> None:
+    """The packages that the source of a chosen method imports, with the rest of the extra of dfq they belong to."""
+    for key, group in root()[0].items():
+        if key in ("scheme", "experiment") or not request.uses(key):
+            continue
+        imported = settings.packages(request.config[key]["_target_"])
+        extra = next((name for name, members in _extras() if imported & set(members)), None)
+        needed = imported | set(dict(_extras())[extra] if extra else ())
+        missing = sorted(name for name in needed if settings.find_spec(name) is None)
+        if missing:
+            raise UserError(
+                f"got {group.override_key(key)}={request.choices.get(key)}, which needs {' and '.join(missing)}, not installed here",
+                do=f"pip install '{f'dfq[{extra}]' if extra else ' '.join(missing)}'",
+            )
+
+
+def _extras() -> Iterator[tuple[str, list[str]]]:
+    """(extra, its packages) of dfq as installed; nothing where it runs from a folder that was never installed."""
+    try:
+        requirements = metadata.requires("dfq") or []
+    except metadata.PackageNotFoundError:
+        return
+    found: dict[str, list[str]] = {}
+    for requirement in requirements:
+        matched = re.match(r"([\w-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
+        if matched and matched[2] != "dev":
+            found.setdefault(matched[2], []).append(matched[1].replace("-", "_"))
+    yield from found.items()
+
+
+CHECKS: list[Callable[[Request], None]] = [
+    plain_options,
+    device,
+    known_options,
+    scheme,
+    required_options,
+    methods,
+    either_weights_or_checkpoint,
+    input_spec,
+    factory,
+    model_name,
+    files_to_read,
+    files_to_write,
+    installed_packages,
+]

@@ -1,0 +1,285 @@
+"""SyntheticDataset: the store of synthetic samples, a folder that describes itself.
+
+::
+
+    DIR/manifest.json              what made it: teacher hash, generator and settings, seed, versions, provenance
+    DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs)
+    DIR/shards/000003.json         num_samples, sha256 and seconds of that shard
+
+A shard is written to a temporary name and renamed, and counts only once its json is there: a killed run loses at most
+the batch in flight. Batch i depends on (seed, i) alone, so whoever continues makes the same bits. Reading is
+memory-mapped.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import dfq
+from dfq.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside ``path``, flush to disk, rename: ``path`` is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The json object in ``path``; a UserError that says what is missing or broken otherwise."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"got {path.parent}, which has no {path.name}", f"a {what} folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"got {path}, which can't be read as json ({error})", f"a {what} folder") from None
+    if not isinstance(value, dict):
+        raise UserError(f"got {path}, which holds no json object", f"a {what} folder")
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class SyntheticDataset(torch.utils.data.Dataset):
+    """Samples on disk; reads like any torch dataset: ``dataset[i]`` is a dict of tensors (``images`` [C, H, W],
+    ``logits`` [num_classes], ...), ``dataset.tensors()`` all of them stacked.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest = read_json(self.path / "manifest.json", "synthetic dataset")
+        if self.manifest.get("format") != "dfq.synthetic_dataset":
+            raise UserError(f"got {self.path}, which is a {self.manifest.get('format')} folder", "a synthetic dataset folder")
+        if self.manifest["schema_version"] > SCHEMA_VERSION:
+            raise UserError(
+                f"got a dataset of schema version {self.manifest['schema_version']}",
+                f"at most {SCHEMA_VERSION}",
+                "install a newer dfq to read it",
+            )
+        self._open: dict[int, Any] = {}
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | os.PathLike, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> SyntheticDataset:
+        """Open the dataset in ``path`` to add shards, or start it.
+
+        Args:
+            settings: everything that decides the content of a shard (teacher, generator, seed, ...). A folder that
+                was made with other settings is an error that names the first difference.
+            provenance: what was read to make it: ``{"pixels": False, "labels": False}`` for a data-free one.
+        """
+        path = Path(path)
+        manifest = {
+            "format": "dfq.synthetic_dataset",
+            "schema_version": SCHEMA_VERSION,
+            "dfq_version": dfq.__version__,
+            "torch_version": str(torch.__version__),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "settings": json.loads(json.dumps(settings)),
+            "provenance": dict(provenance),
+        }
+        if (path / "manifest.json").exists():
+            dataset = cls(path)
+            difference = first_difference(dataset.manifest["settings"], manifest["settings"])
+            if difference:
+                raise UserError(
+                    f"got dataset_dir={path}, a dataset made with other settings ({difference})",
+                    "an empty or new folder, or the same settings",
+                    "choose another dataset_dir",
+                )
+        else:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise UserError(
+                    f"got dataset_dir={path}, which is {'not empty' if path.is_dir() else 'a file'} and no dataset",
+                    "an empty or new folder",
+                    "choose another dataset_dir",
+                )
+            write_json(path / "manifest.json", manifest)
+            dataset = cls(path)
+        for leftover in (path / "shards").glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return dataset
+
+    def has_shard(self, index: int, num_samples: int) -> bool:
+        """Whether shard ``index`` is there, whole (checksum) and holds exactly ``num_samples``."""
+        entry = self._entry(index)
+        if entry is None or entry["num_samples"] != num_samples:
+            return False
+        data = self._shard_path(index)
+        return data.exists() and file_sha256(data) == entry["sha256"]
+
+    def write_shard(self, index: int, tensors: Mapping[str, Tensor], seconds: float) -> None:
+        """Add (or replace) batch ``index``; the first dimension of every tensor is the sample."""
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        sizes = {len(tensor) for tensor in tensors.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"tensors of one shard must agree in their first dimension, got {sorted(sizes)}")
+        self._shard_path(index, ".json").unlink(missing_ok=True)
+        write_atomic(self._shard_path(index), content)
+        write_json(
+            self._shard_path(index, ".json"),
+            {"num_samples": sizes.pop(), "sha256": hashlib.sha256(content).hexdigest(), "seconds": round(seconds, 3)},
+        )
+        self._forget()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def shards(self) -> list[dict[str, Any]]:
+        """Index, num_samples, sha256 and seconds of every complete shard, in order."""
+        entries = []
+        for file in sorted((self.path / "shards").glob("[0-9]*.json")):
+            index = int(file.stem)
+            entry = self._entry(index)
+            if entry is not None and self._shard_path(index).exists():
+                entries.append({"index": index, **entry})
+        return entries
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        starts = [0]
+        for shard in self.shards:
+            starts.append(starts[-1] + shard["num_samples"])
+        return starts
+
+    @property
+    def num_samples(self) -> int:
+        return self._starts[-1]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content: the checksums of the shards in order. Says nothing of when or how fast it was made."""
+        return hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode()).hexdigest()
+
+    @property
+    def seconds(self) -> float:
+        return sum(shard["seconds"] for shard in self.shards)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.manifest["provenance"]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        position = bisect.bisect_right(self._starts, index) - 1
+        file = self._file(position)
+        row = index - self._starts[position]
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+    def tensors(self, num_samples: int | None = None) -> dict[str, Tensor]:
+        """All samples (or the first ``num_samples``) as one dict of stacked tensors."""
+        if not self.shards:
+            raise UserError(f"got {self.path}, a dataset without samples", do="generate into it first")
+        parts: dict[str, list[Tensor]] = {}
+        for position in range(len(self.shards)):
+            file = self._file(position)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                parts.setdefault(name, []).append(file.get_tensor(name))
+            if num_samples is not None and self._starts[position + 1] >= num_samples:
+                break
+        return {name: torch.cat(rows)[:num_samples] for name, rows in parts.items()}
+
+    def split(self, fraction: float = 0.1) -> tuple[list[int], list[int]]:
+        """Indices (kept, held out): every k-th sample is held out, k = 1 / fraction, so every batch gives its share.
+
+        The held-out part is what data-free selection looks at: early stopping, fidelity, comparison of settings.
+        """
+        every = max(2, round(1 / fraction))
+        held_out = [i for i in range(len(self)) if i % every == every - 1] or [len(self) - 1]
+        taken = set(held_out) if len(self) > 1 else set()
+        return [i for i in range(len(self)) if i not in taken], held_out
+
+    def verify(self) -> None:
+        """Check every shard against its checksum; a UserError names the first broken or missing one."""
+        names = {file.stem for file in (self.path / "shards").glob("[0-9]*") if file.suffix in (".json", ".safetensors")}
+        for stem in sorted(names):
+            index = int(stem)
+            entry, data = self._entry(index), self._shard_path(index)
+            if entry is None or not data.exists():
+                missing = self._shard_path(index, ".json") if data.exists() else data
+                raise UserError(f"got {self.path} without {missing.name}", do="run the same generate command again to repair it")
+            if file_sha256(data) != entry["sha256"]:
+                raise UserError(
+                    f"got {data}, whose content does not match its checksum",
+                    do="run the same generate command again to repair it",
+                )
+
+    def _shard_path(self, index: int, suffix: str = ".safetensors") -> Path:
+        return self.path / "shards" / f"{index:06d}{suffix}"
+
+    def _entry(self, index: int) -> dict[str, Any] | None:
+        try:
+            entry = json.loads(self._shard_path(index, ".json").read_text())
+            return {"num_samples": int(entry["num_samples"]), "sha256": str(entry["sha256"]), "seconds": float(entry["seconds"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _file(self, position: int):
+        if position not in self._open:
+            path = self._shard_path(self.shards[position]["index"])
+            try:
+                self._open[position] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"got {path}, which is no whole safetensors file ({error})",
+                    do="run the same generate command again to repair it",
+                ) from None
+        return self._open[position]
+
+    def _forget(self) -> None:
+        self._open.clear()
+        self.__dict__.pop("shards", None)
+        self.__dict__.pop("_starts", None)
+
+    def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
+        return {**self.__dict__, "_open": {}}
+
+
+def first_difference(have: Any, want: Any, where: str = "") -> str:
+    """Where two json-able settings first differ (``"seed: there 0, here 1"``), or an empty string."""
+    if isinstance(have, dict) and isinstance(want, dict):
+        for key in sorted({*have, *want}):
+            found = first_difference(have.get(key), want.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return ""
+    return "" if have == want else f"{where}: there {have!r}, here {want!r}"

@@ -1,0 +1,250 @@
+"""Evaluation: real labelled data, read here and nowhere else; and the data-free figures beside it.
+
+An evaluation is an iterable of (images [N, C, H, W] normalized for the network, labels [N]) batches. Nothing that makes
+data or students imports this file.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dfq.errors import UserError
+from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks
+from dfq.losses.batch_norm_statistics import batch_norm_distance
+from dfq.progress import progress_bar
+from dfq.settings import PositiveInt
+from dfq.student import Student
+from dfq.teacher import InputSpec, Teacher
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class NoEvaluation:
+    """No labelled data there is."""
+
+    num_samples = 0
+    reference_path = None
+
+    def batches(self, spec: InputSpec) -> Iterator[Batch]:
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images and labels from one ``.npz`` file."""
+
+    path: str  # .npz with images uint8 [N, H, W, C] or [N, H, W], labels int64 [N]
+    reference_path: str | None = None  # real images in the same format for the real-data reference row
+    batch_size: PositiveInt = 250  # images at a time
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._read(self.path)[1])
+
+    def batches(self, spec: InputSpec) -> Iterator[Batch]:
+        images, labels = self._read(self.path)
+        _check_shape(images, spec, self.path)
+        for start in range(0, len(labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield spec.normalize(images[part]), labels[part]
+
+    def reference_images(self, spec: InputSpec, num_samples: int) -> Tensor:
+        """Up to ``num_samples`` real images [N, C, H, W], spread over the file."""
+        assert self.reference_path is not None
+        images, _ = self._read(self.reference_path)
+        _check_shape(images, spec, self.reference_path)
+        chosen = torch.linspace(0, len(images) - 1, min(num_samples, len(images))).round().long()
+        return spec.normalize(images[chosen])
+
+    @staticmethod
+    def _read(path: str) -> tuple[Tensor, Tensor]:
+        """images uint8 [N, C, H, W], labels int64 [N]."""
+        allowed = "a .npz file with images uint8 [N, H, W, C] and labels int64 [N]"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                missing = [name for name in ("images", "labels") if name not in arrays]
+                if missing:
+                    raise UserError(f"got {path} without {' and '.join(missing)}", allowed)
+                images, labels = arrays["images"], arrays["labels"]
+        except FileNotFoundError:
+            raise UserError(f"got {path}, which does not exist", allowed) from None
+        except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+            raise UserError(f"got {path}, which can't be read ({str(error).splitlines()[0]})", allowed) from None
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise UserError(
+                f"got {path} with images {images.dtype} {list(images.shape)} and labels {labels.dtype} {list(labels.shape)}",
+                allowed,
+            )
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Digits(Arrays):
+    """The embedded teacher's held-out digits; its training images make the real-data row."""
+
+    path: str = str(Path(__file__).with_name("teachers") / "digits_data" / "heldout.npz")  # held-out digits
+    reference_path: str | None = str(Path(__file__).with_name("teachers") / "digits_data" / "train.npz")  # training digits
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in one folder per class (torchvision's ImageFolder), resized and center-cropped to the network's input."""
+
+    path: str  # DIR/<class>/<image>
+    reference_path: str | None = None  # a folder in the same layout for the real-data reference row
+    resize: PositiveInt | None = None  # shorter side before the center crop; null: input height * 256 / 224
+    batch_size: PositiveInt = 100  # images at a time
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._folder(self.path, None))
+
+    def batches(self, spec: InputSpec) -> Iterator[Batch]:
+        folder = self._folder(self.path, spec)
+        for start in range(0, len(folder), self.batch_size):
+            rows = [folder[i] for i in range(start, min(start + self.batch_size, len(folder)))]
+            yield spec.normalize(torch.stack([image for image, _ in rows])), torch.tensor([label for _, label in rows])
+
+    def reference_images(self, spec: InputSpec, num_samples: int) -> Tensor:
+        """Up to ``num_samples`` real images [N, C, H, W], spread over the classes."""
+        assert self.reference_path is not None
+        folder = self._folder(self.reference_path, spec)
+        chosen = torch.linspace(0, len(folder) - 1, min(num_samples, len(folder))).round().long().tolist()
+        return spec.normalize(torch.stack([folder[i][0] for i in chosen]))
+
+    def _folder(self, path: str, spec: InputSpec | None) -> Any:
+        from torchvision.datasets import ImageFolder as Folder
+        from torchvision.transforms import v2
+
+        transform = None
+        if spec is not None:
+            channels, height, width = spec.size
+            transform = v2.Compose(
+                [
+                    v2.PILToTensor(),
+                    v2.Grayscale(channels) if channels == 1 else v2.RGB(),
+                    v2.Resize(self.resize or round(height * 256 / 224), antialias=True),
+                    v2.CenterCrop((height, width)),
+                ]
+            )
+        try:
+            return Folder(path, transform=transform)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"got evaluation.path={path}, which has no images in folders of classes ({str(error).splitlines()[0]})",
+                "DIR/<class>/<image>",
+            ) from None
+
+
+def _check_shape(images: Tensor, spec: InputSpec, path: str) -> None:
+    if tuple(images.shape[1:]) != spec.size:
+        channels, height, width = images.shape[1:]
+        raise UserError(
+            f"got {path} with images of {height} x {width} x {channels}",
+            f"{spec.size[1]} x {spec.size[2]} x {spec.size[0]} (height, width, channels) as the network takes",
+            "resize them first, or use evaluation=imagefolder, which resizes",
+        )
+
+
+@torch.no_grad()
+def measure(model: Callable[[Tensor], Any], task: Any, batches: Iterable[Batch], total: int, what: str) -> dict[str, float]:
+    """The task's metrics of ``model`` over labelled batches, as fractions; an empty dict where there is no batch."""
+    metrics = None
+    with progress_bar(f"evaluate {what}", total, "samples") as advance:
+        for images, labels in batches:
+            outputs = task.raw_outputs(model, images).cpu()
+            if metrics is None:
+                metrics = task.metrics(task.num_outputs(outputs))
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < task.num_outputs(outputs):
+                raise UserError(
+                    f"got labels from {int(labels.min())} to {int(labels.max())} and a network with {task.num_outputs(outputs)} outputs",
+                    f"labels from 0 to {task.num_outputs(outputs) - 1}",
+                )
+            metrics.update(outputs, labels)
+            advance(len(labels))
+    return {} if metrics is None else {name: float(value) for name, value in metrics.compute().items()}
+
+
+@torch.no_grad()
+def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batch_size: int = 32) -> dict[str, Any]:
+    """How close the student is to the teacher on ``images`` (held-out synthetic samples), without a label.
+
+    agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-quantization-
+    noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the network up to
+    there, and the share of the layer's inputs that its grid clips.
+    """
+    folded = dict(student.folded)
+    sums = {name: [0.0, 0.0] for name in student.layers}
+    clipped = {name: [0, 0] for name in student.layers}
+
+    def count_clipped(name: str, layer: nn.Module, inputs: tuple) -> None:
+        quantizer, x = layer.input_quantizer, inputs[0]
+        low = (quantizer.scheme.quant_min - quantizer.zero_point - 0.5) * quantizer.scale
+        high = (quantizer.scheme.quant_max - quantizer.zero_point + 0.5) * quantizer.scale
+        clipped[name][0] += int(((x < low) | (x > high)).sum())
+        clipped[name][1] += x.numel()
+
+    agreement = kl = 0.0
+    for batch in images.split(batch_size):
+        teacher_names = [folded.get(name, name) for name in student.layers]
+        with capture_outputs(teacher.module, teacher_names) as wanted:
+            target = task.raw_outputs(teacher, batch)
+        with capture_outputs(student.module, student.layers) as got, forward_hooks(student.layers.items(), before=count_clipped):
+            output = task.raw_outputs(student, batch)
+        agreement += float(task.agreement(output, target)) * len(batch)
+        kl += float(task.distillation_loss(output, target)) * len(batch)
+        for name in student.layers:
+            signal = wanted[folded.get(name, name)]
+            sums[name][0] += float(signal.square().sum())
+            sums[name][1] += float((signal - got[name]).square().sum())
+    layers = []
+    for name, (weight_scheme, activation_scheme) in student.swap.layers.items():
+        signal, noise = sums[name]
+        layers.append(
+            {
+                "name": name,
+                "weight_bits": weight_scheme.num_bits,
+                "activation_bits": activation_scheme.num_bits,
+                "sqnr_db": 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None,
+                "clipped_fraction": clipped[name][0] / max(clipped[name][1], 1),
+            }
+        )
+    return {"agreement": agreement / len(images), "kl": kl / len(images), "layers": layers}
+
+
+@torch.no_grad()
+def batch_norm_match(teacher: Teacher, images: Tensor, batch_size: int = 64) -> dict[str, float]:
+    """Distance of each batch norm's input statistics over all ``images`` to its running statistics; 0 is a perfect match."""
+    norms = teacher.batch_norms
+    moments: dict[str, list[Tensor]] = {}
+
+    def add(name: str, _norm: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].transpose(0, 1).flatten(1)
+        parts = [x.sum(1).cpu().double(), x.square().sum(1).cpu().double(), torch.tensor(float(x.shape[1])).double()]
+        moments[name] = [a + b for a, b in zip(moments[name], parts, strict=True)] if name in moments else parts
+
+    with evaluation_mode(teacher.module), forward_hooks(norms.items(), before=add):
+        for batch in images.split(batch_size):
+            teacher(batch)
+    distances = {}
+    for name, norm in norms.items():
+        total, squares, count = moments[name]
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        distance = batch_norm_distance(
+            mean, variance, norm.running_mean.cpu().double(), norm.running_var.cpu().double(), norm.eps
+        )
+        distances[name] = float(distance.mean())
+    return distances

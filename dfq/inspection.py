@@ -1,0 +1,118 @@
+"""What is in a dataset, a student or an artifact: read from the folder alone, checksums verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dfq.dataset import SyntheticDataset, file_sha256, read_json
+from dfq.errors import UserError
+from dfq.student import read_manifest
+
+
+def describe(path: Path) -> Table:
+    """A table for the terminal; a broken file is a UserError that names it."""
+    if not path.exists():
+        raise UserError(f"got {path}, which does not exist", "a dataset, student or artifact folder")
+    if path.is_dir() and (path / "manifest.json").exists():
+        return _dataset(SyntheticDataset(path))
+    if path.is_dir() and (path / "student.json").exists():
+        return _student(path)
+    descriptions = [path.with_name(path.name + ".json")] if path.is_file() else sorted(path.glob("*.json"))
+    for description in descriptions:
+        if description.exists() and read_json(description, "artifact").get("format") == "dfq.artifact":
+            return _artifact(description)
+    if path.is_dir() and (path / "shards").is_dir():
+        raise UserError(f"got {path}, which has no manifest.json", "a dataset folder", "generate it again into a new folder")
+    raise UserError(f"got {path}", "a dataset, student or artifact folder")
+
+
+def _table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    return table
+
+
+def _dataset(dataset: SyntheticDataset) -> Table:
+    if not dataset.shards:
+        raise UserError(f"got {dataset.path}, a dataset without samples", do="run the generate command that started it again")
+    dataset.verify()
+    settings = dataset.manifest["settings"]
+    generator = settings["generator"]
+    options = ", ".join(f"{key}={value}" for key, value in generator.items() if key != "_target_")
+    first = dataset[0]
+    rows = {
+        "folder": dataset.path,
+        "samples": f"{len(dataset)} in {len(dataset.shards)} shards",
+        "tensors": ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in first.items()),
+        "generator": f"{generator['_target_']} ({options})" if options else generator["_target_"],
+        "teacher": f"{dataset.provenance.get('teacher', '?')} (sha256 {settings['teacher_sha256'][:12]})",
+        "seed": settings.get("seed", "none"),
+        "made": f"{dataset.manifest['created']} in {dataset.seconds:.1f} s with dfq {dataset.manifest['dfq_version']}",
+        "real data read": _what_was_read(dataset.provenance),
+        "checksums": f"all {len(dataset.shards)} shards match; sha256 of the content {dataset.sha256[:12]}",
+    }
+    if "logits" in first and first["logits"].dim() == 1:
+        logits = dataset.tensors()["logits"]
+        counts = logits.argmax(1).bincount(minlength=logits.shape[1]).tolist()
+        most = sorted(range(len(counts)), key=lambda c: -counts[c])[:10]
+        rows["teacher's answers"] = (
+            f"{sum(c > 0 for c in counts)} of {len(counts)} classes; most often "
+            + ", ".join(f"{c}: {counts[c]}" for c in most if counts[c])
+        )
+        rows["confidence"] = f"{float(logits.softmax(1).amax(1).mean()):.3f} on average"
+    return _table("Synthetic dataset", rows)
+
+
+def _student(path: Path) -> Table:
+    manifest = read_manifest(path)
+    file = path / "student.safetensors"
+    if not file.exists() or file_sha256(file) != manifest["sha256"]:
+        what = "whose content does not match its checksum" if file.exists() else "which is missing"
+        raise UserError(f"got {file}, {what}", do="run the same quantize command again with another student_dir")
+    settings, kept = manifest["settings"], manifest["kept_float"]
+    dataset = settings.get("dataset", {})
+    rows = {
+        "folder": path,
+        "teacher": f"{manifest['teacher']['name']} (sha256 {manifest['teacher']['sha256'][:12]})",
+        "scheme": f"{manifest['scheme']['name']}, policy {manifest['scheme']['policy']}",
+        "layers": f"{len(manifest['layers'])} quantized, {len(manifest['folded'])} batch norms folded, {len(kept)} kept float",
+        **{f"kept float: {name}": reason for name, reason in kept.items()},
+        "weights": f"{manifest['mean_weight_bits']:.2f} bits on average",
+        "size": f"{manifest['size_bytes']:,} bytes",
+        "algorithm": settings.get("algorithm", {}).get("_target_", "?"),
+        "dataset": f"{dataset.get('path', '?')} ({dataset.get('num_samples', '?')} samples)",
+        "real data read": _what_was_read(dataset.get("provenance", {})),
+        "made": f"{manifest['created']} in {manifest['seconds']:.1f} s with dfq {manifest['dfq_version']}",
+        "checksum": f"matches; sha256 {manifest['sha256'][:12]}",
+    }
+    return _table("Student", rows)
+
+
+def _artifact(description_path: Path) -> Table:
+    description = read_json(description_path, "artifact")
+    file = description_path.with_name(description_path.name.removesuffix(".json"))
+    if not file.exists() or file_sha256(file) != description["sha256"]:
+        what = "whose content does not match its checksum" if file.exists() else "which is missing"
+        raise UserError(f"got {file}, {what}", do="run the same export command again")
+    rows = {
+        "file": file,
+        "format": description["exporter"]["_target_"] if isinstance(description.get("exporter"), dict) else "?",
+        "size": f"{description['size_bytes']:,} bytes",
+        **{f"parity: {key}": value for key, value in description["parity"].items()},
+        **{f"latency, {key}": f"{value:.3f} ms" for key, value in (description["latency_ms"] or {}).items() if value is not None},
+        "checksum": f"matches; sha256 {description['sha256'][:12]}",
+    }
+    return _table("Artifact", rows)
+
+
+def _what_was_read(provenance: dict[str, Any]) -> str:
+    if not provenance:
+        return "unknown"
+    read = [name for name in ("pixels", "labels") if provenance.get(name)]
+    return ", ".join(read) if read else "nothing: no pixels, no labels"

@@ -1,0 +1,38 @@
+"""Batch-norm statistic matching: how far a batch's activations are from what the network saw in training.
+
+ZeroQ (Cai et al., CVPR 2020, arXiv 2001.00281, eq. 1) and DeepInversion (Yin et al., CVPR 2020, arXiv 1912.08795, eq. 4)
+pull the statistics of a batch to the running statistics of every batch norm. Own formulation: the statistics are taken
+at the batch norm's input and measured in units of the running standard deviation, so that one weight serves every
+layer, batch size and resolution::
+
+    d_c = ((mean_c - running_mean_c) / running_std_c)^2 + (std_c / running_std_c - 1)^2
+    bn_loss = mean over layers of the mean over channels of d_c
+
+Differences from the papers: ZeroQ takes per-image statistics at the convolution in front and sums squares over
+channels, so wide layers and loud channels dominate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance [C] of ``x`` [N, C, ...] over everything but the channel."""
+    variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+    return mean, variance
+
+
+def batch_norm_distance(
+    mean: Tensor, variance: Tensor, running_mean: Tensor, running_var: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """d_c of one layer [C].
+
+    Channels that were (nearly) constant in training have no scale of their own; they are measured in units of a
+    hundredth of the layer's mean variance at least, so that a dead channel does not outweigh all the living ones.
+    """
+    floor = eps + 1e-2 * running_var.mean()
+    unit = (running_var + eps).clamp(min=floor).sqrt()
+    std, running_std = (variance + eps).sqrt(), (running_var + eps).sqrt()
+    return ((mean - running_mean) / unit).square() + ((std - running_std) / unit).square()

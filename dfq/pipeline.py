@@ -1,0 +1,451 @@
+"""READ FIRST: the five arrows.
+
+    teacher ──generate──▶ synthetic dataset ──quantize──▶ student ──export──▶ artifact
+                                                             └──evaluate──▶ report
+
+Each arrow is one function here; each result is a folder that says what made it, so an arrow whose result is there
+already is skipped, and one that was interrupted goes on. :func:`run` walks all five. No mathematics in this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dfq import evaluation as evaluations
+from dfq import report as reports
+from dfq.dataset import SyntheticDataset, first_difference, read_json, write_json
+from dfq.errors import UserError
+from dfq.generators._base import Generator, batch_rng
+from dfq.progress import progress_bar
+from dfq.scheme import Scheme
+from dfq.settings import resolve, to_config
+from dfq.student import Student, read_manifest
+from dfq.teacher import Teacher
+
+OUTPUTS = Path("outputs")
+DATA_FREE = {"pixels": False, "labels": False}
+
+
+@dataclass
+class Experiment:
+    """Everything a run needs, as objects. What a field is: DESIGN words, or the class it names."""
+
+    teacher: Teacher
+    generator: Generator
+    scheme: Scheme
+    algorithm: Any
+    weight_quantizer: Any
+    activation_quantizer: Any
+    evaluation: Any = field(default_factory=evaluations.NoEvaluation)
+    exporter: Any = None
+    num_samples: int = 1024
+    seed: int = 0
+    dataset_dir: Path | None = None
+    student_dir: Path | None = None
+    artifact_path: Path | None = None
+    output_dir: Path = OUTPUTS
+    references: tuple[str, ...] = ()
+    command: str = ""
+
+
+# ------------------------------------------------------------------------------------------------ the arrows
+
+
+def generate(
+    teacher: Teacher, generator: Generator, num_samples: int, seed: int = 0, dataset_dir: Path | None = None
+) -> SyntheticDataset:
+    """Arrow 1: ``num_samples`` synthetic samples in ``dataset_dir`` (null: a folder named after what makes them).
+
+    Samples that are there already, whole and made with the same settings, stay; a larger ``num_samples`` appends.
+    """
+    batch_size = min(generator.batch_size, num_samples)
+    config = to_config(generator)
+    config.pop("batch_size")  # what counts is the size that batches really have, which is recorded below
+    settings = {"generator": config, "seed": seed, "teacher_sha256": teacher.sha256, "input_spec": teacher.input_spec.to_dict()}
+    name = f"{teacher.name}_{_label(generator)}"
+    path = dataset_dir or OUTPUTS / "datasets" / f"{name}_{num_samples}_{_hash({**settings, 'batch_size': batch_size})}"
+    if (path / "manifest.json").exists():  # grown from a first batch smaller than the generator's: keep its size
+        batch_size = min(batch_size, SyntheticDataset(path).manifest["settings"].get("batch_size", batch_size))
+    dataset = SyntheticDataset.create(path, {**settings, "batch_size": batch_size}, {**DATA_FREE, "teacher": teacher.name})
+    if dataset.num_samples > num_samples:
+        raise UserError(
+            f"got num_samples={num_samples} and dataset_dir={path}, which holds {dataset.num_samples}",
+            f"{dataset.num_samples} or more",
+            "choose another dataset_dir for fewer",
+        )
+    sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
+    missing = [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
+    if not missing:
+        return dataset
+    task = resolve("task", teacher.task)
+    done = num_samples - sum(sizes[index] for index in missing)
+    with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
+        for index in missing:
+            start = time.perf_counter()
+            share = sizes[index] / batch_size  # a last, shorter batch is the head of a whole one
+            images = generator.sample(teacher, batch_size, batch_rng(seed, index), lambda n, share=share: advance(n * share))
+            images = images.detach().float().contiguous()
+            with torch.no_grad():
+                logits = task.raw_outputs(teacher, images)
+            tensors = {"images": images[: sizes[index]], "logits": logits[: sizes[index]]}
+            dataset.write_shard(index, tensors, time.perf_counter() - start)
+    return dataset
+
+
+def quantize(
+    teacher: Teacher,
+    dataset: SyntheticDataset,
+    scheme: Scheme,
+    algorithm: Any,
+    weight_quantizer: Any,
+    activation_quantizer: Any,
+    seed: int = 0,
+    student_dir: Path | None = None,
+) -> tuple[Student, Path]:
+    """Arrow 2: the student and the folder it is saved in (null: a folder named after what makes it)."""
+    _check_dataset(teacher, dataset)
+    settings = {
+        "teacher_sha256": teacher.sha256,
+        "dataset_sha256": dataset.sha256,
+        "scheme": scheme.to_dict(),
+        "algorithm": to_config(algorithm),
+        "weight_quantizer": to_config(weight_quantizer),
+        "activation_quantizer": to_config(activation_quantizer),
+        "seed": seed,
+    }
+    settings = json.loads(json.dumps(settings))
+    identity = _hash(settings)
+    name = f"{teacher.name}_{scheme.name}_{scheme.policy}_{_label(algorithm)}_{identity}"
+    path = student_dir or OUTPUTS / "students" / name
+    if (path / "student.json").exists():
+        difference = first_difference(_identity(read_manifest(path)["settings"]), settings)
+        if difference:
+            raise UserError(
+                f"got student_dir={path}, a student made with other settings ({difference})",
+                "an empty or new folder, or the same settings",
+                "choose another student_dir",
+            )
+        return Student.load(path, teacher), path
+    if path.exists() and not path.is_dir():
+        raise UserError(f"got student_dir={path}, which is a file", "a folder")
+    work_dir = path / f"work_{identity}"  # what an interrupted run left is taken up only by the very same settings
+    work_dir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    student = Student.from_teacher(teacher, scheme)
+    algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir)
+    student.freeze()
+    student.seconds = time.perf_counter() - start
+    student.settings = {
+        **settings,
+        "dataset": {"path": str(dataset.path), "num_samples": len(dataset), "provenance": dataset.provenance},
+    }
+    student.save(path)
+    for leftover in work_dir.iterdir():
+        leftover.unlink()
+    work_dir.rmdir()
+    return student, path
+
+
+def evaluate(
+    teacher: Teacher, student: Student | None, evaluation: Any, dataset: SyntheticDataset | None = None
+) -> dict[str, Any]:
+    """Arrow 3: metrics of teacher and student on labelled data (where there is some), fidelity on held-out synthetic samples.
+
+    Args:
+        evaluation: an evaluation, or any iterable of (images, labels) batches that are normalized for the network.
+
+    Returns:
+        ``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
+    """
+    task = resolve("task", teacher.task)
+    found: dict[str, Any] = {"teacher": _measure(teacher, task, evaluation, teacher, "teacher")}
+    if student is not None:
+        found["student"] = _measure(student, task, evaluation, teacher, "student")
+        if dataset is not None:
+            found["fidelity"] = evaluations.fidelity(teacher, student, task, held_out_images(dataset))
+    return found
+
+
+def export(
+    student: Student,
+    exporter: Any,
+    artifact_path: Path | None = None,
+    teacher: Teacher | None = None,
+    dataset: SyntheticDataset | None = None,
+) -> dict[str, Any]:
+    """Arrow 4: the artifact in ``artifact_path`` (null: named after what makes it) and the json that describes it beside it.
+
+    Returns:
+        that description, with ``path``.
+    """
+    settings = {"exporter": to_config(exporter), "student": student.settings, "teacher_sha256": student.teacher["sha256"]}
+    settings = json.loads(json.dumps(settings))
+    name = f"{student.teacher['name']}_{student.scheme.name}_{student.scheme.policy}_{_hash(settings)}"
+    path = artifact_path or OUTPUTS / "artifacts" / name / f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
+    description_path = path.with_name(path.name + ".json")
+    if path.exists():
+        known = read_json(description_path, "artifact") if description_path.exists() else {}
+        if known.get("format") != "dfq.artifact":
+            raise UserError(f"got artifact_path={path}, a file that dfq did not make", "a new file", "choose another artifact_path")
+        if known.get("settings") == settings and known["sha256"] == _file_hash(path):
+            return {**known, "path": str(path)}
+    images = held_out_images(dataset) if dataset is not None else None
+    description = {**exporter.export(student, path, teacher, images), "settings": settings}
+    write_json(description_path, description)
+    return {**description, "path": str(path)}
+
+
+def run(experiment: Experiment) -> dict[str, Any]:
+    """All five arrows, and the reference rows; returns the report."""
+    e, start = experiment, time.perf_counter()
+    task = resolve("task", e.teacher.task)
+    dataset = generate(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
+    student, student_path = _quantize(e, dataset, e.student_dir)
+    artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset) if e.exporter is not None else None
+    # From here on real data may be read: nothing above will change any more.
+    figures = evaluate(e.teacher, student, e.evaluation, dataset)
+    report = describe(e.teacher, dataset, student, student_path, figures, artifact, e.seed, e.command)
+    images = held_out_images(dataset)
+    details = _details(e.teacher, student, figures, dataset, e.seed)
+    for reference in e.references:
+        row = _reference(e, reference, task, images, details)
+        if row is not None:
+            details["references"].append(row)
+    details["notes"].append(f"the whole run took {time.perf_counter() - start:.0f} s")
+    _write(e.output_dir, e.teacher, dataset, report, details)
+    return report
+
+
+def report_student(
+    teacher: Teacher,
+    student: Student,
+    student_path: Path,
+    evaluation: Any,
+    dataset: SyntheticDataset | None,
+    output_dir: Path,
+    command: str,
+) -> float | None:
+    """Arrow 3 alone, with its report; returns the student's first metric (or its agreement with the teacher)."""
+    figures = evaluate(teacher, student, evaluation, dataset)
+    seed = student.settings.get("seed", 0)
+    report = describe(teacher, dataset, student, student_path, figures, None, seed, command)
+    _write(output_dir, teacher, dataset, report, _details(teacher, student, figures, dataset, seed))
+    return next(iter([*figures["student"].values(), figures.get("fidelity", {}).get("agreement")]), None)
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def describe(
+    teacher: Teacher,
+    dataset: SyntheticDataset | None,
+    student: Student | None,
+    student_path: Path | None,
+    figures: Mapping[str, Any],
+    artifact: Mapping[str, Any] | None,
+    seed: int,
+    command: str,
+) -> dict[str, Any]:
+    """The report (DESIGN 3.2)."""
+    from datetime import UTC, datetime
+
+    import dfq
+
+    return {
+        "dfq_version": dfq.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": seed,
+        "environment": reports.environment(),
+        "teacher": {
+            "name": teacher.name,
+            "sha256": teacher.sha256,
+            "task": teacher.task,
+            "num_parameters": teacher.num_parameters,
+            "size_bytes": teacher.size_bytes,
+            "metrics": figures.get("teacher", {}),
+        },
+        "dataset": None
+        if dataset is None
+        else {
+            "path": str(dataset.path),
+            "generator": _target_label(dataset.manifest["settings"]["generator"]),
+            "num_samples": len(dataset),
+            "sha256": dataset.sha256,
+            "seconds": dataset.seconds,
+            "provenance": {key: dataset.provenance[key] for key in DATA_FREE},
+        },
+        "student": None
+        if student is None or student_path is None
+        else {
+            "scheme": student.scheme.name,
+            "policy": student.scheme.policy,
+            "algorithm": _target_label(student.settings["algorithm"]),
+            "size_bytes": read_manifest(student_path)["size_bytes"],
+            "mean_weight_bits": student.mean_weight_bits,
+            "seconds": student.seconds,
+            "metrics": figures.get("student", {}),
+        },
+        "fidelity": figures.get("fidelity"),
+        "artifact": None
+        if artifact is None
+        else {key: artifact[key] for key in ("path", "format", "size_bytes", "parity", "latency_ms")},
+    }
+
+
+def _details(
+    teacher: Teacher, student: Student, figures: Mapping[str, Any], dataset: SyntheticDataset | None, seed: int
+) -> dict[str, Any]:
+    """What report.html shows beside report.json."""
+    fidelity = figures.get("fidelity", {})
+    row = {"role": "student", "metrics": figures["student"], "agreement": fidelity.get("agreement"), "kl": fidelity.get("kl")}
+    match: list[dict[str, Any]] = []
+    if dataset is None:
+        row |= {"row": "student", "generator": None, "seconds": student.seconds, "num_samples": None}
+    else:
+        name = _target_label(dataset.manifest["settings"]["generator"])
+        row |= {"row": f"synthetic ({name})", "generator": name, "seconds": dataset.seconds + student.seconds}
+        row |= {"num_samples": len(dataset)}
+        synthetic = evaluations.batch_norm_match(teacher, dataset.tensors()["images"])
+        noise = torch.randn(min(256, len(dataset)), *teacher.input_spec.size, generator=batch_rng(seed, -1))
+        gaussian = evaluations.batch_norm_match(teacher, noise)
+        match = [{"name": n, "synthetic": d, "gaussian": gaussian[n], "real": None} for n, d in synthetic.items()]
+    first = {"row": "float teacher", "role": "teacher", "generator": None, "agreement": 1.0, "kl": 0.0}
+    return {
+        "references": [{**first, "metrics": figures["teacher"]}, row],
+        "batch_norm_match": match,
+        "images": None if dataset is None else {"dataset": str(dataset.path)},
+        "kept_float": student.swap.kept_float,
+        "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
+        "notes": [],
+    }
+
+
+def _reference(e: Experiment, reference: str, task: Any, images: Tensor, details: dict[str, Any]) -> dict[str, Any] | None:
+    """A row made with the same algorithm from other images: Gaussian noise, or real ones."""
+    if reference == "gaussian":
+        noise = resolve("generator", "gaussian", batch_size=e.generator.batch_size)
+        dataset, label = generate(e.teacher, noise, e.num_samples, e.seed), "Gaussian noise"
+    else:
+        found = _real_dataset(e)
+        if found is None:
+            details["notes"].append("no real-data row: give evaluation.reference_path=... to have one")
+            return None
+        dataset, label = found, "real data"
+        match = evaluations.batch_norm_match(e.teacher, dataset.tensors()["images"])
+        for layer in details["batch_norm_match"]:
+            layer["real"] = match[layer["name"]]
+    student, _ = _quantize(e, dataset, None)
+    metrics = _measure(student, task, e.evaluation, e.teacher, label)
+    fidelity = evaluations.fidelity(e.teacher, student, task, images)
+    return {
+        "row": label,
+        "role": "reference",
+        "generator": reference,
+        "metrics": metrics,
+        "agreement": fidelity["agreement"],
+        "kl": fidelity["kl"],
+        "seconds": dataset.seconds + student.seconds,
+        "num_samples": len(dataset),
+    }
+
+
+def _real_dataset(e: Experiment) -> SyntheticDataset | None:
+    """The real images of the evaluation in the same kind of store, marked as what they are."""
+    if getattr(e.evaluation, "reference_path", None) is None:
+        return None
+    images = e.evaluation.reference_images(e.teacher.input_spec, e.num_samples)
+    digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    settings = {
+        "generator": {"_target_": "real"},
+        "images_sha256": digest,
+        "teacher_sha256": e.teacher.sha256,
+        "input_spec": e.teacher.input_spec.to_dict(),
+    }
+    path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
+    dataset = SyntheticDataset.create(path, settings, {"pixels": True, "labels": False, "teacher": e.teacher.name})
+    if not dataset.has_shard(0, len(images)):
+        task = resolve("task", e.teacher.task)
+        with torch.no_grad():
+            logits = torch.cat([task.raw_outputs(e.teacher, batch).cpu() for batch in images.split(128)])
+        dataset.write_shard(0, {"images": images, "logits": logits}, 0.0)
+    return dataset
+
+
+def _write(
+    output_dir: Path, teacher: Teacher, dataset: SyntheticDataset | None, report: dict[str, Any], details: dict[str, Any]
+) -> None:
+    images, predictions = None, None
+    if dataset is not None:
+        tensors = dataset.tensors(64)
+        images = teacher.input_spec.to_pixels(tensors["images"])
+        predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
+    reports.write(output_dir, report, details, images, predictions)
+    reports.summary(report, details, Console())
+
+
+# ------------------------------------------------------------------------------------------------ pieces
+
+
+def held_out_images(dataset: SyntheticDataset) -> Tensor:
+    """The samples that selection and fidelity look at, and training does not."""
+    return dataset.tensors()["images"][dataset.split()[1]]
+
+
+def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None) -> tuple[Student, Path]:
+    return quantize(
+        e.teacher, dataset, e.scheme, e.algorithm, e.weight_quantizer, e.activation_quantizer, e.seed, student_dir
+    )
+
+
+def _measure(model: Any, task: Any, evaluation: Any, teacher: Teacher, what: str) -> dict[str, float]:
+    batches: Iterable = evaluation.batches(teacher.input_spec) if hasattr(evaluation, "batches") else evaluation
+    total = evaluation.num_samples if hasattr(evaluation, "num_samples") else 0
+    if not total and hasattr(evaluation, "batches"):
+        return {}
+    return evaluations.measure(model, task, batches, total, what)
+
+
+def _check_dataset(teacher: Teacher, dataset: SyntheticDataset) -> None:
+    if len(dataset) < 2:
+        raise UserError(f"got {dataset.path} with {len(dataset)} samples", "at least 2", "generate into it first")
+    spec = dataset.manifest["settings"].get("input_spec")
+    if spec is not None and spec != teacher.input_spec.to_dict():
+        difference = first_difference(spec, teacher.input_spec.to_dict())
+        raise UserError(
+            f"got {dataset.path}, made for another input than that of {teacher.name} ({difference})",
+            do="generate a dataset for this teacher",
+        )
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "dataset"}
+
+
+def _label(method: Any) -> str:
+    return _target_label(to_config(method))
+
+
+def _target_label(config: Mapping[str, Any]) -> str:
+    """The method's file name: what its yaml is called."""
+    parts = str(config["_target_"]).split(".")
+    return parts[-2] if len(parts) > 1 else parts[0]
+
+
+def _hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

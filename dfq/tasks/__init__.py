@@ -1,0 +1,1 @@
+"""Tasks: what a network's outputs mean. One file each."""

@@ -1,0 +1,69 @@
+"""Image classification: outputs are logits [N, num_classes]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from dfq.errors import UserError
+from dfq.losses.distillation import kl_divergence
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier's outputs mean. The one place that knows."""
+
+    def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+        """Logits [N, num_classes], differentiable.
+
+        Understood besides a plain tensor: an object or a mapping with ``logits``, a tuple or list whose first entry
+        is the logits (auxiliary heads follow).
+        """
+        outputs = model(images)
+        logits = outputs
+        if isinstance(outputs, Mapping):
+            logits = outputs.get("logits", outputs)
+        elif hasattr(outputs, "logits"):
+            logits = outputs.logits
+        elif isinstance(outputs, tuple | list) and outputs:
+            logits = outputs[0]
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+            raise UserError(
+                f"got a {type(logits).__name__}{shape} from the network", "logits [N, num_classes] for task=classification"
+            )
+        return logits
+
+    def num_outputs(self, logits: Tensor) -> int:
+        return logits.shape[1]
+
+    def synthesis_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy to (soft) targets [N, num_classes]: what a generator pulls images toward."""
+        return F.cross_entropy(logits, targets)
+
+    def synthesis_targets(self, num_samples: int, num_classes: int, rng: torch.Generator, smoothing: float) -> Tensor:
+        """Class-balanced, smoothed targets [N, num_classes] in random order."""
+        labels = torch.randperm(num_samples, generator=rng) % num_classes
+        return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+
+    def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """KL(teacher || student), mean over samples, in nats."""
+        return kl_divergence(student_logits, teacher_logits)
+
+    def agreement(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Share of samples for which both name the same class."""
+        return (student_logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
+
+    def metrics(self, num_classes: int) -> MetricCollection:
+        """top1, and top5 where there are more than five classes, as fractions."""
+        found: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, average="micro")}
+        if num_classes > 5:
+            found["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        return MetricCollection(found)

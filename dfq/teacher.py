@@ -1,0 +1,162 @@
+"""Teacher: a frozen float network, the task it solves, the input it takes, and a hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.errors import UserError
+from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
+from dfq.modules import BATCH_NORMS
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a vision network takes: float [N, C, H, W], (byte / 255 - mean) / std, channels in the network's order."""
+
+    size: tuple[int, int, int]  # C, H, W
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
+        object.__setattr__(self, "std", tuple(float(v) for v in self.std))
+        if len(self.size) != 3 or min(self.size) < 1:
+            raise UserError(f"got input_size={list(self.size)}", "[channels, height, width], all at least 1")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.size[0]:
+                raise UserError(
+                    f"got {name} with {len(getattr(self, name))} entries for {self.size[0]} input channels",
+                    "one entry a channel",
+                    f"give {name} as a list of {self.size[0]}",
+                )
+        if min(self.std) <= 0:
+            raise UserError(f"got std={list(self.std)}", "numbers above 0")
+
+    def _per_channel(self, values: Sequence[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [..., C, H, W] (0 to 255) → the float tensor the network takes."""
+        return (images.float() / 255 - self._per_channel(self.mean, images)) / self._per_channel(self.std, images)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize`, rounded and clipped to 0..255, uint8: for looking at images."""
+        pixels = images.float() * self._per_channel(self.std, images) + self._per_channel(self.mean, images)
+        return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"size": list(self.size), "mean": list(self.mean), "std": list(self.std)}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """``auto`` takes CUDA, then MPS, then the CPU; a device that is not there is an error that names those that are."""
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + available
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if str(device) == "auto":
+        return torch.device(available[0])
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    name = f"cuda:{found.index or 0}" if found is not None and found.type == "cuda" else str(device)
+    if found is None or name not in available:
+        raise UserError(f"got device={device}", f"auto | {' | '.join(available)} on this machine")
+    return torch.device(name)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Teacher:
+    """A frozen float network with what is needed to feed it and to understand its outputs.
+
+    Callable on a batch like the network itself. Its parameters require no gradient, so that a gradient with respect
+    to the input costs nothing more than that. ``config`` is what rebuilds it (the ``teacher`` part of a
+    configuration), None for a network handed over in Python.
+    """
+
+    module: nn.Module
+    task: str
+    input_spec: InputSpec
+    name: str = ""
+    config: dict[str, Any] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self):
+        if not isinstance(self.module, nn.Module):
+            raise UserError(f"got a {type(self.module).__name__} as teacher", "a torch.nn.Module")
+        self.name = self.name or type(self.module).__name__
+        self.module.eval().requires_grad_(False)
+        self.to(self.device)
+
+    def to(self, device: str | torch.device) -> Teacher:
+        self.device = resolve_device(device)
+        self.module.to(self.device)
+        return self
+
+    def __call__(self, images: Tensor) -> Any:
+        """Outputs for a batch [N, C, H, W], differentiable with respect to it, on the teacher's device."""
+        with evaluation_mode(self.module):
+            return self.module(images.to(self.device))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all parameters and buffers."""
+        return hash_tensors(self.module.state_dict())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
+
+    def example(self, num_samples: int = 2) -> Tensor:
+        """A fixed batch of noise [num_samples, C, H, W] to see how data flows."""
+        rng = torch.Generator().manual_seed(0)
+        return torch.randn(num_samples, *self.input_spec.size, generator=rng).to(self.device)
+
+    @cached_property
+    def dataflow(self) -> Dataflow:
+        """What one forward does, see :func:`dfq.hooks.record_dataflow`."""
+        try:
+            return record_dataflow(self.module, self.example())
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's forward raises on an input it does not take
+            raise UserError(
+                f"got an error from {self.name} on an input of [2, {', '.join(map(str, self.input_spec.size))}]: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                do="check teacher.input_size against what the network takes",
+            ) from error
+
+    @cached_property
+    def batch_norms(self) -> dict[str, nn.Module]:
+        """Name → batch norm with running statistics, of those that ran."""
+        ran = {call.name for call in self.dataflow.calls}
+        return {
+            name: m
+            for name, m in self.module.named_modules()
+            if isinstance(m, BATCH_NORMS) and m.running_mean is not None and name in ran
+        }

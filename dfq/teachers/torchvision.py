@@ -1,0 +1,53 @@
+"""Classifiers of torchvision, by name; normalization comes from the weights' own transforms, or ImageNet's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import URLError
+
+from dfq.errors import UserError, did_you_mean
+from dfq.teacher import InputSpec, Teacher
+from dfq.teachers._checkpoint import load_checkpoint
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load(
+    name: str,  # e.g. resnet18
+    weights: str | bool | None = None,  # DEFAULT or the name of an entry: downloaded; null: random, or the checkpoint
+    checkpoint: str | None = None,  # your own weights: .safetensors, .pt or .pth
+    input_size: Sequence[int] | None = None,  # [channels, height, width]; null: the weights' own crop, or [3,224,224]
+    mean: Sequence[float] | None = None,  # of the normalization; null: the weights' own, or ImageNet's
+    std: Sequence[float] | None = None,  # of the normalization; null: the weights' own, or ImageNet's
+    num_classes: int | None = None,  # null: the model's own
+) -> Teacher:
+    """Teacher from ``torchvision.models.get_model``; ``weights=False`` builds the structure alone."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"got teacher.name={name}", "a classifier of torchvision.models", did_you_mean(name, known))
+    if checkpoint is not None and isinstance(weights, str):
+        raise UserError("got teacher.checkpoint and teacher.weights", "one of the two", "leave one away")
+    entry = None
+    if isinstance(weights, str):
+        entries = models.get_model_weights(name)
+        if weights not in entries.__members__:
+            raise UserError(f"got teacher.weights={weights}", " | ".join(entries.__members__), did_you_mean(weights, entries.__members__))
+        entry = entries[weights]
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"init_weights": False}
+    try:
+        module = models.get_model(name, weights=entry, **options)
+    except (URLError, OSError) as error:
+        raise UserError(
+            f"got teacher.weights={weights}, which can't be downloaded ({error})", do="give teacher.checkpoint=FILE instead"
+        ) from None
+    if checkpoint is not None and weights is not False:
+        load_checkpoint(module, Path(checkpoint))
+    own = entry.transforms() if entry is not None else None
+    size = tuple(input_size or (3, *([own.crop_size[0]] * 2 if own else (224, 224))))
+    spec = InputSpec(size, tuple(mean or (own.mean if own else IMAGENET_MEAN)), tuple(std or (own.std if own else IMAGENET_STD)))
+    return Teacher(module, "classification", spec, name=name)

@@ -1,0 +1,1 @@
+"""Generators: synthetic samples out of a teacher. One file each."""

@@ -1,0 +1,45 @@
+"""What every generator is: a frozen dataclass whose fields are its settings, and one method."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dfq.progress import Advance
+from dfq.settings import PositiveInt
+from dfq.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Makes synthetic batches. Batch i depends on (seed, i) only, so runs can be resumed, split and repeated bit for bit.
+
+    A sub-class writes :meth:`sample`; everything else (batching, storage, resuming, progress) is done around it.
+    """
+
+    batch_size: PositiveInt = 128  # samples made together
+    needs_batch_norm: ClassVar[bool] = False
+
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
+        """Make one batch.
+
+        Args:
+            teacher: the network to make data for; its parameters require no gradient.
+            num_samples: images in the batch.
+            rng: random numbers on the CPU, seeded with (seed, batch); use no other.
+            advance: call with the number of samples' worth of work just done, ``num_samples`` in all.
+
+        Returns:
+            images [num_samples, C, H, W] as the network takes them (normalized), float32.
+        """
+        raise NotImplementedError
+
+
+def batch_rng(seed: int, index: int) -> torch.Generator:
+    """The random numbers of batch ``index``; hashed, so that no (seed, index) shares a stream with another."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
