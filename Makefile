@@ -32,7 +32,8 @@ check: ## style, types, import directions
 
 bench: ## speed and accuracy against other tools
 	@$(INSTALL) dev
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "$$script"; .venv/bin/python "$$script"; done
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+	    if [ -e "$$script" ]; then echo "$$script"; .venv/bin/python "$$script"; else echo "no benchmarks yet"; fi; done
 
 clean: ## remove .venv, caches and build files; outputs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -43,7 +43,9 @@ def load_teacher(
     """
     if isinstance(model, str):
         given = {"input_size": input_size, "mean": mean, "std": std}
-        return _build_teacher({**load("teacher", model), **settings, **{k: v for k, v in given.items() if v is not None}}, device)
+        return _build_teacher(
+            {**load("teacher", model), **settings, **{k: v for k, v in given.items() if v is not None}}, device
+        )
     missing = [name for name, value in (("input_size", input_size), ("mean", mean), ("std", std)) if value is None]
     if missing or settings:
         wrong = ", ".join(missing) if missing else ", ".join(settings)
@@ -70,7 +72,9 @@ def generate(
         generator: a yaml's name (``zeroq``, ``gaussian``) with settings as keywords, or an object.
         dataset_dir: null: a folder under ``outputs/datasets`` named after what makes it.
     """
-    return pipeline.generate(teacher, resolve("generator", generator, **settings), num_samples, seed, _path(dataset_dir))
+    return pipeline.generate(
+        teacher, resolve("generator", generator, **settings), num_samples, seed, _path(dataset_dir)
+    )
 
 
 def quantize(
@@ -102,7 +106,9 @@ def quantize(
         return pipeline.quantize(teacher, _dataset(dataset), chosen, *methods, seed=seed, student_dir=path)[0]
 
 
-def load_student(path: str | os.PathLike, teacher: Teacher | None = None, device: str | torch.device = "auto") -> Student:
+def load_student(
+    path: str | os.PathLike, teacher: Teacher | None = None, device: str | torch.device = "auto"
+) -> Student:
     """The student in a folder; the teacher is rebuilt from what the folder records unless it is given."""
     if teacher is None:
         teacher = _recorded_teacher(Path(path), device, weights=False)
@@ -217,9 +223,9 @@ def _evaluate(config: Mapping[str, Any]) -> float | None:
     student = Student.load(student_dir, teacher)
     if student.teacher["sha256"] != teacher.sha256:
         raise UserError(
-            f"got a student made from {student.teacher['name']} (sha256 {student.teacher['sha256'][:12]}) and a teacher "
-            f"{teacher.name} (sha256 {teacher.sha256[:12]})",
-            "the teacher the student was made from",
+            f"got a student made from {student.teacher['name']} (sha256 {student.teacher['sha256'][:12]}) and a "
+            f"teacher {teacher.name} (sha256 {teacher.sha256[:12]})",
+            "the teacher it was made from",
         )
     dataset = _dataset_of(config, student)
     evaluation = build(config["evaluation"], "evaluation")
@@ -233,7 +239,9 @@ def _export(config: Mapping[str, Any]) -> None:
     exporter = build(config["exporter"], "exporter")
     teacher = _teacher_of(config, student_dir, weights=True)
     student = Student.load(student_dir, teacher)
-    description = pipeline.export(student, exporter, _path(config["artifact_path"]), teacher, _dataset_of(config, student))
+    description = pipeline.export(
+        student, exporter, _path(config["artifact_path"]), teacher, _dataset_of(config, student)
+    )
     Console().print(inspection.describe(Path(description["path"])), soft_wrap=True)
 
 
@@ -252,7 +260,10 @@ def _build_teacher(config: Mapping[str, Any], device: str | torch.device, **extr
     target = resolve_device(device)
     teacher = build(config, "teacher", **extra)
     if not isinstance(teacher, Teacher):
-        raise UserError(f"got a {type(teacher).__name__} from teacher._target_={config['_target_']}", "a function that returns a dfq Teacher")
+        raise UserError(
+            f"got a {type(teacher).__name__} from teacher._target_={config['_target_']}",
+            "a function that returns a dfq Teacher",
+        )
     teacher.config = dict(config)
     return teacher.to(target)
 
@@ -261,7 +272,7 @@ def _recorded_teacher(student_dir: Path, device: str | torch.device, weights: bo
     recorded = read_manifest(student_dir)["teacher"]
     if recorded["config"] is None:
         raise UserError(
-            f"got a student of {recorded['name']}, a network that was handed over in Python and can't be rebuilt from here",
+            f"got a student of {recorded['name']}, a network handed over in Python that can't be rebuilt from here",
             do="give the teacher: teacher=factory teacher.factory=... , or load_student(path, teacher=...)",
         )
     config = dict(recorded["config"])

@@ -1,8 +1,8 @@
 """What can be wrong with a whole configuration, found before anything is imported, made or run.
 
 :data:`CHECKS` is the list, in the order in which mistakes are reported; each is a short function that raises
-:class:`UserError`. No torch: files are looked at, sources are read, nothing is executed. What only the network itself can
-tell (a checkpoint with the wrong keys, a device that is not there) is said later, in the same words, when it is loaded.
+:class:`UserError`. No torch: files are looked at, sources are read, nothing is executed. What only the
+network itself can tell (a checkpoint with the wrong keys, a device that is not there) is said when it is loaded.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dfq import settings
-from dfq.commands import COMMANDS, group_options, root
+from dfq import settings, source
+from dfq.commands import COMMANDS, group_options, root, text
 from dfq.errors import UserError, did_you_mean
 from dfq.scheme import Scheme
 
 PLAIN_TYPES = {
     "num_samples": "PositiveInt",
     "seed": "NonNegativeInt",
-    "device": "str",
     "dataset_dir": "str | None",
     "student_dir": "str | None",
     "artifact_path": "str | None",
@@ -76,11 +75,9 @@ def plain_options(request: Request) -> None:
 
 
 def device(request: Request) -> None:
-    if request.uses("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", request.config["device"]):
-        known = ("auto", "cpu", "cuda", "mps")
-        raise UserError(
-            f"got device={request.config['device']}", "auto | cpu | cuda | cuda:N | mps", did_you_mean(request.config["device"], known)
-        )
+    name = text(request.config["device"])
+    if request.uses("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise UserError(f"got device={name}", "auto | cpu | cuda | cuda:N | mps")
 
 
 def scheme(request: Request) -> None:
@@ -94,20 +91,20 @@ def known_options(request: Request) -> None:
     for key in sorted(request.given):
         group, _, option = key.partition(".")
         name = request.choice(group)
-        if not option or name is None or group == "scheme" or "_target_" in (option, *_given_options(request, group)):
-            continue
+        if not option or name is None or group == "scheme" or f"{group}._target_" in request.given:
+            continue  # the scheme and a _target_ of the user's own are checked as a whole, below
         known = group_options(group, name)
         option = option.partition(".")[0]
         if option not in known and "**" not in known:
+            others = [
+                other for other in settings.choices(groups[group].family) if option in group_options(group, other)
+            ]
             raise UserError(
                 f"got {group}.{option}",
-                ", ".join(f"{group}.{other}" for other in known) or f"nothing: {groups[group].family}={name} has no options",
-                did_you_mean(option, known),
+                ", ".join(f"{group}.{other}" for other in known) or f"nothing, {group}={name} has no options",
+                did_you_mean(option, known).replace("'", f"'{group}.", 1)
+                or (f"{group}={others[0]} takes it" if others else ""),
             )
-
-
-def _given_options(request: Request, group: str) -> set[str]:
-    return {key.partition(".")[2] for key in request.given if key.startswith(f"{group}.")}
 
 
 def methods(request: Request) -> None:
@@ -133,8 +130,11 @@ def either_weights_or_checkpoint(request: Request) -> None:
         return
     for other in ("pretrained", "weights"):
         if request.get("teacher", other):
-            value = str(request.get("teacher", other)).lower() if other == "pretrained" else request.get("teacher", other)
-            raise UserError(f"got teacher.checkpoint and teacher.{other}={value}", "one of the two", "leave one away")
+            raise UserError(
+                f"got teacher.checkpoint and teacher.{other}={text(request.get('teacher', other))}",
+                "one of the two",
+                "leave one away",
+            )
 
 
 def input_spec(request: Request) -> None:
@@ -142,18 +142,15 @@ def input_spec(request: Request) -> None:
     if size is None:
         return
     if len(size) != 3 or any(not isinstance(side, int) or side < 1 for side in size):
-        raise UserError(f"got teacher.input_size={_list(size)}", "[channels, height, width], whole numbers >= 1")
+        raise UserError(f"got teacher.input_size={text(size)}", "[channels, height, width], whole numbers >= 1")
     for option in ("mean", "std"):
         values = request.get("teacher", option)
         if values is not None and len(values) != size[0]:
             channels = f"{size[0]} channel{'s' * (size[0] > 1)}"
             raise UserError(
-                f"got teacher.{option}={_list(values)} and teacher.input_size={_list(size)}", f"one number a channel, and {channels}"
+                f"got teacher.{option}={text(values)} and teacher.input_size={text(size)}",
+                f"one number a channel, and {channels}",
             )
-
-
-def _list(values: Iterable[Any]) -> str:
-    return f"[{','.join(str(value) for value in values)}]"
 
 
 def factory(request: Request) -> None:
@@ -164,14 +161,14 @@ def factory(request: Request) -> None:
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in f"{module}.{function}".split(".")):
         raise UserError(f"got teacher.factory={name}", "package.module:function")
-    spec = settings.find_spec(module)
+    spec = source.find_spec(module)
     if spec is None:
         raise UserError(
             f"got teacher.factory={name}, and no module {module} was found",
             "a module that python can import",
             "put its folder on PYTHONPATH, or run dfq in that folder",
         )
-    known = settings.names(module)
+    known = source.names(module)
     if known is not None and function.partition(".")[0] not in known:
         raise UserError(
             f"got teacher.factory={name}, and {module} has no {function}",
@@ -195,13 +192,17 @@ def model_name(request: Request) -> None:
         )
     tags = [other for other in tagged if other.startswith(f"{architecture}.")]
     if package == "timm" and tag and tags and name not in tags:
-        raise UserError(f"got teacher.name={name}, and timm has no such weights", " | ".join([architecture, *tags]), did_you_mean(name, tags))
+        raise UserError(
+            f"got teacher.name={name}, and timm has no such weights",
+            " | ".join([architecture, *tags]),
+            did_you_mean(name, tags),
+        )
 
 
 @lru_cache
 def registered_models(package: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """(architectures, names with the tag of their weights) in the sources of an installed package; empty where none are found."""
-    spec = settings.find_spec(f"{package}.models")
+    """(architectures, names with the tag of their weights) in the sources of an installed package; empty if none."""
+    spec = source.find_spec(f"{package}.models")
     known: set[str] = set()
     tagged: list[str] = []
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -210,7 +211,9 @@ def registered_models(package: str) -> tuple[frozenset[str], tuple[str, ...]]:
             known.update(re.findall(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)", text, re.MULTILINE))
             known.update(re.findall(r"^@register_model\(name=[\"'](\w+)", text, re.MULTILINE))
             tagged += re.findall(r"^ +[\"'](\w+\.\w+)\*?[\"']: ", text, re.MULTILINE)
-            for renamed in re.findall(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", text, re.MULTILINE | re.DOTALL):
+            for renamed in re.findall(
+                r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", text, re.MULTILINE | re.DOTALL
+            ):
                 known.update(re.findall(r"[\"'](\w+)[\"']:", renamed))
     return frozenset(known), tuple(dict.fromkeys(tagged))
 
@@ -220,7 +223,12 @@ def registered_models(package: str) -> tuple[frozenset[str], tuple[str, ...]]:
 
 def files_to_read(request: Request) -> None:
     if (checkpoint := request.get("teacher", "checkpoint")) is not None:
-        _is_file("teacher.checkpoint", checkpoint, "weights as .safetensors, .pt or .pth", (".safetensors", ".pt", ".pth", ".bin", ".ckpt"))
+        _is_file(
+            "teacher.checkpoint",
+            checkpoint,
+            "weights as .safetensors, .pt or .pth",
+            (".safetensors", ".pt", ".pth", ".bin", ".ckpt"),
+        )
     for option in ("path", "reference_path"):
         path = request.get("evaluation", option)
         if path is not None and request.choice("evaluation") == "arrays":
@@ -228,7 +236,9 @@ def files_to_read(request: Request) -> None:
         if path is not None and request.choice("evaluation") == "imagefolder":
             _is_folder(f"evaluation.{option}", path, "a folder with one folder of images per class")
             if not any(entry.is_dir() for entry in Path(path).iterdir()):
-                raise UserError(f"got evaluation.{option}={path}, which has no folders in it", "one folder of images per class")
+                raise UserError(
+                    f"got evaluation.{option}={path}, which has no folders in it", "one folder of images per class"
+                )
     command, config = request.command, request.config
     if command in ("evaluate", "export"):
         _holds("student_dir", config["student_dir"], "student.json", "a student's folder", "dfq quantize makes one")
@@ -259,10 +269,14 @@ def _is_arrays(key: str, path: str) -> None:
         with zipfile.ZipFile(path) as archive:
             found = {name.removesuffix(".npy") for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"got {key}={path}, which is no .npz file ({error})", what, "write it with numpy.savez") from None
+        raise UserError(
+            f"got {key}={path}, which is no .npz file ({error})", what, "write it with numpy.savez"
+        ) from None
     missing = [name for name in ("images", "labels") if name not in found]
     if missing:
-        raise UserError(f"got {key}={path} without {' and '.join(missing)}", what, f"it holds {', '.join(sorted(found))}")
+        raise UserError(
+            f"got {key}={path} without {' and '.join(missing)}", what, f"it holds {', '.join(sorted(found))}"
+        )
 
 
 def _holds(key: str, path: str, file: str, what: str, do: str) -> None:
@@ -286,9 +300,13 @@ def files_to_write(request: Request) -> None:
         _can_become_folder("student_dir", config["student_dir"])
     path = config["artifact_path"] if request.uses("artifact_path") else None
     if path is not None:
-        suffix = settings.attribute(config["exporter"]["_target_"], "suffix")
+        suffix = source.attribute(config["exporter"]["_target_"], "suffix")
         if suffix and Path(path).suffix != suffix:
-            raise UserError(f"got artifact_path={path}", f"a file name that ends in {suffix}", f"give artifact_path={Path(path).with_suffix(suffix)}")
+            raise UserError(
+                f"got artifact_path={path}",
+                f"a file name that ends in {suffix}",
+                f"give artifact_path={Path(path).with_suffix(suffix)}",
+            )
         if Path(path).is_dir():
             raise UserError(f"got artifact_path={path}, which is a folder", "a file name")
         _can_become_folder("artifact_path", str(Path(path).parent), path)
@@ -310,16 +328,16 @@ def _can_become_folder(key: str, path: str, shown: str = "") -> None:
 
 def installed_packages(request: Request) -> None:
     """The packages that the source of a chosen method imports, with the rest of the extra of dfq they belong to."""
-    for key, group in root()[0].items():
+    for key in root()[0]:
         if key in ("scheme", "experiment") or not request.uses(key):
             continue
-        imported = settings.packages(request.config[key]["_target_"])
+        imported = source.packages(request.config[key]["_target_"])
         extra = next((name for name, members in _extras() if imported & set(members)), None)
         needed = imported | set(dict(_extras())[extra] if extra else ())
-        missing = sorted(name for name in needed if settings.find_spec(name) is None)
+        missing = sorted(name for name in needed if source.find_spec(name) is None)
         if missing:
             raise UserError(
-                f"got {group.override_key(key)}={request.choices.get(key)}, which needs {' and '.join(missing)}, not installed here",
+                f"got {key}={request.choices.get(key)}, which needs {' and '.join(missing)}, not installed here",
                 do=f"pip install '{f'dfq[{extra}]' if extra else ' '.join(missing)}'",
             )
 

@@ -1,4 +1,4 @@
-"""The commands: what each takes, its help text and its tab completion, all read from the yaml files and the methods' sources.
+"""The commands: what each takes, its help text and its completion, read from the yaml files and the methods' sources.
 
 No Hydra and no torch, so a help text, a completion or the answer to a misspelled option takes a fraction of a second.
 """
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dfq import settings
+from dfq import settings, source
 from dfq.errors import UserError, did_you_mean
 
 SCHEME_TARGETS = {"": "dfq.scheme.Scheme", "weight": "dfq.scheme.TensorScheme", "activation": "dfq.scheme.TensorScheme"}
@@ -108,11 +108,13 @@ class Group(NamedTuple):
 
 
 @lru_cache
-def root() -> tuple[dict[str, Group], dict[str, settings.Parameter]]:
+def root() -> tuple[dict[str, Group], dict[str, source.Parameter]]:
     """(groups, plain options) of conf/config.yaml, with their defaults and the comments behind them."""
     path = settings.search_path[0] / "config.yaml"
     config = settings.read_yaml(path)
-    docs = dict(re.findall(r"^ *(?:- )?(?:optional )?([\w@]+): .*?# (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    docs = dict(
+        re.findall(r"^ *(?:- )?(?:optional )?([\w@]+): .*?# (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
     groups = {}
     for entry in config["defaults"]:
         if isinstance(entry, dict):
@@ -122,7 +124,7 @@ def root() -> tuple[dict[str, Group], dict[str, settings.Parameter]]:
                 family, _, package = name.partition("@")
                 groups[package or family] = Group(family, default, docs.get(name, "").partition(". ")[0])
     plain = {
-        key: settings.Parameter("Any", default, False, docs.get(key, ""))
+        key: source.Parameter("Any", default, False, docs.get(key, ""))
         for key, default in config.items()
         if key not in ("defaults", "hydra")
     }
@@ -150,23 +152,23 @@ def chosen(words: Iterable[str]) -> dict[str, str]:
     return choices
 
 
-def group_options(key: str, name: str) -> dict[str, settings.Parameter]:
-    """Options of one choice of a group: ``{"iterations": Parameter(...)}``; of the scheme ``{"weight.num_bits": ...}``."""
+def group_options(key: str, name: str) -> dict[str, source.Parameter]:
+    """Options of a choice: ``{"iterations": Parameter(...)}``; those of a scheme are called ``weight.num_bits``."""
     family = root()[0][key].family
     config = settings.load(family, name)
     if family != "scheme":
         return settings.options(config)
     found = {}
     for part, target in SCHEME_TARGETS.items():
-        known = settings.signature(target) or {}
+        known = source.signature(target) or {}
         for option, default in (config.get(part, {}) if part else config).items():
             if not isinstance(default, dict):
                 found[f"{part}.{option}".lstrip(".")] = _with_default(known[option], default)
     return found
 
 
-def _with_default(parameter: settings.Parameter, default: Any) -> settings.Parameter:
-    return settings.Parameter(parameter.annotation, default, False, parameter.doc, parameter.module)
+def _with_default(parameter: source.Parameter, default: Any) -> source.Parameter:
+    return source.Parameter(parameter.annotation, default, False, parameter.doc, parameter.module)
 
 
 def unknown_option(command: str, word: str) -> UserError:
@@ -176,11 +178,11 @@ def unknown_option(command: str, word: str) -> UserError:
     key = re.split(r"[.@/]", word)[0]
     elsewhere = [name for name, other in COMMANDS.items() if key in other.options]
     used = f", which dfq {command} does not use" if key in (*groups, *plain) else ""
-    hint = did_you_mean(key, options)
-    if not hint:  # perhaps an option of a group, written without it
-        choices = chosen([])
-        homes = [f"{group}.{key}" for group in options if group in choices and key in group_options(group, choices[group])]
-        hint = f"did you mean '{homes[0]}'?" if homes else f"dfq {elsewhere[0]} takes it" if elsewhere else ""
+    choices = chosen([])  # perhaps an option of a group, written without it
+    homes = [f"{group}.{key}" for group in options if group in choices and key in group_options(group, choices[group])]
+    hint = f"did you mean '{homes[0]}'?" if homes else did_you_mean(key, options)
+    if not hint and elsewhere:
+        hint = f"dfq {elsewhere[0]} takes it"
     return UserError(f"got {word}{used}", ", ".join(options) or f"no options, see dfq {command} --help", hint)
 
 
@@ -212,7 +214,7 @@ def command_help(name: str, words: Iterable[str]) -> str:
     rows = []
     for key in command.options:
         if key in plain:
-            value = "DIR" if key in command.required else _text(plain[key].default)
+            value = "DIR" if key in command.required else text(plain[key].default)
             note = " (required)" if key in command.required else ""
             rows.append((f"{key}={value}", plain[key].doc.partition(";")[0] + note if note else plain[key].doc))
     lines += ["Options, with their defaults", *_columns(rows), ""]
@@ -222,22 +224,15 @@ def command_help(name: str, words: Iterable[str]) -> str:
         known = settings.choices(group.family)
         if not known:
             continue
-        lines += [f"  {key}={_text(name_)}", f"      {group.doc}: {' | '.join(known)}"]
+        lines += [f"  {key}={text(name_)}", f"      {group.doc}: {' | '.join(known)}"]
         if name_:
             rows = [
-                (f"    {key}.{option}={_text(parameter.default, parameter.required)}", _explanation(parameter))
+                (f"    {key}.{option}={text(parameter.default, parameter.required)}", settings.explain(parameter))
                 for option, parameter in group_options(key, name_).items()
             ]
             lines += _columns(rows)
     lines += ["", "Flags", *_columns(FLAGS.items())]
     return "\n".join(lines)
-
-
-def _explanation(parameter: settings.Parameter) -> str:
-    allowed = settings.describe(parameter)
-    if parameter.doc and allowed == "text":
-        return parameter.doc
-    return f"{parameter.doc} ({allowed})" if parameter.doc and allowed else parameter.doc or allowed
 
 
 def _columns(rows: Iterable[tuple[str, str]], width: int = 46) -> list[str]:
@@ -246,14 +241,14 @@ def _columns(rows: Iterable[tuple[str, str]], width: int = 46) -> list[str]:
     return [f"  {left:<{width}}{right}" if len(left) < width else f"  {left}  {right}" for left, right in rows]
 
 
-def _text(value: Any, required: bool = False) -> str:
+def text(value: Any, required: bool = False) -> str:
     """A value as it is written on the command line; ``...`` where one has to be given."""
     if value is None or value is ... or required:
         return "..." if required else "null" if value is None else "default"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{','.join(_text(item) for item in value)}]"
+        return f"[{','.join(text(item) for item in value)}]"
     return str(value)
 
 
@@ -330,7 +325,7 @@ def _option_completions(command: Command, word: str, choices: dict[str, str]) ->
     if key in groups and key in command.options:
         return _starting(start + last, [start + name for name in settings.choices(groups[key].family)])
     if key in ("hydra/launcher", "hydra/sweeper"):
-        return _starting(start + last, [start + name for name in ("basic", *_plugins(key.partition("/")[2]))])
+        return _starting(start + last, [start + name for name in ("basic", *plugins(key.partition("/")[2]))])
     if key == "device":
         return _starting(word, [start + name for name in ("auto", "cpu", "cuda", "mps")])
     if dot and option in usable:
@@ -344,7 +339,7 @@ def _option_completions(command: Command, word: str, choices: dict[str, str]) ->
     return []
 
 
-def _usable(command: Command, group: str, choices: dict[str, str]) -> dict[str, settings.Parameter]:
+def _usable(command: Command, group: str, choices: dict[str, str]) -> dict[str, source.Parameter]:
     return group_options(group, choices[group]) if group in command.options and group in choices else {}
 
 
@@ -356,7 +351,7 @@ def _names(flags: dict[str, str]) -> list[str]:
     return [re.split(r"[, ]", flag)[0] for flag in flags]
 
 
-def _plugins(kind: str) -> list[str]:
+def plugins(kind: str) -> list[str]:
     """Launchers of Hydra that are installed beside the basic one."""
     found = {"joblib": ["joblib"], "submitit": ["submitit_local", "submitit_slurm"]} if kind == "launcher" else {}
     folder = importlib.util.find_spec("hydra_plugins")

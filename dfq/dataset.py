@@ -79,7 +79,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
         self.path = Path(path)
         self.manifest = read_json(self.path / "manifest.json", "synthetic dataset")
         if self.manifest.get("format") != "dfq.synthetic_dataset":
-            raise UserError(f"got {self.path}, which is a {self.manifest.get('format')} folder", "a synthetic dataset folder")
+            raise UserError(
+                f"got {self.path}, which is a {self.manifest.get('format')} folder", "a synthetic dataset folder"
+            )
         if self.manifest["schema_version"] > SCHEMA_VERSION:
             raise UserError(
                 f"got a dataset of schema version {self.manifest['schema_version']}",
@@ -91,7 +93,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
     # -- writing ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: str | os.PathLike, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> SyntheticDataset:
+    def create(
+        cls, path: str | os.PathLike, settings: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> SyntheticDataset:
         """Open the dataset in ``path`` to add shards, or start it.
 
         Args:
@@ -230,13 +234,17 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def verify(self) -> None:
         """Check every shard against its checksum; a UserError names the first broken or missing one."""
-        names = {file.stem for file in (self.path / "shards").glob("[0-9]*") if file.suffix in (".json", ".safetensors")}
+        names = {
+            file.stem for file in (self.path / "shards").glob("[0-9]*") if file.suffix in (".json", ".safetensors")
+        }
         for stem in sorted(names):
             index = int(stem)
             entry, data = self._entry(index), self._shard_path(index)
             if entry is None or not data.exists():
                 missing = self._shard_path(index, ".json") if data.exists() else data
-                raise UserError(f"got {self.path} without {missing.name}", do="run the same generate command again to repair it")
+                raise UserError(
+                    f"got {self.path} without {missing.name}", do="run the same generate command again to repair it"
+                )
             if file_sha256(data) != entry["sha256"]:
                 raise UserError(
                     f"got {data}, whose content does not match its checksum",
@@ -249,7 +257,11 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def _entry(self, index: int) -> dict[str, Any] | None:
         try:
             entry = json.loads(self._shard_path(index, ".json").read_text())
-            return {"num_samples": int(entry["num_samples"]), "sha256": str(entry["sha256"]), "seconds": float(entry["seconds"])}
+            return {
+                "num_samples": int(entry["num_samples"]),
+                "sha256": str(entry["sha256"]),
+                "seconds": float(entry["seconds"]),
+            }
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

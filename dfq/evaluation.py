@@ -84,7 +84,8 @@ class Arrays:
             images = images[..., None]
         if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
             raise UserError(
-                f"got {path} with images {images.dtype} {list(images.shape)} and labels {labels.dtype} {list(labels.shape)}",
+                f"got {path} with images {images.dtype} {list(images.shape)} "
+                f"and labels {labels.dtype} {list(labels.shape)}",
                 allowed,
             )
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
@@ -95,7 +96,9 @@ class Digits(Arrays):
     """The embedded teacher's held-out digits; its training images make the real-data row."""
 
     path: str = str(Path(__file__).with_name("teachers") / "digits_data" / "heldout.npz")  # held-out digits
-    reference_path: str | None = str(Path(__file__).with_name("teachers") / "digits_data" / "train.npz")  # training digits
+    reference_path: str | None = str(
+        Path(__file__).with_name("teachers") / "digits_data" / "train.npz"
+    )  # training digits
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,9 @@ def _check_shape(images: Tensor, spec: InputSpec, path: str) -> None:
 
 
 @torch.no_grad()
-def measure(model: Callable[[Tensor], Any], task: Any, batches: Iterable[Batch], total: int, what: str) -> dict[str, float]:
+def measure(
+    model: Callable[[Tensor], Any], task: Any, batches: Iterable[Batch], total: int, what: str
+) -> dict[str, float]:
     """The task's metrics of ``model`` over labelled batches, as fractions; an empty dict where there is no batch."""
     metrics = None
     with progress_bar(f"evaluate {what}", total, "samples") as advance:
@@ -167,10 +172,12 @@ def measure(model: Callable[[Tensor], Any], task: Any, batches: Iterable[Batch],
             outputs = task.raw_outputs(model, images).cpu()
             if metrics is None:
                 metrics = task.metrics(task.num_outputs(outputs))
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < task.num_outputs(outputs):
+            num_outputs = task.num_outputs(outputs)
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_outputs:
+                lowest, highest = int(labels.min()), int(labels.max())
                 raise UserError(
-                    f"got labels from {int(labels.min())} to {int(labels.max())} and a network with {task.num_outputs(outputs)} outputs",
-                    f"labels from 0 to {task.num_outputs(outputs) - 1}",
+                    f"got labels from {lowest} to {highest} and a network with {num_outputs} outputs",
+                    f"labels from 0 to {num_outputs - 1}",
                 )
             metrics.update(outputs, labels)
             advance(len(labels))
@@ -179,11 +186,11 @@ def measure(model: Callable[[Tensor], Any], task: Any, batches: Iterable[Batch],
 
 @torch.no_grad()
 def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batch_size: int = 32) -> dict[str, Any]:
-    """How close the student is to the teacher on ``images`` (held-out synthetic samples), without a label.
+    """How close the student is to the teacher on ``images`` (held-out synthetic samples); no label is needed.
 
-    agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-quantization-
-    noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the network up to
-    there, and the share of the layer's inputs that its grid clips.
+    agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-
+    quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
+    network up to there, and the share of the layer's inputs that its grid clips.
     """
     folded = dict(student.folded)
     sums = {name: [0.0, 0.0] for name in student.layers}
@@ -201,7 +208,10 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         teacher_names = [folded.get(name, name) for name in student.layers]
         with capture_outputs(teacher.module, teacher_names) as wanted:
             target = task.raw_outputs(teacher, batch)
-        with capture_outputs(student.module, student.layers) as got, forward_hooks(student.layers.items(), before=count_clipped):
+        with (
+            capture_outputs(student.module, student.layers) as got,
+            forward_hooks(student.layers.items(), before=count_clipped),
+        ):
             output = task.raw_outputs(student, batch)
         agreement += float(task.agreement(output, target)) * len(batch)
         kl += float(task.distillation_loss(output, target)) * len(batch)
@@ -226,7 +236,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
 
 @torch.no_grad()
 def batch_norm_match(teacher: Teacher, images: Tensor, batch_size: int = 64) -> dict[str, float]:
-    """Distance of each batch norm's input statistics over all ``images`` to its running statistics; 0 is a perfect match."""
+    """Distance of each batch norm's input statistics over ``images`` to its running statistics; 0: a perfect match."""
     norms = teacher.batch_norms
     moments: dict[str, list[Tensor]] = {}
 

@@ -25,7 +25,9 @@ def describe(path: Path) -> Table:
         if description.exists() and read_json(description, "artifact").get("format") == "dfq.artifact":
             return _artifact(description)
     if path.is_dir() and (path / "shards").is_dir():
-        raise UserError(f"got {path}, which has no manifest.json", "a dataset folder", "generate it again into a new folder")
+        raise UserError(
+            f"got {path}, which has no manifest.json", "a dataset folder", "generate it again into a new folder"
+        )
     raise UserError(f"got {path}", "a dataset, student or artifact folder")
 
 
@@ -40,7 +42,9 @@ def _table(title: str, rows: dict[str, Any]) -> Table:
 
 def _dataset(dataset: SyntheticDataset) -> Table:
     if not dataset.shards:
-        raise UserError(f"got {dataset.path}, a dataset without samples", do="run the generate command that started it again")
+        raise UserError(
+            f"got {dataset.path}, a dataset without samples", do="run the generate command that started it again"
+        )
     dataset.verify()
     settings = dataset.manifest["settings"]
     generator = settings["generator"]
@@ -49,7 +53,9 @@ def _dataset(dataset: SyntheticDataset) -> Table:
     rows = {
         "folder": dataset.path,
         "samples": f"{len(dataset)} in {len(dataset.shards)} shards",
-        "tensors": ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in first.items()),
+        "tensors": ", ".join(
+            f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in first.items()
+        ),
         "generator": f"{generator['_target_']} ({options})" if options else generator["_target_"],
         "teacher": f"{dataset.provenance.get('teacher', '?')} (sha256 {settings['teacher_sha256'][:12]})",
         "seed": settings.get("seed", "none"),
@@ -61,9 +67,8 @@ def _dataset(dataset: SyntheticDataset) -> Table:
         logits = dataset.tensors()["logits"]
         counts = logits.argmax(1).bincount(minlength=logits.shape[1]).tolist()
         most = sorted(range(len(counts)), key=lambda c: -counts[c])[:10]
-        rows["teacher's answers"] = (
-            f"{sum(c > 0 for c in counts)} of {len(counts)} classes; most often "
-            + ", ".join(f"{c}: {counts[c]}" for c in most if counts[c])
+        rows["teacher's answers"] = f"{sum(c > 0 for c in counts)} of {len(counts)} classes; most often " + ", ".join(
+            f"{c}: {counts[c]}" for c in most if counts[c]
         )
         rows["confidence"] = f"{float(logits.softmax(1).amax(1).mean()):.3f} on average"
     return _table("Synthetic dataset", rows)
@@ -81,7 +86,8 @@ def _student(path: Path) -> Table:
         "folder": path,
         "teacher": f"{manifest['teacher']['name']} (sha256 {manifest['teacher']['sha256'][:12]})",
         "scheme": f"{manifest['scheme']['name']}, policy {manifest['scheme']['policy']}",
-        "layers": f"{len(manifest['layers'])} quantized, {len(manifest['folded'])} batch norms folded, {len(kept)} kept float",
+        "layers": f"{len(manifest['layers'])} quantized, {len(kept)} kept float",
+        "batch norms folded": len(manifest["folded"]),
         **{f"kept float: {name}": reason for name, reason in kept.items()},
         "weights": f"{manifest['mean_weight_bits']:.2f} bits on average",
         "size": f"{manifest['size_bytes']:,} bytes",
@@ -105,7 +111,11 @@ def _artifact(description_path: Path) -> Table:
         "format": description["exporter"]["_target_"] if isinstance(description.get("exporter"), dict) else "?",
         "size": f"{description['size_bytes']:,} bytes",
         **{f"parity: {key}": value for key, value in description["parity"].items()},
-        **{f"latency, {key}": f"{value:.3f} ms" for key, value in (description["latency_ms"] or {}).items() if value is not None},
+        **{
+            f"latency, {key}": f"{value:.3f} ms"
+            for key, value in (description["latency_ms"] or {}).items()
+            if value is not None
+        },
         "checksum": f"matches; sha256 {description['sha256'][:12]}",
     }
     return _table("Artifact", rows)

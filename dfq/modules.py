@@ -128,7 +128,7 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
 
 @dataclass(frozen=True)
 class Swap:
-    """What :func:`swap_layers` did: layers in call order with their two schemes, and those kept float with the reason."""
+    """What :func:`swap_layers` did: layers in call order with their schemes, those kept float with the reason."""
 
     layers: dict[str, tuple[TensorScheme, TensorScheme]]
     kept_float: dict[str, str]
@@ -139,7 +139,9 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     layers = weight_layers(module)
     # Order of first call; a layer that is called several times keeps its first place.
     ran = [name for name in dict.fromkeys(call.name for call in flow.calls) if name in layers]
-    kept_float = {name: f"no quantized {type(layers[name]).__name__} yet" for name in ran if not can_quantize(layers[name])}
+    kept_float = {
+        name: f"no quantized {type(layers[name]).__name__} yet" for name in ran if not can_quantize(layers[name])
+    }
     kept_float |= {name: "did not run in a forward of the network" for name in layers if name not in ran}
     order = [name for name in ran if name not in kept_float]
     if not order:
@@ -196,9 +198,10 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    """Fold each batch norm of ``pairs`` (layer, batch norm) into its layer, in place; the function stays the same.
+    """Fold each batch norm of ``pairs`` (layer, batch norm) into its layer, in place, leaving the function unchanged.
 
-    w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)   (Jacob et al., CVPR 2018, eq. 14)
+    w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)
+    (Jacob et al., CVPR 2018, eq. 14)
     """
     for layer_name, norm_name in pairs:
         layer, norm = module.get_submodule(layer_name), module.get_submodule(norm_name)

@@ -71,12 +71,19 @@ def generate(
     batch_size = min(generator.batch_size, num_samples)
     config = to_config(generator)
     config.pop("batch_size")  # what counts is the size that batches really have, which is recorded below
-    settings = {"generator": config, "seed": seed, "teacher_sha256": teacher.sha256, "input_spec": teacher.input_spec.to_dict()}
+    settings = {
+        "generator": config,
+        "seed": seed,
+        "teacher_sha256": teacher.sha256,
+        "input_spec": teacher.input_spec.to_dict(),
+    }
     name = f"{teacher.name}_{_label(generator)}"
     path = dataset_dir or OUTPUTS / "datasets" / f"{name}_{num_samples}_{_hash({**settings, 'batch_size': batch_size})}"
     if (path / "manifest.json").exists():  # grown from a first batch smaller than the generator's: keep its size
         batch_size = min(batch_size, SyntheticDataset(path).manifest["settings"].get("batch_size", batch_size))
-    dataset = SyntheticDataset.create(path, {**settings, "batch_size": batch_size}, {**DATA_FREE, "teacher": teacher.name})
+    dataset = SyntheticDataset.create(
+        path, {**settings, "batch_size": batch_size}, {**DATA_FREE, "teacher": teacher.name}
+    )
     if dataset.num_samples > num_samples:
         raise UserError(
             f"got num_samples={num_samples} and dataset_dir={path}, which holds {dataset.num_samples}",
@@ -93,7 +100,9 @@ def generate(
         for index in missing:
             start = time.perf_counter()
             share = sizes[index] / batch_size  # a last, shorter batch is the head of a whole one
-            images = generator.sample(teacher, batch_size, batch_rng(seed, index), lambda n, share=share: advance(n * share))
+            images = generator.sample(
+                teacher, batch_size, batch_rng(seed, index), lambda n, share=share: advance(n * share)
+            )
             images = images.detach().float().contiguous()
             with torch.no_grad():
                 logits = task.raw_outputs(teacher, images)
@@ -159,7 +168,7 @@ def quantize(
 def evaluate(
     teacher: Teacher, student: Student | None, evaluation: Any, dataset: SyntheticDataset | None = None
 ) -> dict[str, Any]:
-    """Arrow 3: metrics of teacher and student on labelled data (where there is some), fidelity on held-out synthetic samples.
+    """Arrow 3: metrics on labelled data (where there is some), fidelity on held-out synthetic samples.
 
     Args:
         evaluation: an evaluation, or any iterable of (images, labels) batches that are normalized for the network.
@@ -183,20 +192,29 @@ def export(
     teacher: Teacher | None = None,
     dataset: SyntheticDataset | None = None,
 ) -> dict[str, Any]:
-    """Arrow 4: the artifact in ``artifact_path`` (null: named after what makes it) and the json that describes it beside it.
+    """Arrow 4: the artifact in ``artifact_path`` (null: named after what makes it), its json description beside it.
 
     Returns:
         that description, with ``path``.
     """
-    settings = {"exporter": to_config(exporter), "student": student.settings, "teacher_sha256": student.teacher["sha256"]}
+    settings = {
+        "exporter": to_config(exporter),
+        "student": student.settings,
+        "teacher_sha256": student.teacher["sha256"],
+    }
     settings = json.loads(json.dumps(settings))
     name = f"{student.teacher['name']}_{student.scheme.name}_{student.scheme.policy}_{_hash(settings)}"
-    path = artifact_path or OUTPUTS / "artifacts" / name / f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
+    path = (
+        artifact_path
+        or OUTPUTS / "artifacts" / name / f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
+    )
     description_path = path.with_name(path.name + ".json")
     if path.exists():
         known = read_json(description_path, "artifact") if description_path.exists() else {}
         if known.get("format") != "dfq.artifact":
-            raise UserError(f"got artifact_path={path}, a file that dfq did not make", "a new file", "choose another artifact_path")
+            raise UserError(
+                f"got artifact_path={path}, a file that dfq did not make", "a new file", "choose another artifact_path"
+            )
         if known.get("settings") == settings and known["sha256"] == _file_hash(path):
             return {**known, "path": str(path)}
     images = held_out_images(dataset) if dataset is not None else None
@@ -216,7 +234,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     figures = evaluate(e.teacher, student, e.evaluation, dataset)
     report = describe(e.teacher, dataset, student, student_path, figures, artifact, e.seed, e.command)
     images = held_out_images(dataset)
-    details = _details(e.teacher, student, figures, dataset, e.seed)
+    details = _details(e.teacher, student, student_path, figures, dataset, e.seed)
     for reference in e.references:
         row = _reference(e, reference, task, images, details)
         if row is not None:
@@ -239,7 +257,7 @@ def report_student(
     figures = evaluate(teacher, student, evaluation, dataset)
     seed = student.settings.get("seed", 0)
     report = describe(teacher, dataset, student, student_path, figures, None, seed, command)
-    _write(output_dir, teacher, dataset, report, _details(teacher, student, figures, dataset, seed))
+    _write(output_dir, teacher, dataset, report, _details(teacher, student, student_path, figures, dataset, seed))
     return next(iter([*figures["student"].values(), figures.get("fidelity", {}).get("agreement")]), None)
 
 
@@ -266,7 +284,7 @@ def describe(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "seed": seed,
-        "environment": reports.environment(),
+        "environment": reports.environment(teacher.device),
         "teacher": {
             "name": teacher.name,
             "sha256": teacher.sha256,
@@ -304,11 +322,21 @@ def describe(
 
 
 def _details(
-    teacher: Teacher, student: Student, figures: Mapping[str, Any], dataset: SyntheticDataset | None, seed: int
+    teacher: Teacher,
+    student: Student,
+    student_path: Path,
+    figures: Mapping[str, Any],
+    dataset: SyntheticDataset | None,
+    seed: int,
 ) -> dict[str, Any]:
     """What report.html shows beside report.json."""
     fidelity = figures.get("fidelity", {})
-    row = {"role": "student", "metrics": figures["student"], "agreement": fidelity.get("agreement"), "kl": fidelity.get("kl")}
+    row = {
+        "role": "student",
+        "metrics": figures["student"],
+        "agreement": fidelity.get("agreement"),
+        "kl": fidelity.get("kl"),
+    }
     match: list[dict[str, Any]] = []
     if dataset is None:
         row |= {"row": "student", "generator": None, "seconds": student.seconds, "num_samples": None}
@@ -324,14 +352,17 @@ def _details(
     return {
         "references": [{**first, "metrics": figures["teacher"]}, row],
         "batch_norm_match": match,
-        "images": None if dataset is None else {"dataset": str(dataset.path)},
+        "images": {} if dataset is None else {"dataset": str(dataset.path)},
+        "student_dir": str(student_path),
         "kept_float": student.swap.kept_float,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "notes": [],
     }
 
 
-def _reference(e: Experiment, reference: str, task: Any, images: Tensor, details: dict[str, Any]) -> dict[str, Any] | None:
+def _reference(
+    e: Experiment, reference: str, task: Any, images: Tensor, details: dict[str, Any]
+) -> dict[str, Any] | None:
     """A row made with the same algorithm from other images: Gaussian noise, or real ones."""
     if reference == "gaussian":
         noise = resolve("generator", "gaussian", batch_size=e.generator.batch_size)
@@ -383,15 +414,19 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
 
 
 def _write(
-    output_dir: Path, teacher: Teacher, dataset: SyntheticDataset | None, report: dict[str, Any], details: dict[str, Any]
+    output_dir: Path,
+    teacher: Teacher,
+    dataset: SyntheticDataset | None,
+    report: dict[str, Any],
+    details: dict[str, Any],
 ) -> None:
     images, predictions = None, None
     if dataset is not None:
         tensors = dataset.tensors(64)
         images = teacher.input_spec.to_pixels(tensors["images"])
         predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
-    reports.write(output_dir, report, details, images, predictions)
-    reports.summary(report, details, Console())
+    page = reports.write(output_dir, report, details, images, predictions)
+    reports.summary(report, details, Console(), report_path=page)
 
 
 # ------------------------------------------------------------------------------------------------ pieces

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-Advance = Callable[[float], None]
+
+class Advance(Protocol):
+    """Called with the amount of work just done, and now and then with a short note on how it goes."""
+
+    def __call__(self, amount: float, note: str = "") -> None: ...
 
 
 class _Rate(ProgressColumn):
-    def render(self, task) -> Text:
+    def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "")
 
@@ -21,15 +34,26 @@ class _Rate(ProgressColumn):
 class _Count(MofNCompleteColumn):
     """Whole units, although work advances by fractions of them."""
 
-    def render(self, task) -> Text:
+    def render(self, task: Task) -> Text:
         total = int(task.total or 0)
-        return Text(f"{int(task.completed):{len(str(total))}d}/{total} {task.fields['unit']}")
+        return Text(f"{int(task.completed + 1e-6):{len(str(total))}d}/{total}")
 
 
 @contextmanager
 def progress_bar(description: str, total: float, unit: str, completed: float = 0) -> Iterator[Advance]:
     """A bar while the context is open; call what it gives with the amount of work just done (in ``unit``)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        _Count(),
+        _Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total, completed=completed, unit=unit)
-        yield lambda amount: progress.advance(task, amount)
+        task = progress.add_task(description, total=total, completed=completed, unit=unit, note="")
+
+        def advance(amount: float, note: str = "") -> None:
+            progress.update(task, advance=amount, **({"note": note} if note else {}))
+
+        yield advance

@@ -60,7 +60,9 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tu
     return scale, zero_point.to(torch.int32)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None = None
+) -> Tensor:
     """Integer codes of ``x``, int32, same shape."""
     scale, zero_point = broadcast(scale, x, axis), broadcast(zero_point, x, axis)
     return (torch.round(x / scale) + zero_point).clamp(quant_min, quant_max).to(torch.int32)
@@ -89,7 +91,11 @@ class _FakeQuantize(torch.autograd.Function):
         v = x / shaped
         low, high = broadcast(low, x, axis), broadcast(high, x, axis)
         inside = (v >= low) & (v <= high)
-        q = torch.round(v).clamp_(low, high) if low.dim() == 0 else torch.minimum(torch.maximum(torch.round(v), low), high)
+        q = (
+            torch.round(v).clamp_(low, high)
+            if low.dim() == 0
+            else torch.minimum(torch.maximum(torch.round(v), low), high)
+        )
         ctx.axis, ctx.gradient_scale, ctx.shape = axis, gradient_scale, scale.shape
         ctx.save_for_backward(inside, *((q, v) if ctx.needs_input_grad[1] else ()))
         return q * shaped
@@ -134,7 +140,7 @@ def pack(codes: Tensor, num_bits: int, quant_min: int) -> Tensor:
         uint8 [ceil(num_codes * num_bits / 8)]: 4-bit codes take half a byte each, 3-bit codes three eighths.
     """
     unsigned = codes.reshape(-1).to("cpu", torch.int32) - quant_min
-    if unsigned.numel() and not (0 <= int(unsigned.min()) and int(unsigned.max()) < 2**num_bits):
+    if unsigned.numel() and not (int(unsigned.min()) >= 0 and int(unsigned.max()) < 2**num_bits):
         raise ValueError(f"codes {int(codes.min())}..{int(codes.max())} do not fit {num_bits} bits from {quant_min}")
     rows = torch.nn.functional.pad(unsigned.to(torch.uint8), (0, -unsigned.numel() % 8)).view(-1, 8)
     packed = torch.zeros(len(rows), num_bits, dtype=torch.uint8)  # 8 codes fill exactly num_bits bytes

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -126,7 +127,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "batch_norm_match": [{"name": str, "synthetic": NUMBER, "gaussian": NUMBER, "real": NUMBER}],
     "images": {str: object},
     "kept_float": {str: str},  # layer → reason
-    "held_out": {str: (int, None)},
+    "held_out": {"num_samples": (int, None)},
     "student_dir": TEXT,
     "notes": [str],
     "grid": ({"num_images": int, "columns": int, "height": int, "width": int}, None),  # tiles of images.png, pixels
@@ -167,17 +168,17 @@ def _check(value: Any, schema: Any, where: str) -> None:
 def _checked_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """``details`` with every key of :data:`DETAILS`, and every row with every key of :data:`REFERENCE`."""
     lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes")}
-    mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float", "held_out")}
+    mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")} | {"held_out": {"num_samples": None}}
     filled = lists | mappings | dict.fromkeys(("student_dir", "grid", "predictions")) | dict(details)
     if isinstance(filled["references"], Sequence):
-        empty = {**dict.fromkeys(REFERENCE), "metrics": {}}
+        empty: dict[str, Any] = {**dict.fromkeys(REFERENCE), "metrics": {}}
         filled["references"] = [{**empty, **row} if isinstance(row, Mapping) else row for row in filled["references"]]
     _check(filled, DETAILS, "details")
     return filled
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as json holds it: paths as text, numpy's and torch's numbers as Python's, null for what is not finite."""
+    """``value`` as json holds it: paths as text, numpy's and torch's numbers as Python's, not finite as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -275,6 +276,7 @@ def render(output_dir: str | os.PathLike) -> Path:
     return output_dir / "report.html"
 
 
+@cache
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     page = jinja2.Environment(
@@ -441,28 +443,19 @@ def _rows(report: Mapping[str, Any], details: Mapping[str, Any]) -> list[dict[st
             )
     metric = _main_metric(report)
     rows = []
+    scheme = f"{student['scheme']} {student['policy']}" if student else ""
     for reference in references:
-        quantized = student is not None and reference["role"] != "teacher"
-        rows.append(
-            {
-                **dict.fromkeys(REFERENCE),
-                **reference,
-                "scheme": f"{student['scheme']} {student['policy']}" if student and quantized else "float",
-                "difference": _difference(metric, reference["metrics"].get(metric), teacher["metrics"].get(metric))
-                if quantized
-                else None,
-            }
-        )
+        row = {**dict.fromkeys(REFERENCE), **reference}
+        row["scheme"] = "float" if row["role"] == "teacher" else scheme
+        row["difference"] = _difference(metric, row["metrics"].get(metric), teacher["metrics"].get(metric))
+        rows.append(row)
     return rows
-
-
-def _gaussian_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    return next((row for row in rows if row["role"] == "reference" and row["generator"] == "gaussian"), None)
 
 
 def _loses_to_noise(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """A clause for the verdict where Gaussian noise serves as well as the synthetic data; empty where it does not."""
-    noise, student = _gaussian_row(rows), next((row for row in rows if row["role"] == "student"), None)
+    student = next((row for row in rows if row["role"] == "student"), None)
+    noise = next((row for row in rows if row["role"] == "reference" and row["generator"] == "gaussian"), None)
     if noise is None or student is None:
         return ""
     metric = _main_metric(report)
@@ -479,7 +472,7 @@ def _loses_to_noise(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 
 def verdict(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     """The run in one sentence, from its figures alone."""
-    details = _checked_details(_plain(details))
+    report, details = _plain(report), _checked_details(_plain(details))
     teacher, dataset, student = report["teacher"], report["dataset"], report["student"]
     metric = _main_metric(report)
     name, before = metric_label(metric), teacher["metrics"].get(metric)
@@ -496,10 +489,8 @@ def verdict(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         result = f"{name} not measured, same answer as the teacher on {share} of held-out synthetic samples"
     else:
         result = f"{name} not measured"
-    parts = [
-        part for part in (result, _smaller(report, student), _loses_to_noise(report, _rows(report, details))) if part
-    ]
-    return f"{student['scheme']} student of {teacher['name']}{_origin(dataset)}: {'; '.join(parts)}"
+    parts = result, _smaller(report, student), _loses_to_noise(report, _rows(report, details))
+    return f"{student['scheme']} student of {teacher['name']}{_origin(dataset)}: {'; '.join(filter(None, parts))}"
 
 
 def _origin(dataset: Mapping[str, Any] | None) -> str:

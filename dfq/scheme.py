@@ -14,8 +14,9 @@ Policies (the convention has to be named, or two papers cannot be compared):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Mapping
+from typing import Any
 
 from dfq.errors import UserError, did_you_mean
 
@@ -28,12 +29,14 @@ class TensorScheme:
     """How one kind of tensor is rounded: x_hat = (q - zero_point) * scale with integer q."""
 
     num_bits: int = 8  # 2 to 8
-    symmetric: bool = False  # True: signed grid, zero_point 0. False: the grid covers min..max; unsigned with zero_point 0 where nothing is negative
+    symmetric: bool = False  # true: signed, zero_point 0; false: covers min..max (zero_point 0 if nothing is negative)
     granularity: str = "per_tensor"  # per_tensor | per_channel (weights: one scale an output channel)
 
     def __post_init__(self):
         if isinstance(self.num_bits, bool) or not isinstance(self.num_bits, int) or not 2 <= self.num_bits <= 8:
-            raise UserError(f"got num_bits={self.num_bits!r}", "a whole number from 2 to 8", "give a bit width in that range")
+            raise UserError(
+                f"got num_bits={self.num_bits!r}", "a whole number from 2 to 8", "give a bit width in that range"
+            )
         if not isinstance(self.symmetric, bool):
             raise UserError(f"got symmetric={self.symmetric!r}", "true | false")
         if self.granularity not in GRANULARITIES:
@@ -106,4 +109,6 @@ def _check_keys(values, target, where: str) -> None:
         raise UserError(f"got {where}={values!r}", f"a mapping with {', '.join(known)}")
     for key in values:
         if key not in known:
-            raise UserError(f"got {where}.{key}", ", ".join(f"{where}.{name}" for name in known), did_you_mean(str(key), known))
+            raise UserError(
+                f"got {where}.{key}", ", ".join(f"{where}.{name}" for name in known), did_you_mean(str(key), known)
+            )

@@ -4,9 +4,8 @@ A method (generator, quantizer, algorithm, exporter, evaluation, teacher loader,
 fields are its settings, or a function whose keyword arguments are its settings. ``conf/<family>/<name>.yaml`` names
 it by ``_target_: package.module.Name``; nothing else in the project lists it.
 
-Importing a method usually imports torch, which takes seconds. So :func:`signature` reads names, types, defaults and
-the comment behind each setting from the method's *source*, and a mistake on the command line is answered in
-milliseconds. What cannot be read that way (C code, names made at run time) is not checked.
+Importing a method usually imports torch, which takes seconds. So settings are checked against what ``dfq.source`` reads
+from the method's source, and a mistake on the command line is answered in milliseconds.
 """
 
 from __future__ import annotations
@@ -14,22 +13,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import importlib.machinery
-import importlib.util
-import io
 import math
 import re
 import sys
-import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 
 from dfq.errors import UserError, did_you_mean
+from dfq.source import Parameter, find, signature, statement_of
 
 search_path = [Path(__file__).with_name("conf")]  # folders of yaml files; the command line appends that of --config-dir
 MISSING = "???"  # OmegaConf's word for "has to be given"
@@ -62,17 +57,6 @@ NonNegativeInt = Annotated[int, Bound(at_least=0)]
 PositiveFloat = Annotated[float, Bound(above=0)]
 NonNegativeFloat = Annotated[float, Bound(at_least=0)]
 Fraction = Annotated[float, Bound(at_least=0, at_most=1)]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One setting of a method, as its source states it."""
-
-    annotation: str  # source text, "Any" where there is none
-    default: Any  # the value; Ellipsis where there is none or it is not a plain literal
-    required: bool
-    doc: str  # the comment behind it
-    module: str = ""  # where names in the annotation are to be looked up
 
 
 # ------------------------------------------------------------------------------------------------ yaml files
@@ -122,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check(config: Mapping[str, Any], where: str) -> None:
-    """Every key of ``config`` known to its ``_target_``, every value of its type and range, every required one given."""
+    """Each key of ``config`` known to its ``_target_``, each value of its type and range, each required one given."""
     _checked(config, where, ())
 
 
@@ -138,7 +122,7 @@ def options(config: Mapping[str, Any]) -> dict[str, Parameter]:
         if key != "_target_":
             parameter = known.get(key) or Parameter("Any", ..., False, "")
             found[key] = dataclasses.replace(parameter, default=default, required=default == MISSING)
-    if isinstance(target, str) and isinstance(_statement(target), ast.ClassDef):
+    if isinstance(target, str) and isinstance(statement_of(target), ast.ClassDef):
         found.update({key: parameter for key, parameter in known.items() if key not in found})
     return found
 
@@ -153,7 +137,7 @@ def build(config: Mapping[str, Any], where: str = "", **extra: Any) -> Any:
 
 
 def resolve(family: str, value: Any, **settings: Any) -> Any:
-    """A method from what a caller of the Python functions gave: a yaml's name, a mapping with ``_target_``, or an object."""
+    """A method from what a caller in Python gave: a yaml's name, a mapping with ``_target_``, or an object."""
     if isinstance(value, str):
         return build({**load(family, value), **settings}, family)
     if isinstance(value, Mapping):
@@ -193,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def locate(target: str, where: str = "") -> Any:
-    """Import what ``package.module.Name`` names. Nothing of the standard library: no method lives there, mischief does."""
+    """Import what ``package.module.Name`` names. Nothing of the standard library: only mischief would."""
     _check_target(target, where)
     parts, got = target.split("."), f"got {_join(where, '_target_')}={target!r}"
     for length in range(len(parts) - 1, 0, -1):
@@ -245,7 +229,7 @@ def _checked(config: Mapping[str, Any], where: str, extra: Any) -> dict[str, Any
             raise UserError(
                 f"got {_join(where, key)}={value!r}",
                 ", ".join(_join(where, name) for name in known) or f"no settings: {where} has none",
-                did_you_mean(key, known),
+                did_you_mean(key, known).replace("'", f"'{_join(where, '')}", 1),
             )
     for key, parameter in (parameters or {}).items():
         if parameter.required and key not in settings and key not in extra and key != "**":
@@ -255,9 +239,7 @@ def _checked(config: Mapping[str, Any], where: str, extra: Any) -> dict[str, Any
 
 def _not_given(where: str, key: str, parameter: Parameter | None) -> UserError:
     name = _join(where, key)
-    allowed = describe(parameter) if parameter else ""
-    doc = f" ({parameter.doc})" if parameter and parameter.doc else ""
-    return UserError(f"got no {name}", allowed, f"give {name}=...{doc}")
+    return UserError(f"got no {name}", explain(parameter) if parameter else "", f"give {name}=...")
 
 
 def _join(where: str, key: str) -> str:
@@ -278,7 +260,7 @@ class _Type:
 
 
 def check_value(value: Any, annotation: str, where: str, module: str = __name__) -> Any:
-    """``value`` as ``annotation`` (source text, its names looked up in ``module``) has it; a :class:`UserError` if it is not."""
+    """``value`` in the type that ``annotation`` (source text from ``module``) states, or a :class:`UserError`."""
     kind = _parse(annotation, module)
     try:
         return kind.convert(value)
@@ -293,6 +275,14 @@ def describe(parameter: Parameter) -> str:
     """What the type of a setting allows, in words: "a whole number >= 1"; empty for a type of no known vocabulary."""
     kind = _parse(parameter.annotation, parameter.module)
     return "" if kind is _ANYTHING else kind.describe
+
+
+def explain(parameter: Parameter) -> str:
+    """The comment behind a setting, and what its type allows."""
+    allowed = describe(parameter)
+    if parameter.doc and allowed and allowed != "text":
+        return f"{parameter.doc} ({allowed})"
+    return parameter.doc or allowed
 
 
 def _parse(annotation: str, module: str) -> _Type:
@@ -353,7 +343,7 @@ def _type_of(node: ast.expr, module: str) -> _Type:
     if isinstance(node, ast.Name):
         if node.id in _PLAIN_TYPES:
             return _PLAIN_TYPES[node.id]
-        found = _find(module, [node.id]) if node.id != "Any" else None
+        found = find(module, [node.id]) if node.id != "Any" else None
         if found and isinstance(found[1], ast.Assign | ast.AnnAssign) and found[1].value is not None:
             return _type_of(found[1].value, found[0])
         return _ANYTHING
@@ -443,256 +433,3 @@ def _tuple_of(kinds: list[_Type]) -> _Type:
         return tuple(kind.convert(item) for kind, item in zip(kinds, items, strict=True))
 
     return _Type(f"a list of {len(kinds)}: [{', '.join(kind.describe for kind in kinds)}]", convert)
-
-
-# ------------------------------------------------------------------------------------------------ reading the source
-
-
-def signature(target: str) -> dict[str, Parameter] | None:
-    """Settings of ``package.module.Name``, read from its source without importing it; None where that cannot be read.
-
-    A dataclass: its fields, those of its bases first. Another class: the arguments of its ``__init__``. A function: its
-    keyword-only arguments, or all of them where it has none. A key ``"**"`` says that any further name is taken too.
-    """
-    found = _definition(target)
-    return _signature(*found) if found else None
-
-
-def attribute(target: str, name: str) -> Any:
-    """The literal that the class ``target`` holds as ``name`` (``suffix: ClassVar[str] = ".onnx"``); None where it cannot be read."""
-    value = getattr(_statement(f"{target}.{name}"), "value", None)
-    literal = _default(value)
-    return None if literal is ... else literal
-
-
-def names(module: str) -> set[str] | None:
-    """Names that a module defines or imports, from its source; None where the source cannot tell."""
-    source = _source(module)
-    if source is None:
-        return None
-    found: set[str] = set()
-    for statement in _statements(source.tree.body):
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            found.update((alias.asname or alias.name).split(".")[0] for alias in statement.names)
-        found.update(_defined(statement))
-        if not isinstance(statement, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.If | ast.Try | ast.Expr):
-            if not isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                return None  # a loop or the like may define anything
-    return None if found & {"*", "__getattr__"} else found
-
-
-def packages(target: str) -> set[str]:
-    """Top-level packages that the module of ``target`` imports, inside functions too, those in a ``try`` left out."""
-    found = _definition(target)
-    source = _source(found[0]) if found else None
-    imported: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Import):
-            imported.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            imported.add(node.module.split(".")[0])
-        elif not isinstance(node, ast.Try) and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
-            for child in ast.iter_child_nodes(node):
-                visit(child)
-
-    if source:
-        visit(source.tree)
-    return imported - set(sys.stdlib_module_names)
-
-
-def _definition(target: str) -> tuple[str, ast.stmt] | None:
-    """(module, statement) that defines ``package.module.Name``."""
-    parts = target.replace(":", ".").split(".")
-    for length in range(len(parts) - 1, 0, -1):
-        module = ".".join(parts[:length])
-        if source_path(module):
-            return _find(module, parts[length:])
-    return None
-
-
-def _statement(target: str) -> ast.stmt | None:
-    found = _definition(target)
-    return found[1] if found else None
-
-
-def source_path(module: str) -> Path | None:
-    """The ``.py`` file of a module, found without importing it or the packages it lies in."""
-    spec = find_spec(module)
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
-
-
-def find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
-    """Where a module lies; nothing is imported."""
-    top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)  # imports nothing for a top-level name
-    except (ImportError, ValueError):
-        return None
-    name = top
-    for part in rest:
-        name = f"{name}.{part}"
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, list(spec.submodule_search_locations))
-    return spec
-
-
-@dataclass(frozen=True)
-class _Source:
-    tree: ast.Module
-    comments: dict[int, str]  # line number -> comment behind the code of that line
-
-
-def _source(module: str) -> _Source | None:
-    path = source_path(module)
-    try:
-        return _read_source(path, path.stat().st_mtime_ns) if path else None
-    except (OSError, SyntaxError, ValueError, tokenize.TokenError):
-        return None
-
-
-@lru_cache(maxsize=256)
-def _read_source(path: Path, _modified: int) -> _Source:
-    text = path.read_text(encoding="utf-8")
-    comments = {
-        token.start[0]: token.string.lstrip("# ").rstrip()
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return _Source(ast.parse(text), comments)
-
-
-def _find(module: str, names: list[str], depth: int = 8) -> tuple[str, ast.stmt] | None:
-    """(module, statement) that defines ``names`` ([Class] or [Class, method]), imports followed."""
-    source = _source(module)
-    if source is None or depth == 0:
-        return None
-    found: tuple[str, ast.stmt] | None = None
-    for statement in _statements(source.tree.body):
-        if isinstance(statement, ast.ImportFrom):
-            for alias in statement.names:
-                if (alias.asname or alias.name) == names[0]:
-                    origin = _origin(module, statement)
-                    found = _find(origin, [alias.name], depth - 1) if origin else None
-        elif names[0] in _defined(statement):
-            found = (module, statement)
-    for name in names[1:]:
-        if found is None or not isinstance(found[1], ast.ClassDef):
-            return None
-        inner = [statement for statement in found[1].body if name in _defined(statement)]
-        found = (found[0], inner[-1]) if inner else None
-    return found
-
-
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module, those in its ``if`` and ``try`` blocks too."""
-    for statement in body:
-        yield statement
-        for block in ("body", "orelse", "handlers", "finalbody") if isinstance(statement, ast.If | ast.Try) else ():
-            for inner in getattr(statement, block, []):
-                yield from _statements(inner.body if isinstance(inner, ast.ExceptHandler) else [inner])
-
-
-def _defined(statement: ast.stmt) -> list[str]:
-    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return [statement.name]
-    if isinstance(statement, ast.Assign):
-        return [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-        return [statement.target.id]
-    return []
-
-
-def _origin(module: str, statement: ast.ImportFrom) -> str:
-    """The module that ``from ... import`` reads in ``module``."""
-    if not statement.level:
-        return statement.module or ""
-    path = source_path(module)
-    package = module.split(".") if path and path.name == "__init__.py" else module.split(".")[:-1]
-    package = package[: len(package) - statement.level + 1]
-    return ".".join([*package, *(statement.module or "").split(".")]).strip(".")
-
-
-def _signature(module: str, statement: ast.stmt) -> dict[str, Parameter] | None:
-    if isinstance(statement, ast.ClassDef):
-        if any(_name(decorator) == "dataclass" for decorator in statement.decorator_list):
-            return _fields(module, statement)
-        for inner in statement.body:
-            if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
-                return _arguments(module, inner, skip=1, only_keywords=False)
-        if len(statement.bases) == 1 and isinstance(statement.bases[0], ast.Name):
-            found = _find(module, [statement.bases[0].id])
-            return _signature(*found) if found else None
-        return {} if not statement.bases else None
-    if isinstance(statement, ast.FunctionDef):
-        in_class = any(_name(decorator) == "classmethod" for decorator in statement.decorator_list)
-        return _arguments(module, statement, skip=int(in_class))
-    return None
-
-
-def _name(node: ast.expr) -> str:
-    node = node.func if isinstance(node, ast.Call) else node
-    node = node.value if isinstance(node, ast.Subscript) else node
-    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-
-
-def _fields(module: str, statement: ast.ClassDef) -> dict[str, Parameter] | None:
-    parameters: dict[str, Parameter] = {}
-    for base in reversed(statement.bases):
-        if _name(base) in ("ABC", "Protocol", "Generic", "object"):
-            continue
-        found = _find(module, [base.id]) if isinstance(base, ast.Name) else None
-        if found is None or not isinstance(found[1], ast.ClassDef):
-            return None  # its fields, if it has any, are not to be seen: check nothing rather than refuse good settings
-        if any(_name(decorator) == "dataclass" for decorator in found[1].decorator_list):
-            inherited = _fields(*found)
-            if inherited is None:
-                return None
-            parameters.update(inherited)
-    for inner in statement.body:
-        if not isinstance(inner, ast.AnnAssign) or not isinstance(inner.target, ast.Name):
-            continue
-        if _name(inner.annotation) in ("ClassVar", "KW_ONLY"):
-            continue
-        default, required = _default(inner.value), inner.value is None
-        if isinstance(inner.value, ast.Call) and _name(inner.value) == "field":
-            keywords = {keyword.arg: keyword.value for keyword in inner.value.keywords}
-            if isinstance(keywords.get("init"), ast.Constant) and keywords["init"].value is False:
-                continue
-            default = _default(keywords.get("default"))
-            required = "default" not in keywords and "default_factory" not in keywords
-        parameters[inner.target.id] = _parameter(module, inner.annotation, default, required, inner.end_lineno)
-    return parameters
-
-
-def _arguments(
-    module: str, function: ast.FunctionDef, skip: int = 0, only_keywords: bool = True
-) -> dict[str, Parameter]:
-    arguments = function.args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    defaults: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
-    pairs = list(zip(positional, defaults, strict=True))[skip:]
-    if arguments.kwonlyargs:
-        keywords = list(zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))
-        pairs = keywords if only_keywords else pairs + keywords
-    parameters = {}
-    for argument, default in pairs:
-        line = default.end_lineno if default is not None else argument.end_lineno
-        parameters[argument.arg] = _parameter(module, argument.annotation, _default(default), default is None, line)
-    if arguments.kwarg:
-        parameters["**"] = Parameter("Any", ..., False, "")
-    return parameters
-
-
-def _parameter(module: str, annotation: ast.expr | None, default: Any, required: bool, line: int | None) -> Parameter:
-    source = _source(module)
-    doc = source.comments.get(line or 0, "") if source else ""
-    return Parameter(ast.unparse(annotation) if annotation else "Any", default, required, doc, module)
-
-
-def _default(node: ast.expr | None) -> Any:
-    try:
-        return ... if node is None else ast.literal_eval(node)
-    except ValueError:
-        return ...

@@ -46,7 +46,9 @@ class Student:
         seconds: how long that took.
     """
 
-    def __init__(self, module: nn.Module, scheme: Scheme, swap: Swap, folded: list[tuple[str, str]], teacher: dict[str, Any]):
+    def __init__(
+        self, module: nn.Module, scheme: Scheme, swap: Swap, folded: list[tuple[str, str]], teacher: dict[str, Any]
+    ):
         self.module, self.scheme, self.swap, self.folded = module, scheme, swap, folded
         self.teacher = teacher
         self.settings: dict[str, Any] = {}
@@ -112,7 +114,9 @@ class Student:
         state = {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
         for name, (weight_scheme, _) in self.swap.layers.items():
             if not self.layers[name].weight_quantizer.enabled:
-                raise UserError(f"got a student whose layer {name} has no grid yet", do="run an algorithm on it before saving")
+                raise UserError(
+                    f"got a student whose layer {name} has no grid yet", do="run an algorithm on it before saving"
+                )
             del state[f"{name}.weight"]
             if weight_scheme.symmetric:
                 del state[f"{name}.weight_quantizer.zero_point"]  # zero by definition
@@ -132,7 +136,9 @@ class Student:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "teacher": self.teacher,
             "scheme": self.scheme.to_dict(),
-            "layers": {name: {"weight": asdict(w), "activation": asdict(a)} for name, (w, a) in self.swap.layers.items()},
+            "layers": {
+                name: {"weight": asdict(w), "activation": asdict(a)} for name, (w, a) in self.swap.layers.items()
+            },
             "kept_float": self.swap.kept_float,
             "folded": self.folded,
             "settings": self.settings,
@@ -196,7 +202,9 @@ class Student:
         assert isinstance(layer, QuantizedLayer)
         codes = unpack(tensors.pop(name + CODES), scheme.num_bits, scheme.quant_min, tuple(layer.weight.shape))
         scale = tensors[f"{name}.weight_quantizer.scale"]
-        zero_point = tensors.setdefault(f"{name}.weight_quantizer.zero_point", torch.zeros_like(scale, dtype=torch.int32))
+        zero_point = tensors.setdefault(
+            f"{name}.weight_quantizer.zero_point", torch.zeros_like(scale, dtype=torch.int32)
+        )
         tensors[f"{name}.weight"] = dequantize(codes, scale, zero_point, layer.weight_quantizer.axis)
 
 

@@ -16,7 +16,7 @@ from dfq.teacher import Teacher
 
 @dataclass(frozen=True)
 class Generator:
-    """Makes synthetic batches. Batch i depends on (seed, i) only, so runs can be resumed, split and repeated bit for bit.
+    """Makes synthetic batches. Batch i depends on (seed, i) only: runs can be resumed, split, repeated bit for bit.
 
     A sub-class writes :meth:`sample`; everything else (batching, storage, resuming, progress) is done around it.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dfq import settings
+from dfq import settings, source
 from dfq.errors import UserError
 
 METHOD = '''
@@ -56,7 +56,7 @@ class Old:
         self.width = width
 '''
 
-BASE = '''
+BASE = """
 from dataclasses import dataclass
 from dfq.settings import PositiveInt
 
@@ -65,7 +65,7 @@ class Base:
     batch_size: PositiveInt = 32  # samples at a time
 
 def helper(count: PositiveInt = 1): ...
-'''
+"""
 
 
 @pytest.fixture
@@ -80,25 +80,28 @@ def package(tmp_path, monkeypatch):
 
 
 def test_signature_reads_names_types_defaults_and_comments_of_a_dataclass(package):
-    parameters = settings.signature(f"{package}.Method")
+    parameters = source.signature(f"{package}.Method")
     assert list(parameters)[:3] == ["batch_size", "iterations", "warmup"]
     assert parameters["batch_size"].doc == "samples at a time"
-    assert parameters["iterations"] == settings.Parameter("PositiveInt", 500, False, "steps of Adam", package)
+    assert parameters["iterations"] == source.Parameter("PositiveInt", 500, False, "steps of Adam", package)
     assert parameters["lr"].doc == 'step size; "#" is no comment here'
     assert parameters["flags"].default is ... and not parameters["flags"].required
     assert "cache" not in parameters and "family" not in parameters
 
 
 def test_signature_of_functions_classes_and_the_unreadable(package):
-    assert list(settings.signature(f"{package}.function")) == ["steps", "name"]  # keyword-only arguments are the settings
-    assert settings.signature(f"{package}.function")["name"].required
-    assert list(settings.signature(f"{package}.plain")) == ["path", "scale"]
-    assert "**" in settings.signature(f"{package}.open_ended")
-    assert list(settings.signature(f"{package}.Old")) == ["width", "depth"]
-    assert list(settings.signature(f"{package}.helper")) == ["count"]  # through an import
-    assert settings.signature("math.sqrt") is None
-    assert settings.signature(f"{package}.nothing") is None
-    assert settings.signature("no_such_package.module.Name") is None
+    assert list(source.signature(f"{package}.function")) == [
+        "steps",
+        "name",
+    ]  # keyword-only arguments are the settings
+    assert source.signature(f"{package}.function")["name"].required
+    assert list(source.signature(f"{package}.plain")) == ["path", "scale"]
+    assert "**" in source.signature(f"{package}.open_ended")
+    assert list(source.signature(f"{package}.Old")) == ["width", "depth"]
+    assert list(source.signature(f"{package}.helper")) == ["count"]  # through an import
+    assert source.signature("math.sqrt") is None
+    assert source.signature(f"{package}.nothing") is None
+    assert source.signature("no_such_package.module.Name") is None
 
 
 GOOD = [
@@ -159,7 +162,10 @@ def test_check_refuses_in_one_line_that_says_what_is_allowed(package, key, value
 
 
 def test_check_names_the_unknown_and_the_missing(package):
-    with pytest.raises(UserError, match=r"got generator.iteration=5; allowed: generator.batch_size, .*; did you mean 'iter"):
+    with pytest.raises(
+        UserError,
+        match=r"got generator.iteration=5; allowed: generator.batch_size, .*; did you mean 'generator.iterations'",
+    ):
         settings.check({"_target_": f"{package}.Method", "iteration": 5}, "generator")
     with pytest.raises(UserError, match=r"got no task.name; allowed: text; give task.name=..."):
         settings.check({"_target_": f"{package}.function", "steps": 2}, "task")
@@ -174,7 +180,7 @@ def test_check_names_the_unknown_and_the_missing(package):
 def test_check_imports_nothing(package):
     code = f"""
         import sys
-        from dfq import settings
+        from dfq import settings, source
         settings.check({{"_target_": "{package}.Method", "lr": 0.1}}, "generator")
         settings.check({{"_target_": "torch.optim.Adam", "params": [], "lr": 0.1}}, "optimizer")
         assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "numpy", "methods_under_test")]

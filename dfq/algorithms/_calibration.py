@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfq.dataset import SyntheticDataset
 from dfq.hooks import forward_hooks
 from dfq.progress import progress_bar
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.student import Student
+
+
+def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
+    """Up to ``num_samples`` images [N, C, H, W] that are not held out."""
+    indices, _ = dataset.split()
+    return dataset.tensors(indices[:num_samples][-1] + 1)["images"][indices[:num_samples]]
 
 
 @torch.no_grad()

@@ -8,15 +8,18 @@ student of the best look.
 
 from __future__ import annotations
 
+import logging
 import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dfq.algorithms._calibration import calibrate
+from dfq.algorithms._calibration import calibrate, calibration_images
 from dfq.dataset import SyntheticDataset
 from dfq.modules import stage_ends
 from dfq.quantizers.lsq import learn_step
@@ -53,12 +56,13 @@ class Distillation:
         """Train ``student`` in place; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
         # Lightning takes seconds to import; who only rounds does not pay for it.
         import pytorch_lightning as pl
-        from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+        from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
         from dfq.lightning.data import SyntheticDataModule
         from dfq.lightning.distillation import DistillationModule
+        from dfq.lightning.progress import StepProgress
 
-        images = dataset.tensors(self.num_calibration_samples)["images"]
+        images = calibration_images(dataset, self.num_calibration_samples)
         input_elements = calibrate(student, images, weight_quantizer, activation_quantizer)
         student.module.requires_grad_(True)
         for name, layer in student.layers.items():
@@ -79,9 +83,7 @@ class Distillation:
             seed,
         )
         best = ModelCheckpoint(work_dir, filename="best", monitor="held_out_loss", save_last=True)
-        with warnings.catch_warnings():
-            # Lightning advises loaders in many processes; the data is a memory map.
-            warnings.filterwarnings("ignore", module="pytorch_lightning")
+        with quiet_lightning():
             trainer = pl.Trainer(
                 **trainer_device(teacher.device),
                 max_steps=self.max_steps,
@@ -91,8 +93,9 @@ class Distillation:
                 callbacks=[
                     best,
                     EarlyStopping("held_out_loss", patience=self.patience),
-                    RichProgressBar(leave=True),
+                    StepProgress("distill", self.max_steps, {"loss": "loss", "held_out_loss": "held-out"}),
                 ],
+                enable_progress_bar=False,
                 logger=False,
                 enable_model_summary=False,
                 default_root_dir=work_dir,
@@ -109,6 +112,22 @@ def trainer_device(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"accelerator": "gpu", "devices": [device.index or 0]}
     return {"accelerator": device.type, "devices": 1}
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's lines on devices it does not use and products it recommends; warnings of substance stay."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # The data is a memory map or a few tensors: worker processes would only cost.
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fit(trainer: Any, module: Any, data: Any, checkpoint: str | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfq.algorithms._calibration import calibrate
+from dfq.algorithms._calibration import calibrate, calibration_images
 from dfq.dataset import SyntheticDataset
 from dfq.settings import PositiveInt
 from dfq.student import Student
@@ -30,5 +30,5 @@ class RoundToNearest:
         work_dir: Path,
     ) -> None:
         """Give ``student`` its grids, in place."""
-        images = dataset.tensors(self.num_calibration_samples)["images"]
+        images = calibration_images(dataset, self.num_calibration_samples)
         calibrate(student, images, weight_quantizer, activation_quantizer)

@@ -1,1 +1,17 @@
-"""The plug-in for PyTorch Lightning projects."""
+"""The plug-in for Lightning projects: modules and data modules. Loaded on first use, so that the package costs no torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["DistillationModule", "SyntheticDataModule"]
+
+if TYPE_CHECKING:
+    from dfq.lightning.data import SyntheticDataModule
+    from dfq.lightning.distillation import DistillationModule
+else:
+
+    def __getattr__(name: str) -> Any:
+        home = {"DistillationModule": "distillation", "SyntheticDataModule": "data"}
+        if name not in home:
+            raise AttributeError(f"module 'dfq.lightning' has no attribute {name!r}")
+        return getattr(import_module(f"dfq.lightning.{home[name]}"), name)

@@ -57,7 +57,9 @@ class DistillationModule(pl.LightningModule):
         self.rng = torch.Generator().manual_seed(seed)
         # A step that crossed zero would flip the sign of its whole tensor.
         self.smallest_steps = {
-            name: p.detach().abs().clone() * 1e-2 for name, p in student.module.named_parameters() if name.endswith(".scale")
+            name: p.detach().abs().clone() * 1e-2
+            for name, p in student.module.named_parameters()
+            if name.endswith(".scale")
         }
 
     def configure_optimizers(self) -> Any:
@@ -94,7 +96,7 @@ class DistillationModule(pl.LightningModule):
         if self.features:
             errors = [relative_mse(got[name], wanted[name]) for name in self.features]
             loss = loss + self.feature_weight * torch.stack(errors).mean()
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -106,5 +108,5 @@ class DistillationModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
         output = self.task.raw_outputs(self.student_module, batch["images"])
         size = len(batch["images"])
-        self.log("held_out_loss", self.task.distillation_loss(output, batch["logits"]), prog_bar=True, batch_size=size)
-        self.log("held_out_agreement", self.task.agreement(output, batch["logits"]), prog_bar=True, batch_size=size)
+        self.log("held_out_loss", self.task.distillation_loss(output, batch["logits"]), batch_size=size)
+        self.log("held_out_agreement", self.task.agreement(output, batch["logits"]), batch_size=size)

@@ -1,6 +1,6 @@
-"""Batch-norm statistic matching: how far a batch's activations are from what the network saw in training.
+"""Batch-norm statistic matching: how far a batch's activations are from those in training.
 
-ZeroQ (Cai et al., CVPR 2020, arXiv 2001.00281, eq. 1) and DeepInversion (Yin et al., CVPR 2020, arXiv 1912.08795, eq. 4)
+ZeroQ (Cai et al., CVPR 2020, arXiv 2001.00281, eq. 1) and DeepInversion (Yin et al., CVPR 2020, 1912.08795, eq. 4)
 pull the statistics of a batch to the running statistics of every batch norm. Own formulation: the statistics are taken
 at the batch norm's input and measured in units of the running standard deviation, so that one weight serves every
 layer, batch size and resolution::

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of softmax outputs, mean over samples, times temperature^2 (Hinton et al., arXiv 1503.02531).
+    """KL(teacher || student) of softmax outputs, mean over samples, times temperature^2 (Hinton et al., 1503.02531).
 
     Shapes: both [N, ..., num_classes]; scalar, in nats.
     """

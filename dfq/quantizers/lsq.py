@@ -1,11 +1,11 @@
 """LSQ: learned step size quantization (Esser et al., ICLR 2020, arXiv 1902.08153).
 
-The step (``scale``) is trained with the network. Equations: initial step 2 <|x|> / sqrt(Q_P) (section 2.1), gradient of
-the step (eq. 3, in :func:`dfq.quantization.fake_quantize`), gradient scale g = 1 / sqrt(N * Q_P) (section 2.2) with N the
-number of elements that share the step: of the tensor, of one output channel, or of one sample of an activation.
+The step (``scale``) is trained with the network. Equations: initial step 2 <|x|> / sqrt(Q_P) (section 2.1), gradient
+of the step (eq. 3, in :func:`dfq.quantization.fake_quantize`), gradient scale g = 1 / sqrt(N * Q_P) (section 2.2) with
+N the number of elements that share the step: of the tensor, of one output channel, or of one sample of an activation.
 
-Differences from the paper: the zero point of an asymmetric activation is found by calibration and stays; weights may have
-one step per output channel; steps that start from another quantizer's range keep it (:func:`learn_step`).
+Differences from the paper: the zero point of an asymmetric activation is found by calibration and stays; weights may
+have one step per output channel; steps that start from another quantizer's range keep it (:func:`learn_step`).
 """
 
 from __future__ import annotations

@@ -36,8 +36,12 @@ class Percentile:
         one_sided = (observation.minimum >= 0)[:, None]
         above = torch.where(one_sided, rest, rest / 2)
         # The smallest value with at most that share above it, and the largest with at most that share below it.
-        high = values.gather(1, torch.searchsorted(cumulative, total * (1 - above)).clamp(max=values.shape[1] - 1))[:, 0]
-        low = values.gather(1, torch.searchsorted(cumulative, total * rest / 2, right=True).clamp(max=values.shape[1] - 1))[:, 0]
+        high = values.gather(1, torch.searchsorted(cumulative, total * (1 - above)).clamp(max=values.shape[1] - 1))[
+            :, 0
+        ]
+        low = values.gather(
+            1, torch.searchsorted(cumulative, total * rest / 2, right=True).clamp(max=values.shape[1] - 1)
+        )[:, 0]
         if self.percentile == 100:
             low, high = observation.minimum, observation.maximum
         low = torch.where(observation.minimum >= 0, torch.zeros_like(low), low)

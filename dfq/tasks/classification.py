@@ -37,7 +37,8 @@ class Classification:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
             raise UserError(
-                f"got a {type(logits).__name__}{shape} from the network", "logits [N, num_classes] for task=classification"
+                f"got a {type(logits).__name__}{shape} from the network",
+                "logits [N, num_classes] for task=classification",
             )
         return logits
 

@@ -26,7 +26,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"got teacher.checkpoint={path}, which does not exist", "a .safetensors, .pt or .pth file") from None
+        raise UserError(
+            f"got teacher.checkpoint={path}, which does not exist", "a .safetensors, .pt or .pth file"
+        ) from None
     except pickle.UnpicklingError:
         raise UserError(
             f"got teacher.checkpoint={path}, which holds pickled objects, and dfq never unpickles",
@@ -62,7 +64,10 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
             state.setdefault(name, own[name])
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
-        parts = [f"lacks {_some(missing)}" if missing else "", f"has unexpected {_some(unexpected)}" if unexpected else ""]
+        parts = [
+            f"lacks {_some(missing)}" if missing else "",
+            f"has unexpected {_some(unexpected)}" if unexpected else "",
+        ]
         raise UserError(
             f"got teacher.checkpoint={path}, which {' and '.join(p for p in parts if p)}",
             "exactly the entries of the network",

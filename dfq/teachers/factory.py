@@ -33,7 +33,7 @@ def load(
         )
     if checkpoint is not None and weights:
         load_checkpoint(module, Path(checkpoint))
-    return Teacher(module, task, InputSpec(tuple(input_size), tuple(mean), tuple(std)), name=factory.partition(":")[2])
+    return Teacher(module, task, InputSpec(tuple(input_size), tuple(mean), tuple(std)))
 
 
 def _import_function(factory: str) -> Any:

@@ -33,7 +33,7 @@ def load(
     except (RuntimeError, OSError, ValueError, ImportError) as error:
         raise UserError(
             f"got teacher.name={name}, which timm can't load ({_reason(error)})",
-            do="check the name with timm.list_models(); without a connection give teacher.checkpoint or teacher.pretrained=false",
+            do="check the name; without a connection give teacher.checkpoint=FILE or teacher.pretrained=false",
         ) from None
     if checkpoint is not None and weights:
         load_checkpoint(module, Path(checkpoint))

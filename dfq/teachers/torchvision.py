@@ -34,7 +34,11 @@ def load(
     if isinstance(weights, str):
         entries = models.get_model_weights(name)
         if weights not in entries.__members__:
-            raise UserError(f"got teacher.weights={weights}", " | ".join(entries.__members__), did_you_mean(weights, entries.__members__))
+            raise UserError(
+                f"got teacher.weights={weights}",
+                " | ".join(entries.__members__),
+                did_you_mean(weights, entries.__members__),
+            )
         entry = entries[weights]
     options = {} if num_classes is None else {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
@@ -43,11 +47,14 @@ def load(
         module = models.get_model(name, weights=entry, **options)
     except (URLError, OSError) as error:
         raise UserError(
-            f"got teacher.weights={weights}, which can't be downloaded ({error})", do="give teacher.checkpoint=FILE instead"
+            f"got teacher.weights={weights}, which can't be downloaded ({error})",
+            do="give teacher.checkpoint=FILE instead",
         ) from None
     if checkpoint is not None and weights is not False:
         load_checkpoint(module, Path(checkpoint))
     own = entry.transforms() if entry is not None else None
     size = tuple(input_size or (3, *([own.crop_size[0]] * 2 if own else (224, 224))))
-    spec = InputSpec(size, tuple(mean or (own.mean if own else IMAGENET_MEAN)), tuple(std or (own.std if own else IMAGENET_STD)))
+    spec = InputSpec(
+        size, tuple(mean or (own.mean if own else IMAGENET_MEAN)), tuple(std or (own.std if own else IMAGENET_STD))
+    )
     return Teacher(module, "classification", spec, name=name)
