@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -60,8 +60,9 @@ class Request:
         return None if value == settings.MISSING else value
 
 
-def check(request: Request) -> None:
-    for function in CHECKS:
+def check(request: Request, complete: bool = True) -> None:
+    """All of :data:`CHECKS`; not ``complete``: only whether the options exist, for who wants to look at them."""
+    for function in CHECKS if complete else OPTION_CHECKS:
         function(request)
 
 
@@ -87,9 +88,11 @@ def scheme(request: Request) -> None:
 
 def known_options(request: Request) -> None:
     """``generator.iteration=5``: an option that neither the yaml nor the method's class has."""
-    groups, _ = root()
+    groups, plain = root()
     for key in sorted(request.given):
         group, _, option = key.partition(".")
+        if group not in (*groups, *plain) and not group.startswith("hydra"):  # in an experiment's yaml
+            raise UserError(f"got {key}", ", ".join((*groups, *plain)), did_you_mean(group, (*groups, *plain)))
         name = request.choice(group)
         if not option or name is None or group == "scheme" or f"{group}._target_" in request.given:
             continue  # the scheme and a _target_ of the user's own are checked as a whole, below
@@ -183,39 +186,45 @@ def model_name(request: Request) -> None:
     if package not in ("timm", "torchvision") or not isinstance(name, str) or ":" in name:  # hf-hub:..., local-dir:...
         return
     architecture, _, tag = name.partition(".")
-    known, tagged = registered_models(package)
+    known = registered_models(package)
     if known and architecture not in known:
         raise UserError(
             f"got teacher.name={name}, and {package} has no such model",
             f"one of its {len(known)} models, such as resnet18",
             did_you_mean(architecture, sorted(known)),
         )
-    tags = [other for other in tagged if other.startswith(f"{architecture}.")]
-    if package == "timm" and tag and tags and name not in tags:
+    names = registered_weights(architecture) if package == "timm" and tag else []
+    if names and name not in names:
         raise UserError(
             f"got teacher.name={name}, and timm has no such weights",
-            " | ".join([architecture, *tags]),
-            did_you_mean(name, tags),
+            " | ".join([architecture, *names]),
+            did_you_mean(name, names),
         )
 
 
-@lru_cache
-def registered_models(package: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """(architectures, names with the tag of their weights) in the sources of an installed package; empty if none."""
-    spec = source.find_spec(f"{package}.models")
+def registered_models(package: str) -> set[str]:
+    """Architectures in the sources of an installed package (timm or torchvision); empty if none are found."""
     known: set[str] = set()
-    tagged: list[str] = []
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in sorted(Path(folder).glob("*.py")):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            known.update(re.findall(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)", text, re.MULTILINE))
-            known.update(re.findall(r"^@register_model\(name=[\"'](\w+)", text, re.MULTILINE))
-            tagged += re.findall(r"^ +[\"'](\w+\.\w+)\*?[\"']: ", text, re.MULTILINE)
-            for renamed in re.findall(
-                r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", text, re.MULTILINE | re.DOTALL
-            ):
-                known.update(re.findall(r"[\"'](\w+)[\"']:", renamed))
-    return frozenset(known), tuple(dict.fromkeys(tagged))
+    for content in _sources_of_models(package):
+        known.update(re.findall(r"\n@register_model\b.*\n(?:@.*\n)*def (\w+)", content))
+        known.update(re.findall(r"\n@register_model\(name=[\"'](\w+)", content))
+        for renamed in re.findall(r"\nregister_model_deprecations\(__name__, \{([^}]*)\}", content):
+            known.update(re.findall(r"[\"'](\w+)[\"']:", renamed))
+    return known
+
+
+def registered_weights(architecture: str) -> list[str]:
+    """Names of a model of timm with the tag of their weights: ``resnet18.a1_in1k``; empty if its sources list none."""
+    listed = re.compile(rf"[\"']({architecture}\.\w+)\*?[\"']:")
+    return list(dict.fromkeys(name for content in _sources_of_models("timm") for name in listed.findall(content)))
+
+
+@lru_cache
+def _sources_of_models(package: str) -> list[str]:
+    spec = source.find_spec(f"{package}.models")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    paths = [path for folder in folders for path in sorted(Path(folder).glob("*.py"))]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -294,6 +303,8 @@ def _nearby(path: str) -> str:
 
 def files_to_write(request: Request) -> None:
     command, config = request.command, request.config
+    if "hydra.run.dir" not in request.given:
+        _can_become_folder("hydra.run.dir", "outputs")
     if command in ("run", "generate") and config["dataset_dir"] is not None:
         _can_become_folder("dataset_dir", config["dataset_dir"])
     if command in ("run", "quantize") and config["student_dir"] is not None:
@@ -328,12 +339,13 @@ def _can_become_folder(key: str, path: str, shown: str = "") -> None:
 
 def installed_packages(request: Request) -> None:
     """The packages that the source of a chosen method imports, with the rest of the extra of dfq they belong to."""
+    extras = _extras()
     for key in root()[0]:
         if key in ("scheme", "experiment") or not request.uses(key):
             continue
         imported = source.packages(request.config[key]["_target_"])
-        extra = next((name for name, members in _extras() if imported & set(members)), None)
-        needed = imported | set(dict(_extras())[extra] if extra else ())
+        extra = next((name for name, members in extras.items() if imported & set(members)), None)
+        needed = imported | set(extras[extra] if extra else ())
         missing = sorted(name for name in needed if source.find_spec(name) is None)
         if missing:
             raise UserError(
@@ -342,25 +354,23 @@ def installed_packages(request: Request) -> None:
             )
 
 
-def _extras() -> Iterator[tuple[str, list[str]]]:
-    """(extra, its packages) of dfq as installed; nothing where it runs from a folder that was never installed."""
+def _extras() -> dict[str, list[str]]:
+    """The packages of each extra of dfq as installed; empty where it runs from a folder that was never installed."""
     try:
         requirements = metadata.requires("dfq") or []
     except metadata.PackageNotFoundError:
-        return
+        return {}
     found: dict[str, list[str]] = {}
     for requirement in requirements:
         matched = re.match(r"([\w-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
         if matched and matched[2] != "dev":
             found.setdefault(matched[2], []).append(matched[1].replace("-", "_"))
-    yield from found.items()
+    return found
 
 
+OPTION_CHECKS: list[Callable[[Request], None]] = [plain_options, device, known_options, scheme]
 CHECKS: list[Callable[[Request], None]] = [
-    plain_options,
-    device,
-    known_options,
-    scheme,
+    *OPTION_CHECKS,
     required_options,
     methods,
     either_weights_or_checkpoint,

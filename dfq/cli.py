@@ -7,7 +7,9 @@ import torch. A mistake of the user's is one line on stderr and exit status 2, w
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
+import json
 import math
 import os
 import re
@@ -22,7 +24,7 @@ from dfq import __version__, checks, commands, settings
 from dfq.errors import UserError, did_you_mean
 
 INTERRUPTED = "interrupted: everything finished so far is kept; run the same command to go on"
-MAX_CHECKED_COMBINATIONS = 16  # a larger sweep is checked value by value instead
+MAX_CHECKED_COMBINATIONS = 64  # a larger sweep is checked value by value instead
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +68,7 @@ def _restored() -> Iterator[None]:
 
 def _dispatch(arguments: list[str]) -> None:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if name in ("--help", "-h"):
+    if name in ("--help", "-h", "help"):
         print(commands.help_text())
     elif name == "--version":
         print(f"dfq {__version__}")
@@ -99,7 +101,7 @@ def _look(name: str, words: list[str]) -> None:
     if {"--help", "-h"} & set(words):
         print(commands.command_help(name, []))
         return
-    key, usage = ("path", "dfq inspect DIR") if name == "inspect" else ("output_dir", "dfq report output_dir=DIR")
+    key, usage = ("folder", "dfq inspect DIR") if name == "inspect" else ("output_dir", "dfq report output_dir=DIR")
     wrong = [
         word for word in words if word.startswith("-") or (name == "report" and not word.startswith("output_dir="))
     ]
@@ -107,9 +109,7 @@ def _look(name: str, words: list[str]) -> None:
         raise UserError(f"got {wrong[0]}", usage)
     values = [word.removeprefix("output_dir=") if name == "report" else word for word in words]
     if len(values) != 1 or not values[0]:
-        raise UserError(
-            f"got {shlex.join(values)}" if values else f"got no {'folder' if name == 'inspect' else key}", usage
-        )
+        raise UserError(f"got {shlex.join(values)}" if any(values) else f"got no {key}", usage)
     path = Path(values[0])
     if not path.exists():
         raise UserError(f"got {path}, which does not exist", usage)
@@ -117,7 +117,7 @@ def _look(name: str, words: list[str]) -> None:
         raise UserError(f"got output_dir={path}, which has no report.json", "the folder of a run", "dfq run makes one")
     from dfq import api
 
-    api.command(name, {key: str(path)})
+    api.command(name, {"path" if name == "inspect" else key: str(path)})
 
 
 @dataclass
@@ -184,6 +184,11 @@ class _Override:
     hydra_key: str  # with them: quantizer@weight_quantizer, ++generator.iterations
     value: str | None  # None: the key is deleted (~key)
 
+    @property
+    def is_plain(self) -> bool:
+        """Sets a value, and chooses neither a yaml nor anything of Hydra's own."""
+        return self.key not in commands.root()[0] and not self.key.startswith("hydra")
+
     def __str__(self) -> str:
         return self.hydra_key if self.value is None else f"{self.hydra_key}={self.value}"
 
@@ -234,7 +239,13 @@ def _combinations(values: list[list[str]]) -> Iterator[tuple[str, ...]]:
 
 # ------------------------------------------------------------------------------------------------ Hydra
 
-VERSION_BASE = "1.3"
+
+def _version_base() -> dict[str, Any]:
+    """Hydra before 1.4 warns if it is not told whose defaults to follow; from 1.4 on it warns if it is."""
+    import hydra
+
+    major, minor = hydra.__version__.split(".")[:2]
+    return {"version_base": "1.3"} if (int(major), int(minor)) < (1, 4) else {}
 
 
 @contextlib.contextmanager
@@ -290,53 +301,89 @@ def _compose(overrides: Sequence[str]) -> Any:
 
     extra = [f"file://{folder.resolve()}" for folder in settings.search_path[1:]]
     found = [f"hydra.searchpath=[{','.join(extra)}]"] if extra else []
-    with initialize_config_module("dfq.conf", version_base=VERSION_BASE):
+    with initialize_config_module("dfq.conf", **_version_base()):
         return compose("config", [*overrides, *found], return_hydra_config=True)
 
 
 def _compose_and_run(command: str, words: list[str]) -> None:
     line = _read_flags(command, words)
     overrides = [_read_override(command, word) for word in line.overrides]
-    chosen = commands.chosen(
-        str(override) for override in overrides
-    )  # an unknown choice is answered before Hydra is imported
+    # Here already, so that an unknown choice is answered before Hydra is imported.
+    chosen = commands.chosen(str(override) for override in overrides)
     if line.help:
         print(commands.command_help(command, [f"{key}={value}" for key, value in chosen.items()]))
         return
+    if command == "evaluate":
+        overrides += _evaluation_of_the_student(overrides)
     with _hydra_errors(overrides):
         values = [_values_of(override) for override in overrides]
         for override, options in zip(overrides, values, strict=True):
             _check_choices(override.key, options)
-        requests = list(_requests(command, line, overrides, values))
-    for request in requests if not line.only_look else ():
-        checks.check(request)
+        requests = []
+        for request in _requests(command, line, overrides, values):
+            checks.check(request, complete=not line.only_look)
+            requests.append(request)
     has = {override.key for override in overrides}
     arguments = [*line.flags, *(str(override) for override in overrides)]
     if "name" not in has:
-        arguments.append(f"name='{_name(requests)}'")
+        arguments.append(f"name={_name(requests)}")
     if "hydra.job.name" not in has:
         arguments.append(f"hydra.job.name={command}")
     swept = {override.key for override, options in zip(overrides, values, strict=True) if len(options) > 1}
     _run(command, words, arguments, overrides, requests[0], swept)
 
 
+def _evaluation_of_the_student(overrides: list[_Override]) -> list[_Override]:
+    """``dfq evaluate student_dir=DIR`` alone: the evaluation that the teacher chooses which the folder records."""
+    given = {override.key.partition(".")[0]: override.value for override in overrides}
+    if {"teacher", "evaluation", "experiment"} & set(given):
+        return []
+    try:
+        manifest = json.loads((Path(given.get("student_dir") or "") / "student.json").read_text(encoding="utf-8"))
+        target = manifest["teacher"]["config"]["_target_"]
+    except (OSError, ValueError, KeyError, TypeError):
+        target = None  # what is wrong with the folder is said later, or its network came from Python
+    same = [name for name in settings.choices("teacher") if settings.load("teacher", name).get("_target_") == target]
+    evaluation = commands.chosen([f"teacher={same[0]}"])["evaluation"] if same else "none"
+    return [_Override("evaluation", "evaluation", evaluation)]
+
+
 def _requests(
     command: str, line: _Line, overrides: list[_Override], values: list[list[str]]
 ) -> Iterator[checks.Request]:
     """What is to be checked: the configuration, or those of a sweep."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parser = OverridesParser.create()
     sweeps = [override for override, options in zip(overrides, values, strict=True) if len(options) > 1]
     if sweeps and not line.multirun and not any(override.key == "hydra.mode" for override in overrides):
         got = f"{sweeps[0].key}={sweeps[0].value}"
         raise UserError(f"got {got} without --multirun", "one value", "add --multirun for a run with each of them")
-    known = [(override, options) for override, options in zip(overrides, values, strict=True) if options]
+    swept = [(override, options) for override, options in zip(overrides, values, strict=True) if options]
     deleted = [str(override) for override in overrides if override.value is None]
-    for combination in _combinations([options for _, options in known]):
-        pairs = list(zip((override for override, _ in known), combination, strict=True))
-        composed = _compose([*(f"{override.hydra_key}={value}" for override, value in pairs), *deleted])
-        choices = composed.hydra.runtime.choices
+    groups, _ = commands.root()
+    # Composing takes a tenth of a second: it is done once for each choice of groups, plain values are set afterwards.
+    composed: dict[tuple[str, ...], tuple[Any, Any]] = {}
+    for combination in _combinations([options for _, options in swept]):
+        pairs = [(override, value) for (override, _), value in zip(swept, combination, strict=True)]
+        plain = [(override.key, value) for override, value in pairs if override.is_plain]
+        choosing = (*(f"{override.hydra_key}={value}" for override, value in pairs if not override.is_plain), *deleted)
+        if choosing not in composed:
+            whole = _compose(choosing)
+            composed[choosing] = (_without_hydra(whole), whole.hydra.runtime.choices)
+        found, choices = copy.deepcopy(composed[choosing][0]), composed[choosing][1]
+        for key, value in plain:
+            OmegaConf.update(found, key, parser.parse_override(f"{key}={value}").value(), force_add=True)
         given = frozenset({override.key for override, _ in pairs} | _set_by_experiment(choices.get("experiment")))
-        names = {key: choices.get(group.override_key(key)) for key, group in commands.root()[0].items()}
-        yield checks.Request(command, _plain(composed, given), names, given)
+        names = {key: choices.get(group.override_key(key)) for key, group in groups.items()}
+        yield checks.Request(command, _plain(found, given), names, given)
+
+
+def _without_hydra(composed: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
 
 
 def _plain(composed: Any, given: frozenset[str]) -> dict[str, Any]:
@@ -346,7 +393,6 @@ def _plain(composed: Any, given: frozenset[str]) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
-    composed = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     config = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(config, dict)
     for key, annotation in checks.PLAIN_TYPES.items():
@@ -375,7 +421,8 @@ def _name(requests: list[checks.Request]) -> str:
     """Of the run's folder: the choices that all jobs of a sweep share."""
     parts = [_name_parts(request) for request in requests]
     shared = [same[0] for same in zip(*parts, strict=False) if len(set(same)) == 1]
-    return re.sub(r"[^\w.-]+", "_", "_".join(shared)).strip("_") or requests[0].command
+    name = re.sub(r"[^\w.-]+", "_", "_".join(shared)).strip("_.-")
+    return name if re.match(r"[a-zA-Z]", name) else f"{requests[0].command}_{name}".rstrip("_")
 
 
 def _name_parts(request: checks.Request) -> list[str]:
@@ -427,7 +474,7 @@ def _run(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     try:
         with _hydra_errors(overrides):
-            hydra.main(version_base=VERSION_BASE, config_path="pkg://dfq.conf", config_name="config")(job)()
+            hydra.main(config_path="pkg://dfq.conf", config_name="config", **_version_base())(job)()
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
@@ -445,8 +492,9 @@ def _job(command: str, words: list[str], request: checks.Request, swept: set[str
     output_dir = run.runtime.output_dir
     if run.mode == RunMode.MULTIRUN:
         words = list(run.overrides.task)
-        mine = [word.lstrip("+").rpartition("@")[2] for word in words]
-        print(f"job {run.job.num}: {' '.join(word for word in mine if word.partition('=')[0] in swept)}", flush=True)
+        mine = [_read_override(command, word) for word in words]
+        values = [f"{override.key}={override.value}" for override in mine if override.key in swept]
+        print(f"job {run.job.num}: {' '.join(values)}", flush=True)
         with read_write(run):  # type: ignore[arg-type]  # declared as the dataclass that the node stands for
             run.run.dir = output_dir  # where a process that Lightning starts for this job is told to work
     sys.argv = [sys.argv[0], command, *words]  # so does such a process learn which command it belongs to

@@ -65,6 +65,23 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def read_manifest(path: Path, kind: str, schema_version: int, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The manifest in ``path``: of this ``kind`` ("student"), not newer than we read, and with ``keys``."""
+    what = kind.replace("_", " ")
+    manifest = read_json(path, what)
+    if manifest.get("format") != f"dfq.{kind}":
+        raise UserError(f"got {path.parent}, which is a {manifest.get('format')} folder", f"a {what} folder")
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version > schema_version:
+        raise UserError(
+            f"got a {what} of schema version {version}", f"at most {schema_version}", "install a newer dfq to read it"
+        )
+    missing = [key for key in keys if key not in manifest]
+    if missing:
+        raise UserError(f"got {path} without {', '.join(missing)}", f"a whole {what} folder")
+    return manifest
+
+
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -77,17 +94,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.manifest = read_json(self.path / "manifest.json", "synthetic dataset")
-        if self.manifest.get("format") != "dfq.synthetic_dataset":
-            raise UserError(
-                f"got {self.path}, which is a {self.manifest.get('format')} folder", "a synthetic dataset folder"
-            )
-        if self.manifest["schema_version"] > SCHEMA_VERSION:
-            raise UserError(
-                f"got a dataset of schema version {self.manifest['schema_version']}",
-                f"at most {SCHEMA_VERSION}",
-                "install a newer dfq to read it",
-            )
+        self.manifest = read_manifest(
+            self.path / "manifest.json", "synthetic_dataset", SCHEMA_VERSION, ("settings", "provenance", "created")
+        )
         self._open: dict[int, Any] = {}
 
     # -- writing ------------------------------------------------------------------------------------------------
@@ -123,7 +132,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
                     "choose another dataset_dir",
                 )
         else:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(not _is_leftover(file) for file in path.iterdir())):
                 raise UserError(
                     f"got dataset_dir={path}, which is {'not empty' if path.is_dir() else 'a file'} and no dataset",
                     "an empty or new folder",
@@ -131,8 +140,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
                 )
             write_json(path / "manifest.json", manifest)
             dataset = cls(path)
-        for leftover in (path / "shards").glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:
+            if _is_leftover(leftover):
+                leftover.unlink(missing_ok=True)
         return dataset
 
     def has_shard(self, index: int, num_samples: int) -> bool:
@@ -163,8 +173,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def shards(self) -> list[dict[str, Any]]:
         """Index, num_samples, sha256 and seconds of every complete shard, in order."""
         entries = []
-        for file in sorted((self.path / "shards").glob("[0-9]*.json")):
-            index = int(file.stem)
+        for index in self._indices(".json"):
             entry = self._entry(index)
             if entry is not None and self._shard_path(index).exists():
                 entries.append({"index": index, **entry})
@@ -234,11 +243,8 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def verify(self) -> None:
         """Check every shard against its checksum; a UserError names the first broken or missing one."""
-        names = {
-            file.stem for file in (self.path / "shards").glob("[0-9]*") if file.suffix in (".json", ".safetensors")
-        }
-        for stem in sorted(names):
-            index = int(stem)
+        indices = {*self._indices(".json"), *self._indices(".safetensors")}
+        for index in range(max(indices, default=-1) + 1):
             entry, data = self._entry(index), self._shard_path(index)
             if entry is None or not data.exists():
                 missing = self._shard_path(index, ".json") if data.exists() else data
@@ -253,6 +259,10 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def _shard_path(self, index: int, suffix: str = ".safetensors") -> Path:
         return self.path / "shards" / f"{index:06d}{suffix}"
+
+    def _indices(self, suffix: str) -> list[int]:
+        files = (self.path / "shards").glob(f"*{suffix}")
+        return sorted(int(file.stem) for file in files if file.stem.isdecimal())
 
     def _entry(self, index: int) -> dict[str, Any] | None:
         try:
@@ -284,6 +294,20 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
         return {**self.__dict__, "_open": {}}
+
+
+def _is_leftover(file: Path) -> bool:
+    """Whether ``file`` is the unfinished write of a process that is no more."""
+    if not (file.name.startswith(".") and file.suffix == ".tmp"):
+        return False
+    process = file.stem.rpartition(".")[2]
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return int(process) == os.getpid()
 
 
 def first_difference(have: Any, want: Any, where: str = "") -> str:

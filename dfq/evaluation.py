@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from dfq.student import Student
 from dfq.teacher import InputSpec, Teacher
 
 Batch = tuple[Tensor, Tensor]
+DIGITS = Path(__file__).with_name("teachers") / "digits_data"
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,15 @@ class Arrays:
                 images, labels = arrays["images"], arrays["labels"]
         except FileNotFoundError:
             raise UserError(f"got {path}, which does not exist", allowed) from None
-        except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-            raise UserError(f"got {path}, which can't be read ({str(error).splitlines()[0]})", allowed) from None
+        except UserError:
+            raise
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"got {path}, which can't be read ({reason})", allowed) from None
         if images.ndim == 3:
             images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+        integers = np.issubdtype(labels.dtype, np.integer)
+        if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not integers:
             raise UserError(
                 f"got {path} with images {images.dtype} {list(images.shape)} "
                 f"and labels {labels.dtype} {list(labels.shape)}",
@@ -95,10 +101,8 @@ class Arrays:
 class Digits(Arrays):
     """The embedded teacher's held-out digits; its training images make the real-data row."""
 
-    path: str = str(Path(__file__).with_name("teachers") / "digits_data" / "heldout.npz")  # held-out digits
-    reference_path: str | None = str(
-        Path(__file__).with_name("teachers") / "digits_data" / "train.npz"
-    )  # training digits
+    path: str = str(DIGITS / "heldout.npz")  # held-out digits
+    reference_path: str | None = str(DIGITS / "train.npz")  # training digits
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class ImageFolder:
 
     path: str  # DIR/<class>/<image>
     reference_path: str | None = None  # a folder in the same layout for the real-data reference row
-    resize: PositiveInt | None = None  # shorter side before the center crop; null: input height * 256 / 224
+    resize: PositiveInt | None = None  # shorter side before the center crop; null: the larger input side * 256 / 224
     batch_size: PositiveInt = 100  # images at a time
 
     @property
@@ -138,7 +142,7 @@ class ImageFolder:
                 [
                     v2.PILToTensor(),
                     v2.Grayscale(channels) if channels == 1 else v2.RGB(),
-                    v2.Resize(self.resize or round(height * 256 / 224), antialias=True),
+                    v2.Resize(self.resize or round(max(height, width) * 256 / 224), antialias=True),
                     v2.CenterCrop((height, width)),
                 ]
             )
@@ -193,6 +197,12 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     network up to there, and the share of the layer's inputs that its grid clips.
     """
     folded = dict(student.folded)
+    # A folded batch norm that carried an activation is still there under its name, with the activation alone.
+    at = {name: folded.get(name, name) for name in student.layers}
+    here = {
+        name: norm if not isinstance(student.module.get_submodule(norm), nn.Identity) else name
+        for name, norm in at.items()
+    }
     sums = {name: [0.0, 0.0] for name in student.layers}
     clipped = {name: [0, 0] for name in student.layers}
 
@@ -205,20 +215,19 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
 
     agreement = kl = 0.0
     for batch in images.split(batch_size):
-        teacher_names = [folded.get(name, name) for name in student.layers]
-        with capture_outputs(teacher.module, teacher_names) as wanted:
+        with capture_outputs(teacher.module, at.values()) as wanted:
             target = task.raw_outputs(teacher, batch)
         with (
-            capture_outputs(student.module, student.layers) as got,
+            capture_outputs(student.module, here.values()) as got,
             forward_hooks(student.layers.items(), before=count_clipped),
         ):
             output = task.raw_outputs(student, batch)
         agreement += float(task.agreement(output, target)) * len(batch)
         kl += float(task.distillation_loss(output, target)) * len(batch)
         for name in student.layers:
-            signal = wanted[folded.get(name, name)]
+            signal = wanted[at[name]]
             sums[name][0] += float(signal.square().sum())
-            sums[name][1] += float((signal - got[name]).square().sum())
+            sums[name][1] += float((signal - got[here[name]]).square().sum())
     layers = []
     for name, (weight_scheme, activation_scheme) in student.swap.layers.items():
         signal, noise = sums[name]
@@ -240,8 +249,9 @@ def batch_norm_match(teacher: Teacher, images: Tensor, batch_size: int = 64) -> 
     norms = teacher.batch_norms
     moments: dict[str, list[Tensor]] = {}
 
-    def add(name: str, _norm: nn.Module, inputs: tuple) -> None:
-        x = inputs[0].transpose(0, 1).flatten(1)
+    def add(name: str, norm: nn.Module, inputs: tuple) -> None:
+        # Moments about the running mean: those about zero cancel where the mean is far from it.
+        x = inputs[0].transpose(0, 1).flatten(1) - norm.running_mean[:, None]
         parts = [x.sum(1).cpu().double(), x.square().sum(1).cpu().double(), torch.tensor(float(x.shape[1])).double()]
         moments[name] = [a + b for a, b in zip(moments[name], parts, strict=True)] if name in moments else parts
 
@@ -254,7 +264,7 @@ def batch_norm_match(teacher: Teacher, images: Tensor, batch_size: int = 64) -> 
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0)
         distance = batch_norm_distance(
-            mean, variance, norm.running_mean.cpu().double(), norm.running_var.cpu().double(), norm.eps
+            mean, variance, torch.zeros_like(mean), norm.running_var.cpu().double(), norm.eps
         )
         distances[name] = float(distance.mean())
     return distances

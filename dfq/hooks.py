@@ -34,14 +34,26 @@ def forward_hooks(
     before: Callable[[str, nn.Module, tuple], Any] | None = None,
     after: Callable[[str, nn.Module, tuple, Any], Any] | None = None,
 ) -> Iterator[None]:
-    """Call ``before(name, module, inputs)`` and ``after(name, module, inputs, output)`` around every forward."""
+    """Call ``before(name, module, inputs)`` and ``after(name, module, inputs, output)`` around every forward.
+
+    ``inputs`` are positional and keyword arguments in the order they were given.
+    """
     handles = []
     try:
         for name, module in modules:
             if before is not None:
-                handles.append(module.register_forward_pre_hook(lambda m, args, n=name: before(n, m, args)))
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda m, args, kwargs, n=name: before(n, m, (*args, *kwargs.values())), with_kwargs=True
+                    )
+                )
             if after is not None:
-                handles.append(module.register_forward_hook(lambda m, args, out, n=name: after(n, m, args, out)))
+                handles.append(
+                    module.register_forward_hook(
+                        lambda m, args, kwargs, out, n=name: after(n, m, (*args, *kwargs.values()), out),
+                        with_kwargs=True,
+                    )
+                )
         yield
     finally:
         for handle in handles:
@@ -102,7 +114,8 @@ class _CountReads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if next(tensors_in(result), None) is not None:
+        # Writing into a tensor gives nothing back, and changes it all the same.
+        if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:
             for tensor in tensors_in([args, kwargs or {}]):
                 self.flow.reads[id(tensor)] = self.flow.reads.get(id(tensor), 0) + 1
             self.keep.append((args, kwargs, result))

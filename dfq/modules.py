@@ -6,6 +6,7 @@ lists, hooks, user attributes) stay valid, and ``isinstance(layer, nn.Conv2d)`` 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +72,8 @@ class QuantizedLayer(nn.Module):
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.compute(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own arithmetic, with this weight and bias."""
@@ -107,7 +108,7 @@ QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
 
 def can_quantize(module: nn.Module) -> bool:
     """Whether there is a quantized class for exactly this layer (a sub-class may compute something else)."""
-    return type(module) in QUANTIZED
+    return type(module) in QUANTIZED and "weight" in module._parameters
 
 
 def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -126,6 +127,10 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLayer)}
 
 
+def _has_matrix(module: nn.Module) -> bool:
+    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+
+
 @dataclass(frozen=True)
 class Swap:
     """What :func:`swap_layers` did: layers in call order with their schemes, those kept float with the reason."""
@@ -142,6 +147,11 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     kept_float = {
         name: f"no quantized {type(layers[name]).__name__} yet" for name in ran if not can_quantize(layers[name])
     }
+    kept_float |= {
+        name: f"no quantized {type(part).__name__} yet"
+        for name, part in module.named_modules()
+        if name not in layers and _has_matrix(part) and not isinstance(part, nn.Embedding)
+    }
     kept_float |= {name: "did not run in a forward of the network" for name in layers if name not in ran}
     order = [name for name in ran if name not in kept_float]
     if not order:
@@ -149,9 +159,12 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
             f"got a network without a layer to quantize ({type(module).__name__})",
             ", ".join(kind.__name__ for kind in QUANTIZED),
         )
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # its fused kernel would read the weights and pass the quantizers by
     swapped = {}
     for name in order:
-        weight_scheme, activation_scheme = scheme.for_layer(is_edge=name in (order[0], order[-1]))
+        weight_scheme, activation_scheme = scheme.for_layer(is_edge=name in (ran[0], ran[-1]))
         swap_layer(layers[name], weight_scheme, activation_scheme)
         swapped[name] = (weight_scheme, activation_scheme)
     return Swap(swapped, kept_float)
@@ -181,6 +194,7 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
         for call in flow.calls
         if can_quantize(kinds[call.name]) and len(flow.calls_of(call.name)) == 1
     }
+    uses = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
     pairs = []
     for call in flow.calls:
         if not isinstance(kinds[call.name], BATCH_NORMS) or len(flow.calls_of(call.name)) != 1:
@@ -190,6 +204,10 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
         layer = producers.get(call.inputs[0])
         if layer is None or flow.reads.get(call.inputs[0]) != 1:
             continue
+        if uses[id(kinds[layer].weight)] > 1:
+            continue  # tied: another layer would change with it
+        if type(kinds[call.name]).forward is not nn.BatchNorm2d.forward and not hasattr(kinds[call.name], "act"):
+            continue  # a sub-class that does more than normalize, and not timm's, which says what
         if isinstance(kinds[layer], nn.Linear) and len(call.output_shape) != 2:
             continue  # batch norm normalizes dimension 1, which is not the layer's output dimension here
         pairs.append((layer, call.name))
@@ -216,7 +234,15 @@ def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
             shift = shift + _double(bias) * gain
         weight.copy_(_double(weight) * broadcast(gain, weight, 0))
         layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-        replace_submodule(module, norm_name, _what_follows(norm))
+        _become(norm, _what_follows(norm))
+
+
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Turn the object itself into ``other``, as swapping does: whoever refers to it sees the new one."""
+    training = module.training
+    module.__class__ = type(other)
+    module._parameters, module._buffers, module._modules = other._parameters, other._buffers, other._modules
+    module.training = training
 
 
 def _double(x: Tensor) -> Tensor:
@@ -228,16 +254,6 @@ def _what_follows(norm: nn.Module) -> nn.Module:
     rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
     rest = [part for part in rest if not isinstance(part, nn.Identity)]
     return nn.Sequential(*rest) if rest else nn.Identity()
-
-
-def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where the sub-module ``name`` is (at every place that refers to the same object)."""
-    old = module.get_submodule(name)
-    new.training = old.training
-    for parent in module.modules():
-        for key, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, key, new)
 
 
 def stage_ends(flow: Dataflow) -> list[str]:

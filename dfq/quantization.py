@@ -31,6 +31,16 @@ def broadcast(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return values.view(shape)
 
 
+def check_finite(x: Tensor) -> None:
+    """A UserError for NaN and infinite values: no grid holds them."""
+    if not torch.isfinite(x).all():
+        raise UserError(
+            "got a tensor with NaN or infinite values to quantize",
+            "finite values",
+            "look for a network or an input that overflows",
+        )
+
+
 def choose_qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid that covers minimum..maximum (and zero, which must be exact).
 
@@ -44,18 +54,14 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tu
     Returns:
         scale (float, > 0, never denormal) and zero_point (int32, in quant_min..quant_max), shaped like ``minimum``.
     """
-    if not (torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
-        raise UserError(
-            "got a tensor with NaN or infinite values to quantize",
-            "finite values",
-            "look for a network or an input that overflows",
-        )
+    check_finite(torch.stack([minimum, maximum]))
     low, high = minimum.clamp(max=0), maximum.clamp(min=0)
     tiny = torch.finfo(torch.float32).tiny
     if scheme.symmetric:
         scale = (torch.maximum(-low, high) / scheme.quant_max).clamp(min=tiny)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = ((high - low) / (scheme.quant_max - scheme.quant_min)).clamp(min=tiny)
+    levels = scheme.quant_max - scheme.quant_min  # divided first: high - low can overflow
+    scale = (high / levels - low / levels).clamp(min=tiny)
     zero_point = (scheme.quant_min - torch.round(low / scale)).clamp(scheme.quant_min, scheme.quant_max)
     return scale, zero_point.to(torch.int32)
 
@@ -96,7 +102,7 @@ class _FakeQuantize(torch.autograd.Function):
             if low.dim() == 0
             else torch.minimum(torch.maximum(torch.round(v), low), high)
         )
-        ctx.axis, ctx.gradient_scale, ctx.shape = axis, gradient_scale, scale.shape
+        ctx.axis, ctx.gradient_scale, ctx.shape = None if axis is None else axis % x.dim(), gradient_scale, scale.shape
         ctx.save_for_backward(inside, *((q, v) if ctx.needs_input_grad[1] else ()))
         return q * shaped
 
@@ -108,7 +114,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             q, v = rest
-            slope = (q - v * inside).mul_(grad)
+            slope = torch.where(inside, q - v, q).mul_(grad)
             if len(ctx.shape) == 0:
                 grad_scale = slope.sum() * ctx.gradient_scale
             else:

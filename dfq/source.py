@@ -15,7 +15,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,7 @@ def packages(target: str) -> set[str]:
     """Top-level packages that the module of ``target`` imports, inside functions too, those in a ``try`` left out."""
     found = definition(target)
     source = _source(found[0]) if found else None
-    imported: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Import):
-            imported.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            imported.add(node.module.split(".")[0])
-        elif not isinstance(node, ast.Try) and not (
-            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        ):
-            for child in ast.iter_child_nodes(node):
-                visit(child)
-
-    if source:
-        visit(source.tree)
-    return imported - set(sys.stdlib_module_names)
+    return source.packages if source else set()
 
 
 def definition(target: str) -> tuple[str, ast.stmt] | None:
@@ -122,10 +107,30 @@ def find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
     return spec
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Source:
     tree: ast.Module
     comments: dict[int, str]  # line number -> comment behind the code of that line
+
+    @cached_property
+    def packages(self) -> set[str]:
+        imported: set[str] = set()
+
+        def visit(node: ast.AST) -> None:
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                imported.add(node.module.split(".")[0])
+            elif not isinstance(node, ast.Try) and not _is_for_type_checkers(node):
+                for child in ast.iter_child_nodes(node):
+                    visit(child)
+
+        visit(self.tree)
+        return imported - set(sys.stdlib_module_names)
+
+
+def _is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
 def _source(module: str) -> _Source | None:

@@ -24,7 +24,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 import dfq
-from dfq.dataset import read_json, write_atomic, write_json
+from dfq import dataset as store
+from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
 from dfq.hooks import evaluation_mode
 from dfq.modules import QuantizedLayer, Swap, find_foldable, fold_batch_norm, quantized_layers, swap_layer, swap_layers
@@ -80,7 +81,7 @@ class Student:
 
     def __call__(self, images: Tensor) -> Any:
         with evaluation_mode(self.module):
-            return self.module(images.to(self.device))
+            return self.module(images.to(self.device, copy=True))  # some networks write into their input
 
     @torch.no_grad()
     def freeze(self) -> Student:
@@ -111,7 +112,9 @@ class Student:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored: packed codes for quantized weights, every other entry of the state as it is."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        state = self.module.state_dict()
+        owners = {name for name, _ in self.module.named_modules()}  # each module once, under its first name
+        state = {name: t.detach().cpu() for name, t in state.items() if name.rpartition(".")[0] in owners}
         for name, (weight_scheme, _) in self.swap.layers.items():
             if not self.layers[name].weight_quantizer.enabled:
                 raise UserError(
@@ -183,7 +186,10 @@ class Student:
             student = cls(module, Scheme.from_dict(manifest["scheme"]), swap, folded, manifest["teacher"])
             for name, (weight_scheme, _) in layers.items():
                 student._unpack_weight(name, weight_scheme, tensors)
-            module.load_state_dict(tensors)
+            missing, unexpected = module.load_state_dict(tensors, strict=False)
+            missing = [name for name in missing if name.rpartition(".")[0] in {n for n, _ in module.named_modules()}]
+            if missing or unexpected:
+                raise KeyError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
         except (AttributeError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"got a student of {manifest['teacher']['name']} and the teacher {teacher.name}, whose layers differ "
@@ -224,13 +230,5 @@ def _describe(teacher: Teacher) -> dict[str, Any]:
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The checked manifest of a student folder."""
-    manifest = read_json(Path(path) / "student.json", "student")
-    if manifest.get("format") != "dfq.student":
-        raise UserError(f"got {path}, which is a {manifest.get('format')} folder", "a student folder")
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise UserError(
-            f"got a student of schema version {manifest['schema_version']}",
-            f"at most {SCHEMA_VERSION}",
-            "install a newer dfq to read it",
-        )
-    return manifest
+    keys = ("teacher", "scheme", "layers", "kept_float", "folded", "settings", "seconds", "size_bytes", "sha256")
+    return store.read_manifest(Path(path) / "student.json", "student", SCHEMA_VERSION, keys)

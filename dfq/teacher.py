@@ -116,7 +116,7 @@ class Teacher:
     def __call__(self, images: Tensor) -> Any:
         """Outputs for a batch [N, C, H, W], differentiable with respect to it, on the teacher's device."""
         with evaluation_mode(self.module):
-            return self.module(images.to(self.device))
+            return self.module(images.to(self.device, copy=True))  # some networks write into their input
 
     @cached_property
     def sha256(self) -> str:

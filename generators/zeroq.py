@@ -69,7 +69,7 @@ class ZeroQ(Generator):
         with evaluation_mode(teacher.module), forward_hooks(norms.items(), before=measure):
             for _ in range(self.iterations):
                 distances.clear()
-                outputs = teacher.module(images)
+                outputs = teacher.module(images.clone())  # some networks write into their input
                 loss = torch.stack(distances).mean()
                 if targets is not None:
                     logits = task.raw_outputs(lambda _, outputs=outputs: outputs, images)

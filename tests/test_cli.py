@@ -20,13 +20,14 @@ from dfq import checks, commands, settings, source
 from dfq.cli import main
 from dfq.errors import UserError
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(dfq.__file__).parents[1]), *sys.path])}
-HEAVY = {"torch", "torchvision", "timm", "kornia", "pytorch_lightning", "lightning", "torchmetrics", "numpy", "onnx"}
+ROOT = Path(dfq.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+HEAVY = {"torch", "torchvision", "timm", "kornia", "pytorch_lightning", "lightning", "torchmetrics", "numpy"}
 
 
 @pytest.fixture
 def api(monkeypatch, tmp_path):
-    """A stub of dfq.api in an empty working folder with a few files to point at; its ``calls`` are (command, config)."""
+    """A stub of dfq.api in a working folder with a few files to point at; its ``calls`` are (command, config)."""
     stub = types.ModuleType("dfq.api")
     stub.calls = []
     stub.command = lambda name, config: stub.calls.append((name, {**config, "argv": list(sys.argv)}))
@@ -36,7 +37,9 @@ def api(monkeypatch, tmp_path):
     Path("data").mkdir()
     Path("data/manifest.json").write_text("{}")
     Path("student").mkdir()
-    Path("student/student.json").write_text("{}")
+    Path("student/student.json").write_text('{"teacher": {"config": {"_target_": "dfq.teachers.digits.load"}}}')
+    Path("my_student").mkdir()
+    Path("my_student/student.json").write_text('{"teacher": {"config": {"_target_": "dfq.teachers.factory.load"}}}')
     Path("empty").mkdir()
     Path("weights.pt").write_bytes(b"")
     Path("no_archive.npz").write_bytes(b"not a zip file")
@@ -75,7 +78,7 @@ MISTAKES = {
     "quantise": f"got the command quantise; allowed: {', '.join(commands.COMMANDS)}; did you mean 'quantize'?",
     "--foo": "got --foo; allowed: --help, -h, --version, --completion bash|zsh, COMMAND --help",
     "--completion fish": "got --completion fish; allowed: bash | zsh",
-    "scheme=w4a4": f"got scheme=w4a4 before a command; allowed: {', '.join(commands.COMMANDS)}; write dfq run scheme=w4a4",
+    "seed=1": f"got seed=1 before a command; allowed: {', '.join(commands.COMMANDS)}; write dfq run seed=1",
     "run --multi": f"got --multi; allowed: {', '.join(commands.FLAGS)}; did you mean '--multirun'?",
     "run --cfg foo": "got --cfg foo; allowed: job | hydra | all",
     "run --config-dir nowhere": "got --config-dir nowhere; allowed: a folder with yaml files in the layout of conf/",
@@ -106,7 +109,8 @@ MISTAKES = {
         "got teacher.weights; allowed: nothing, teacher=digits has no options; teacher=torchvision takes it"
     ),
     "run generator=zeroq,gaussian": (
-        "got generator=zeroq,gaussian without --multirun; allowed: one value; add --multirun for a run with each of them"
+        "got generator=zeroq,gaussian without --multirun; allowed: one value; "
+        "add --multirun for a run with each of them"
     ),
     "run hydra/launcher=no_such": (
         f"got hydra/launcher=no_such; allowed: {' | '.join(['basic', *commands.plugins('launcher')])}; "
@@ -125,7 +129,8 @@ MISTAKES = {
     "run algorithm.flip=1": "got algorithm.flip=1; allowed: true | false",
     "run scheme.policy=edges": "got scheme.policy='edges'; allowed: all | edges_8bit; did you mean 'edges_8bit'?",
     "run scheme.polcy=all": (
-        "got scheme.polcy; allowed: scheme.weight, scheme.activation, scheme.policy, scheme.name; did you mean 'policy'?"
+        "got scheme.polcy; allowed: scheme.weight, scheme.activation, scheme.policy, scheme.name; "
+        "did you mean 'policy'?"
     ),
     "run scheme.weight.num_bits=11": (
         "got scheme.weight.num_bits=11; allowed: a whole number from 2 to 8; give a bit width in that range"
@@ -157,8 +162,8 @@ MISTAKES = {
         "got teacher.factory=my_networks.load; allowed: package.module:function"
     ),
     f"{FACTORY} {STATS} teacher.factory=nomodule:load": (
-        "got teacher.factory=nomodule:load, and no module nomodule was found; allowed: a module that python can import; "
-        "put its folder on PYTHONPATH, or run dfq in that folder"
+        "got teacher.factory=nomodule:load, and no module nomodule was found; "
+        "allowed: a module that python can import; put its folder on PYTHONPATH, or run dfq in that folder"
     ),
     f"{FACTORY} {STATS} teacher.factory=my_networks:laod": (
         "got teacher.factory=my_networks:laod, and my_networks has no laod; allowed: a function of that module; "
@@ -215,11 +220,14 @@ MISTAKES = {
     "generate dataset_dir=weights.pt": (
         "got dataset_dir=weights.pt, and weights.pt is a file; allowed: a folder that is there or can be made"
     ),
+    "report output_dir=": "got no output_dir; allowed: dfq report output_dir=DIR",
     "inspect": "got no folder; allowed: dfq inspect DIR",
     "inspect data student": "got data student; allowed: dfq inspect DIR",
     "inspect nothere": "got nothere, which does not exist; allowed: dfq inspect DIR",
     "report data": "got data; allowed: dfq report output_dir=DIR",
-    "report output_dir=data": "got output_dir=data, which has no report.json; allowed: the folder of a run; dfq run makes one",
+    "report output_dir=data": (
+        "got output_dir=data, which has no report.json; allowed: the folder of a run; dfq run makes one"
+    ),
 }
 
 
@@ -250,14 +258,11 @@ def test_weights_that_timm_does_not_have(api, capsys):
 @pytest.mark.slow  # imports timm and torchvision
 def test_every_model_of_the_packages_passes():
     timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
-    known, tagged = checks.registered_models("timm")
-    architectures = {name.partition(".")[0] for name in tagged}
-    assert set(timm.list_models()) <= known
-    assert {name for name in timm.list_models(pretrained=True) if name.partition(".")[0] in architectures} <= {
-        *tagged,
-        *known,
-    }
-    known, _ = checks.registered_models("torchvision")
+    assert set(timm.list_models()) <= checks.registered_models("timm")
+    for name in timm.list_models("*resnet*", pretrained=True):
+        listed = checks.registered_weights(name.partition(".")[0])
+        assert not listed or "." not in name or name in listed
+    known = checks.registered_models("torchvision")
     assert set(torchvision.models.list_models(module=torchvision.models)) <= known
 
 
@@ -268,14 +273,31 @@ def test_a_package_that_is_not_installed(api, capsys, monkeypatch):
         "class Exporter:\n    suffix = '.bin'\n"
     )
     line = "run exporter._target_=my_exporter.Exporter artifact_path="
-    got = "dfq: got exporter=onnx_qdq, which needs not_installed_a, not installed here; pip install 'not_installed_a'\n"
-    assert answer(capsys, f"{line}a.bin") == (2, got)
+    got = "dfq: got exporter=onnx_qdq, which needs "
+    assert answer(capsys, f"{line}a.bin") == (
+        2,
+        f"{got}not_installed_a, not installed here; pip install 'not_installed_a'\n",
+    )
     requirements = ["torch>=2", 'not-installed-a>=1; extra == "fast"', 'not_installed_b>=1; extra == "fast"']
     monkeypatch.setattr(checks.metadata, "requires", lambda name: requirements)
-    got = "dfq: got exporter=onnx_qdq, which needs not_installed_a and not_installed_b, not installed here; pip install 'dfq[fast]'\n"
-    assert answer(capsys, f"{line}a.bin") == (2, got)
+    assert answer(capsys, f"{line}a.bin") == (
+        2,
+        f"{got}not_installed_a and not_installed_b, not installed here; pip install 'dfq[fast]'\n",
+    )
     got = "dfq: got artifact_path=a.onnx; allowed: a file name that ends in .bin; give artifact_path=a.bin\n"
     assert answer(capsys, f"{line}a.onnx") == (2, got)
+
+
+def test_the_shipped_exporter_without_its_packages(api, capsys, monkeypatch):
+    find_spec = source.find_spec
+    monkeypatch.setattr(source, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    requirements = [f'{name}>=1; extra == "onnx"' for name in ("onnx", "onnxscript", "onnxruntime")]
+    monkeypatch.setattr(checks.metadata, "requires", lambda name: requirements)
+    assert answer(capsys, "run") == (
+        2,
+        "dfq: got exporter=onnx_qdq, which needs onnxscript, not installed here; pip install 'dfq[onnx]'\n",
+    )
+    assert answer(capsys, "quantize dataset_dir=data")[0] == 0  # which exports nothing
 
 
 def test_nothing_heavy_is_imported_for_help_completion_and_mistakes(tmp_path):
@@ -283,10 +305,12 @@ def test_nothing_heavy_is_imported_for_help_completion_and_mistakes(tmp_path):
         import os, sys
         from dfq.cli import main
         os.environ["COMP_LINE"] = "dfq run generator.iter"
-        for line in [["--help"], ["run", "--help"], ["quantize", "generator"], ["run", "generator=x"], ["run", "seed=x"],
-                     ["--complete"], ["run", "generator.iterations=x"], ["run", "-m", "scheme=w4a4,w8a8", "num_samples=0"],
-                     ["run", "--cfg", "job"], ["run", "teacher=timm", "teacher.name=resnet81"]]:
-            main(line)
+        for line in [
+            "--help", "run --help", "quantize generator", "run generator=x", "run seed=x", "--complete",
+            "run --cfg job", "run generator.iterations=x", "run -m scheme=w4a4,w8a8 num_samples=0",
+            "run teacher=timm teacher.name=resnet81", "quantize dataset_dir=nothere", "inspect nothere",
+        ]:
+            main(line.split())
         found = {HEAVY!r} & set(sys.modules)
         assert not found, found
     """
@@ -337,6 +361,9 @@ def test_run_hands_over_the_resolved_configuration(api, capsys):
         ("generate generator=gaussian", "digits_gaussian", None),
         ("quantize dataset_dir=data algorithm=round_to_nearest", "digits_w4a4_round_to_nearest", None),
         ("evaluate student_dir=student", "evaluate_student", "digits"),
+        ("evaluate student_dir=my_student", "evaluate_my_student", "none"),
+        ("evaluate student_dir=my_student teacher=digits", "evaluate_my_student", "digits"),
+        ("evaluate student_dir=student evaluation=none", "evaluate_student", "none"),
         ("export student_dir=student", "export_student", None),
     ],
 )
@@ -386,6 +413,9 @@ def test_experiment_and_config_dir_of_the_users_own(api, capsys):
     assert answer(capsys, "run experiment=row")[0] == 2  # the folder counts for its own command line only
     Path("my_conf/experiment/row.yaml").write_text("# @package _global_\ngenerator:\n  iteration: 16\n")
     assert "got generator.iteration;" in answer(capsys, "run --config-dir my_conf experiment=row")[1]
+    Path("my_conf/experiment/row.yaml").write_text("# @package _global_\nnum_sample: 16\n")
+    assert "got num_sample;" in (error := answer(capsys, "run --config-dir my_conf experiment=row")[1])
+    assert error.endswith("did you mean 'num_samples'?\n")
 
 
 def test_every_experiment_that_is_shipped_composes(api, capsys):
@@ -393,6 +423,22 @@ def test_every_experiment_that_is_shipped_composes(api, capsys):
         main(["run", f"experiment={name}", "--cfg", "job"])
         output = capsys.readouterr()
         assert f"name: {name}" in output.out and not output.err
+
+
+def test_the_configuration_can_be_looked_at_before_it_is_complete(api, capsys):
+    assert main(["quantize", "teacher=factory", "algorithm.max_steps=5", "--cfg", "job"]) == 0
+    text = capsys.readouterr().out
+    assert "factory: ???" in text and "max_steps: 5" in text and "hydra" not in text
+    assert main(["quantize", "algorithm.max_step=5", "--cfg", "job"]) == 2
+    assert not Path("outputs").exists()
+
+
+def test_a_folder_for_the_run_that_cannot_be_made(api, capsys):
+    Path("outputs").write_text("")
+    got = "dfq: got hydra.run.dir=outputs, and outputs is a file; allowed: a folder that is there or can be made\n"
+    assert answer(capsys, "run") == (2, got)
+    assert answer(capsys, "run hydra.run.dir=elsewhere") == (0, "")
+    assert api.calls[0][1]["output_dir"] == str(Path("elsewhere").absolute())
 
 
 def test_multirun_runs_every_combination(api, capsys):
@@ -583,7 +629,8 @@ def test_completion_in_bash(tmp_path, word_breaks, expected):
     script = f"""
         dfq() {{ {shlex.quote(sys.executable)} -m dfq "$@"; }}
         eval "$(dfq --completion bash)"
-        COMP_WORDBREAKS=$'{word_breaks[1:-1]}' COMP_LINE='dfq run generator=zer' COMP_POINT=21 COMP_WORDS=(dfq run generator=zer)
+        COMP_WORDBREAKS=$'{word_breaks[1:-1]}'
+        COMP_LINE='dfq run generator=zer' COMP_POINT=21 COMP_WORDS=(dfq run generator=zer)
         _dfq
         echo "${{COMPREPLY[@]}}"
         complete -p dfq

@@ -110,7 +110,7 @@ def test_equations_against_numpy(scheme, axis):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_forward_against_torchs_kernels(scheme):
-    """torch multiplies with 1 / scale where we divide: codes may differ by one where x / scale is next to a midpoint."""
+    """torch multiplies with 1 / scale where we divide: codes may differ where x / scale is next to a midpoint."""
     x, low, high = randn(6, 50) * 2, scheme.quant_min, scheme.quant_max
     scale, zero_point = torch.tensor(0.37), torch.tensor(0 if scheme.symmetric else 1, dtype=torch.int32)
     no_tie = ((x / scale) % 1 - 0.5).abs() > 1e-4

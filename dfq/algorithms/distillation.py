@@ -32,7 +32,7 @@ from dfq.teacher import Teacher
 class Distillation:
     """Minutes on small networks, hours on large ones."""
 
-    max_steps: PositiveInt = 600  # optimizer steps at most
+    max_steps: PositiveInt = 400  # optimizer steps at most
     batch_size: PositiveInt = 64  # samples a step
     weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of the layer's weight step
     bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
@@ -124,7 +124,10 @@ def quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             # The data is a memory map or a few tensors: worker processes would only cost.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            # The student is in evaluation mode on purpose.
+            warnings.filterwarnings("ignore", message=".*module.s. in eval mode.*")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning
             yield
     finally:
         logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""The plug-in for Lightning projects: modules and data modules. Loaded on first use, so that the package costs no torch."""
+"""The plug-in for Lightning projects: modules and data modules, loaded on first use (no torch until then)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -75,7 +75,7 @@ class DistillationModule(pl.LightningModule):
             else:
                 lr = self.bias_lr
             groups.append({"params": [parameter], "lr": lr})
-        optimizer = torch.optim.Adam(groups)
+        optimizer = torch.optim.Adam(groups, fused=True)  # one kernel a tensor: small networks are all overhead
         cosine = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / self.max_steps, 1)))
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dfq.quantization import check_finite
+
 NUM_BINS = 4096
 
 
@@ -26,7 +28,9 @@ class Observation:
     @classmethod
     def of_tensor(cls, x: Tensor, axis: int | None) -> Observation:
         values = x.detach().reshape(1, -1) if axis is None else x.detach().movedim(axis, 0).flatten(1)
-        return cls(values, None, values.amin(1), values.amax(1))
+        minimum, maximum = values.amin(1), values.amax(1)
+        check_finite(torch.cat([minimum, maximum]))
+        return cls(values, None, minimum, maximum)
 
 
 class Histogram:
@@ -47,10 +51,9 @@ class Histogram:
         x = x.detach().float()
         self.num_seen += x.numel()
         low, high = (float(v) for v in torch.aminmax(x))
+        check_finite(x.new_tensor([low, high]))
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         largest = max(abs(low), abs(high))
-        if largest != largest or largest == float("inf"):
-            return  # minimum / maximum carry it on: choosing a grid will say so
         if self.counts is None:
             self.counts = torch.zeros(NUM_BINS, dtype=torch.float64)
             self.limit = max(largest, 1e-30)
@@ -60,7 +63,8 @@ class Histogram:
             self.limit *= 2
         # torch.histc has no MPS kernel; there the counting happens on the CPU.
         source = x if x.device.type != "mps" else x.cpu()
-        self.counts += torch.histc(source, NUM_BINS, -self.limit, self.limit).cpu().double()
+        for part in source.reshape(-1).split(2**23):  # histc counts in float32, which stops at 2^24
+            self.counts += torch.histc(part, NUM_BINS, -self.limit, self.limit).cpu().double()
 
     def observation(self) -> Observation:
         assert self.counts is not None, "nothing was observed"

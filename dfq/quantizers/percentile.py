@@ -28,21 +28,17 @@ class Percentile:
 
     def qparams(self, observation: Observation, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
         """Scale and zero point, one a channel."""
+        if self.percentile == 100:
+            return choose_qparams(observation.minimum, observation.maximum, scheme)
         values, order = observation.values.sort(dim=1)
         counts = torch.ones_like(values) if observation.counts is None else observation.counts.gather(1, order)
         cumulative = counts.double().cumsum(1)
         total = cumulative[:, -1:]
-        rest = 1 - self.percentile / 100
-        one_sided = (observation.minimum >= 0)[:, None]
-        above = torch.where(one_sided, rest, rest / 2)
+        rest, slack = 1 - self.percentile / 100, 1e-9 * total  # 1 - 0.99 is a hair more than 1 / 100
+        positive = observation.minimum >= 0
+        above = torch.full_like(total, rest / 2).masked_fill(positive[:, None], rest)
         # The smallest value with at most that share above it, and the largest with at most that share below it.
-        high = values.gather(1, torch.searchsorted(cumulative, total * (1 - above)).clamp(max=values.shape[1] - 1))[
-            :, 0
-        ]
-        low = values.gather(
-            1, torch.searchsorted(cumulative, total * rest / 2, right=True).clamp(max=values.shape[1] - 1)
-        )[:, 0]
-        if self.percentile == 100:
-            low, high = observation.minimum, observation.maximum
-        low = torch.where(observation.minimum >= 0, torch.zeros_like(low), low)
-        return choose_qparams(low, high, scheme)
+        high = torch.searchsorted(cumulative, total * (1 - above) - slack)
+        low = torch.searchsorted(cumulative, total * rest / 2 + slack, right=True)
+        maximum, minimum = (values.gather(1, i.clamp(max=values.shape[1] - 1))[:, 0] for i in (high, low))
+        return choose_qparams(minimum.masked_fill(positive, 0.0), maximum, scheme)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,27 +19,26 @@ PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Name → tensor; wrappers (``state_dict``, ``model``) are opened and prefixes (``module.``) taken off."""
+    """Name → tensor; wrappers (``state_dict``, ``model``) are opened."""
+    allowed = "a .safetensors, .pt or .pth file"
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"got teacher.checkpoint={path}, which does not exist", "a .safetensors, .pt or .pth file"
-        ) from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"got teacher.checkpoint={path}, which holds pickled objects, and dfq never unpickles",
-            "tensors only",
-            "save it with torch.save(model.state_dict(), path) or as safetensors",
-        ) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"got teacher.checkpoint={path}, which does not exist", allowed) from None
+    except Exception as error:  # torch's reader of a file that is none of its own raises nearly anything
+        if isinstance(error, pickle.UnpicklingError) and re.search(
+            r"[Uu]nsupported (global|class|operand)", str(error)
+        ):
+            raise UserError(
+                f"got teacher.checkpoint={path}, which holds pickled objects, and dfq never unpickles",
+                "tensors only",
+                "save it with torch.save(model.state_dict(), path) or as safetensors",
+            ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"got teacher.checkpoint={path}, which can't be read ({reason})", "a .safetensors, .pt or .pth file"
-        ) from None
+        raise UserError(f"got teacher.checkpoint={path}, which can't be read ({reason})", allowed) from None
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -48,16 +47,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         what = f"a {type(content).__name__}" if not isinstance(content, Mapping) else "a mapping that is no state dict"
         raise UserError(f"got teacher.checkpoint={path}, which holds {what}", "a state dict (name → tensor)")
-    state = dict(content)
-    for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return dict(content)
+
+
+def strip_prefixes(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """Take wrappers' prefixes off until an entry is one of ``names`` (a network's own may start like that)."""
+    while state and not names & state.keys():
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 
 def load_checkpoint(module: nn.Module, path: Path) -> None:
     """Load weights into ``module``; a missing, unexpected or differently shaped entry is an error that names it."""
-    state, own = read_state_dict(path), module.state_dict()
+    own = module.state_dict()
+    state = strip_prefixes(read_state_dict(path), set(own))
     # Counters that older checkpoints lack and that inference does not read.
     for name in own:
         if name.endswith("num_batches_tracked"):

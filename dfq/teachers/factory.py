@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,16 @@ def load(
     weights: bool = True,
 ) -> Teacher:
     """Teacher from ``factory``; ``weights=False`` leaves the checkpoint unread (only the structure is wanted)."""
-    module = _import_function(factory)(**(kwargs or {}))
+    function = _import_function(factory)
+    try:
+        inspect.signature(function).bind(**(kwargs or {}))
+    except (TypeError, ValueError) as error:
+        given = f" with {', '.join(kwargs)}" if kwargs else ""
+        raise UserError(
+            f"got teacher.factory={factory} called{given}, which it does not take ({error})",
+            do="give its arguments as +teacher.kwargs.NAME=VALUE",
+        ) from None
+    module = function(**(kwargs or {}))
     if not isinstance(module, nn.Module):
         raise UserError(
             f"got a {type(module).__name__} from teacher.factory={factory}", "a function that returns a torch.nn.Module"
@@ -39,7 +49,9 @@ def load(
 def _import_function(factory: str) -> Any:
     module_name, _, attribute = factory.partition(":")
     # Student folders record their factory; nobody's folder may name a function of the system.
-    if not attribute or module_name.partition(".")[0] in sys.stdlib_module_names:
+    parts = module_name.split(".")
+    named = attribute.isidentifier() and all(part.isidentifier() for part in parts)
+    if not named or parts[0] in sys.stdlib_module_names:
         raise UserError(f"got teacher.factory={factory}", "package.module:function of your own that returns a network")
     try:
         module = importlib.import_module(module_name)

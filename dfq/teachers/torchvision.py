@@ -40,6 +40,12 @@ def load(
                 did_you_mean(weights, entries.__members__),
             )
         entry = entries[weights]
+    if entry is not None and num_classes not in (None, len(entry.meta["categories"])):
+        raise UserError(
+            f"got teacher.num_classes={num_classes} and teacher.weights={weights}",
+            f"{len(entry.meta['categories'])} classes, as those weights have",
+            "leave one away",
+        )
     options = {} if num_classes is None else {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         options |= {"init_weights": False}

@@ -1,0 +1,338 @@
+"""Every yaml of a family against that family's contract, found by listing: a new file is tested without being named."""
+
+import importlib.util
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from conftest import NETS, settle
+from PIL import Image
+
+from dfq.errors import UserError
+from dfq.generators._base import Generator, batch_rng
+from dfq.pipeline import evaluate, export, generate, quantize
+from dfq.quantizers._observation import Histogram, Observation
+from dfq.scheme import Scheme, TensorScheme
+from dfq.settings import MISSING, choices, load, resolve, to_config
+from dfq.student import Student
+from dfq.teacher import hash_tensors
+
+FAMILIES = ["algorithm", "evaluation", "exporter", "generator", "quantizer", "task"]
+FAST = {"iterations": 3, "max_steps": 6, "checks": 2, "batch_size": 8, "num_candidates": 10}
+W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
+
+
+def build(family, name):
+    """The method with its yaml's settings, those that cost time turned down."""
+    config = load(family, name)
+    return resolve(family, name, **{key: value for key, value in FAST.items() if key in config})
+
+
+def every(family):
+    return pytest.mark.parametrize("name", choices(family))
+
+
+@pytest.fixture
+def teacher(make_teacher):
+    return make_teacher("plain")
+
+
+@pytest.mark.parametrize("family, name", [(family, name) for family in FAMILIES for name in choices(family)])
+def test_methods_are_made_from_their_yaml_and_back(family, name):
+    config = load(family, name)
+    if MISSING in config.values() or (family == "exporter" and not importlib.util.find_spec("onnx")):
+        pytest.skip("has settings that only a user can give")
+    method = resolve(family, name)
+    again = resolve(family, to_config(method))
+    assert again == method and {**to_config(method), **config} == to_config(method)
+
+
+# ------------------------------------------------------------------------------------------------ generators
+
+
+def sample(generator, teacher, seed=0, index=0, num_samples=4, advance=lambda amount: None):
+    return generator.sample(teacher, num_samples, batch_rng(seed, index), advance)
+
+
+@every("generator")
+def test_generator(name, teacher):
+    generator = build("generator", name)
+    assert isinstance(generator, Generator)
+    weights, done = hash_tensors(teacher.module.state_dict()), []
+    modes = [m.training for m in teacher.module.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.module.modules()]
+    torch.manual_seed(0)
+    images = sample(generator, teacher, advance=done.append)
+    assert images.shape == (4, *teacher.input_spec.size) and images.dtype == torch.float32 and not images.requires_grad
+    assert torch.isfinite(images).all() and float(images.std()) > 0
+    assert sum(done) == pytest.approx(4) and min(done) > 0
+    torch.manual_seed(1)  # global random numbers do not count, nor does what was made before
+    other = sample(generator, teacher, index=1)
+    assert torch.equal(sample(generator, teacher), images), "same (seed, index), other bits"
+    assert not torch.equal(other, images) and not torch.equal(sample(generator, teacher, seed=1), images)
+    assert len({row.flatten().sum().item() for row in images}) == 4, "samples of a batch are equal"
+    assert hash_tensors(teacher.module.state_dict()) == weights
+    assert modes == [m.training for m in teacher.module.modules()]
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.module.modules()]
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.module.parameters())
+
+
+@every("generator")
+def test_generator_leaves_the_global_random_numbers_alone(name, teacher):
+    state = torch.get_rng_state()
+    sample(build("generator", name), teacher)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every("generator")
+@pytest.mark.parametrize("kind", ["residual", "mlp", "bare"])
+def test_generator_on_other_networks(name, kind, make_teacher):
+    generator, teacher = build("generator", name), make_teacher(kind)
+    if kind == "bare" and generator.needs_batch_norm:
+        with pytest.raises(UserError, match=f"without batch norm .*{name}.*; allowed: generator="):
+            sample(generator, teacher)
+    else:
+        assert torch.isfinite(sample(generator, teacher, num_samples=1)).all()
+
+
+@every("generator")
+def test_generator_is_resumed_and_extended_bit_for_bit(name, teacher, tmp_path):
+    generator = build("generator", name)
+    whole = generate(teacher, generator, 20, 3, tmp_path / "whole")
+    part = generate(teacher, generator, 9, 3, tmp_path / "part")
+    assert torch.equal(part.tensors()["images"], whole.tensors(9)["images"])
+    assert generate(teacher, generator, 20, 3, tmp_path / "part").sha256 == whole.sha256
+
+
+# ------------------------------------------------------------------------------------------------ quantizers
+
+
+@every("quantizer")
+@pytest.mark.parametrize("scheme", [TensorScheme(b, s) for b in (2, 4, 8) for s in (True, False)], ids=str)
+def test_quantizer(name, scheme):
+    quantizer = build("quantizer", name)
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 300, generator=rng) * torch.tensor([[1e-3], [1.0], [50.0], [0.0]])
+    observation = Observation.of_tensor(rows, 0)
+    before = observation.values.clone()
+    scale, zero_point = quantizer.qparams(observation, scheme)
+    assert torch.equal(observation.values, before)
+    assert scale.shape == zero_point.shape == (4,) and scale.dtype == torch.float32 and zero_point.dtype == torch.int32
+    assert (scale >= torch.finfo(torch.float32).tiny).all() and torch.isfinite(scale).all()
+    assert (zero_point >= scheme.quant_min).all() and (zero_point <= scheme.quant_max).all()
+    if scheme.symmetric:
+        assert (zero_point == 0).all()
+    # A tensor 64 times as large has a scale 64 times as large.
+    larger, same = quantizer.qparams(Observation.of_tensor(rows[1:2] * 64, 0), scheme)
+    torch.testing.assert_close(larger, scale[1:2] * 64, rtol=1e-5, atol=0)
+    assert torch.equal(same, zero_point[1:2])
+    # One channel's range does not depend on its neighbors'.
+    alone, _ = quantizer.qparams(Observation.of_tensor(rows[1:2], 0), scheme)
+    torch.testing.assert_close(alone, scale[1:2])
+    # No wider than everything that was seen.
+    widest = rows.abs().amax(1) * 2 / (scheme.quant_max - scheme.quant_min)
+    assert (scale[:3] <= widest[:3] * (2.01 if scheme.num_bits == 2 else 1.2)).all()
+
+
+@every("quantizer")
+def test_quantizer_after_a_relu_is_unsigned(name):
+    histogram = Histogram()
+    histogram.add(torch.randn(4000, generator=torch.Generator().manual_seed(0)).relu())
+    _, zero_point = build("quantizer", name).qparams(histogram.observation(), TensorScheme(4))
+    assert zero_point.tolist() == [0]
+
+
+# ------------------------------------------------------------------------------------------------ schemes
+
+
+@every("scheme")
+def test_scheme(name, teacher, make_dataset, tmp_path):
+    config = load("scheme", name)
+    scheme = Scheme.from_dict(config, name)
+    assert scheme.name == name and Scheme.from_dict(scheme.to_dict()) == scheme and scheme.policy == "all"
+    assert name == f"w{scheme.weight.num_bits}a{scheme.activation.num_bits}"
+    methods = [resolve("quantizer", "min_max")] * 2
+    student, path = quantize(
+        teacher, make_dataset(teacher), scheme, build("algorithm", "round_to_nearest"), *methods, 0, tmp_path / "s"
+    )
+    for layer in student.layers.values():
+        values = layer.weight.unique()
+        assert layer.weight_quantizer.scheme == scheme.weight and layer.input_quantizer.scheme == scheme.activation
+        assert all(len(row.unique()) <= 2**scheme.weight.num_bits for row in layer.weight) and len(values) > 1
+    x = settle_images()
+    with torch.no_grad():
+        assert torch.equal(Student.load(path, teacher)(x), student(x))
+
+
+def settle_images():
+    return settle(NETS["bare"](), seed=8, num_samples=16)
+
+
+# ------------------------------------------------------------------------------------------------ algorithms
+
+
+@every("algorithm")
+@pytest.mark.parametrize("kind", ["plain", "residual", "mlp", "bare"])
+def test_algorithm(name, kind, make_teacher, make_dataset, tmp_path):
+    teacher = make_teacher(kind)
+    dataset, weights = make_dataset(teacher), hash_tensors(teacher.module.state_dict())
+    methods = [resolve("quantizer", "mse", num_candidates=10)] * 2
+    made = [
+        quantize(teacher, dataset, W4A8, build("algorithm", name), *methods, seed, tmp_path / str(i))
+        for i, seed in enumerate((0, 0))
+    ]
+    (student, path), (again, _) = made
+    x = settle_images()
+    with torch.no_grad():
+        outputs = student(x)
+        assert torch.isfinite(outputs).all() and torch.equal(again(x), outputs)
+        assert torch.equal(Student.load(path, teacher)(x), outputs)
+        agreement = (outputs - teacher(x)).square().sum() / teacher(x).square().sum()
+    assert float(agreement) < 0.1
+    assert hash_tensors(teacher.module.state_dict()) == weights and not teacher.module.training
+    assert sorted(p.name for p in path.iterdir()) == ["student.json", "student.safetensors"]
+    for layer in student.layers.values():
+        assert layer.input_quantizer.enabled and layer.weight_quantizer.enabled
+        assert (layer.input_quantizer.scale > 0).all() and (layer.weight_quantizer.scale > 0).all()
+    assert not any(p.requires_grad for p in student.module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+@every("task")
+def test_task(name, teacher):
+    if name != "classification":
+        pytest.skip("the tiny teachers classify")
+    task = resolve("task", name)
+    x = settle_images().requires_grad_()
+    outputs = task.raw_outputs(teacher, x)
+    num_outputs = task.num_outputs(outputs)
+    assert outputs.shape == (16, 10) and num_outputs == 10
+    targets = task.synthesis_targets(25, num_outputs, torch.Generator().manual_seed(0), 0.3)
+    assert targets.shape == (25, 10) and torch.allclose(targets.sum(1), torch.ones(25))
+    counts = targets.argmax(1).bincount(minlength=10)
+    assert int(counts.max()) - int(counts.min()) <= 1
+    task.synthesis_loss(outputs, targets[:16]).backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    outputs = outputs.detach()
+    assert float(task.distillation_loss(outputs, outputs)) == pytest.approx(0, abs=1e-6)
+    assert float(task.distillation_loss(outputs + torch.eye(16, 10), outputs)) > 1e-4
+    assert float(task.agreement(outputs, outputs)) == 1 and float(task.agreement(-outputs, outputs)) < 1
+    metrics = task.metrics(num_outputs)
+    metrics.update(outputs, outputs.argmax(1))
+    assert {key: float(value) for key, value in metrics.compute().items()}["top1"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: y,
+        lambda y: {"logits": y, "aux": y + 1},
+        lambda y: (y, y + 1),
+        lambda y: [y],
+        lambda y: type("Output", (), {"logits": y})(),
+    ],
+)
+def test_classification_understands(wrap, teacher):
+    task, x = resolve("task", "classification"), settle_images()
+    assert torch.equal(task.raw_outputs(lambda images: wrap(teacher(images)), x), teacher(x))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: y[0],
+        lambda y: y[..., None],
+        lambda y: {"scores": y},
+        lambda y: None,
+        lambda y: (),
+        lambda y: [{"boxes": y}],
+    ],
+)
+def test_classification_refuses(wrap, teacher):
+    with pytest.raises(
+        UserError, match=r"got a .* from the network; allowed: logits \[N, num_classes\] for task=classification"
+    ):
+        resolve("task", "classification").raw_outputs(lambda images: wrap(teacher(images)), settle_images())
+
+
+# ------------------------------------------------------------------------------------------ evaluations, exporters
+
+
+@every("evaluation")
+def test_evaluation(name, teacher, tmp_path):
+    config, options = load("evaluation", name), {}
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    spec = teacher.input_spec
+    if config.get("path") == MISSING:
+        if "folder" in name:
+            for i, image in enumerate(pixels):
+                (tmp_path / f"class{i % 3}").mkdir(exist_ok=True)
+                Image.fromarray(image).save(tmp_path / f"class{i % 3}" / f"{i}.png")
+            options["path"] = str(tmp_path)
+        else:
+            np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(12) % 10)
+            options["path"] = str(tmp_path / "a.npz")
+        options["reference_path"] = options["path"]
+    elif name == "digits":
+        spec = type(spec)((1, 8, 8), (0.3,), (0.4,))
+    evaluation = resolve("evaluation", name, **options)
+    batches = list(evaluation.batches(spec))
+    assert sum(len(labels) for _, labels in batches) == evaluation.num_samples
+    for images, labels in batches:
+        assert images.dtype == torch.float32 and images.shape[1:] == spec.size and len(images) == len(labels)
+        assert labels.dtype == torch.int64 and labels.dim() == 1
+    assert all(
+        torch.equal(a, b) for (a, _), (b, _) in zip(batches, evaluation.batches(spec), strict=True)
+    )  # a second look
+    if evaluation.reference_path:
+        assert evaluation.reference_images(spec, 5).shape == (5, *spec.size)
+    if spec == teacher.input_spec:
+        found = evaluate(teacher, None, evaluation)["teacher"]
+        assert all(0 <= value <= 1 for value in found.values()) and bool(found) == bool(batches)
+
+
+@every("exporter")
+def test_exporter(name, teacher, make_dataset, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    dataset = make_dataset(teacher)
+    methods = [resolve("quantizer", "min_max")] * 2
+    student, _ = quantize(teacher, dataset, W4A8, build("algorithm", "round_to_nearest"), *methods, 0, tmp_path / "s")
+    exporter = build("exporter", name)
+    path = tmp_path / f"artifact{exporter.suffix}"
+    state = hash_tensors(student.module.state_dict())
+    found = export(student, exporter, path, teacher, dataset)
+    assert (
+        path.exists()
+        and found["path"] == str(path)
+        and {"format", "size_bytes", "parity", "latency_ms"} <= found.keys()
+    )
+    assert hash_tensors(student.module.state_dict()) == state
+    if exporter.suffix != ".onnx":
+        return
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = settle_images()
+    for batch in (x, x[:1]):  # any batch size
+        (outputs,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        with torch.no_grad():
+            wanted = student(batch)
+        # A value beside a midpoint may round to the other code in the runtime: close, not equal.
+        assert (torch.from_numpy(outputs) - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("family", ["algorithm", "exporter"])
+def test_signatures_are_those_the_pipeline_calls(family):
+    wanted = {
+        "algorithm": (
+            "quantize",
+            ["student", "teacher", "dataset", "weight_quantizer", "activation_quantizer", "seed", "work_dir"],
+        ),
+        "exporter": ("export", ["student", "path", "teacher", "images"]),
+    }
+    method, names = wanted[family]
+    for name in choices(family):
+        parameters = list(inspect.signature(getattr(resolve(family, name), method)).parameters)
+        assert parameters[: len(names)] == names, name

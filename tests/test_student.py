@@ -1,0 +1,252 @@
+"""Student: saved and loaded bit for bit, small on disk, and exact words for everything that is wrong with a folder."""
+
+import json
+
+import pytest
+import torch
+from conftest import NETS, SPEC, as_teacher, settle
+from safetensors.torch import load_file
+from torch import nn
+
+from dfq.algorithms._calibration import calibrate
+from dfq.errors import UserError
+from dfq.modules import Swap
+from dfq.quantizers.min_max import MinMax
+from dfq.quantizers.mse import MSE
+from dfq.scheme import Scheme, TensorScheme
+from dfq.student import Student, read_manifest
+from dfq.teacher import Teacher
+
+
+def scheme(bits, policy="all", symmetric=True, granularity="per_channel"):
+    return Scheme(TensorScheme(bits, symmetric, granularity), TensorScheme(bits), policy=policy)
+
+
+def images(num_samples=32):
+    return settle(NETS["bare"](), seed=3, num_samples=num_samples)
+
+
+def quantized(teacher, scheme, method=None):
+    student = Student.from_teacher(teacher, scheme)
+    method = method or MinMax()
+    calibrate(student, images(), method, method)
+    return student
+
+
+class Aliased(nn.Module):
+    """One convolution under two names, a tied weight, a batch norm that cannot be folded, a buffer, an odd layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.same = self.first
+        self.pre = nn.BatchNorm2d(4)
+        self.up = nn.ConvTranspose2d(4, 4, 1)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.b.weight = self.a.weight
+        self.register_buffer("gain", torch.tensor(1.7))
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = self.up(torch.relu(self.pre(torch.relu(self.same(x)))))
+        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)) * self.gain)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("policy", ["all", "edges_8bit"])
+@pytest.mark.parametrize("kind", ["residual", "mlp", "bare", "aliased"])
+def test_saved_and_loaded_bit_for_bit(tmp_path, make_teacher, bits, policy, kind):
+    teacher = as_teacher(Aliased()) if kind == "aliased" else make_teacher(kind)
+    student = quantized(teacher, scheme(bits, policy), MSE(num_candidates=10))
+    x = images(16)
+    with torch.no_grad():
+        before_freezing = student(x)
+        wanted = student.freeze()(x)
+        assert torch.equal(wanted, before_freezing)
+        student.settings, student.seconds = {"seed": 3}, 1.5
+        student.save(tmp_path / "s")
+        again = Student.load(tmp_path / "s", teacher)
+        assert torch.equal(again(x), wanted)
+    assert again.settings == {"seed": 3} and again.seconds == 1.5 and again.scheme == student.scheme
+    assert again.swap == student.swap and again.folded == [tuple(p) for p in student.folded]
+    assert again.mean_weight_bits == student.mean_weight_bits and list(again.layers) == list(student.layers)
+    assert not any(p.requires_grad for p in again.module.parameters())
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "student.safetensors").read_bytes() == (
+        tmp_path / "s" / "student.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_every_weight_grid_survives(tmp_path, make_teacher, symmetric, granularity):
+    teacher = make_teacher("plain")
+    student = quantized(teacher, scheme(3, symmetric=symmetric, granularity=granularity)).freeze()
+    student.save(tmp_path / "s")
+    again = Student.load(tmp_path / "s", teacher)
+    with torch.no_grad():
+        assert torch.equal(again(images()), student(images()))
+    for name, layer in student.layers.items():
+        codes = again.integer_weight(name)
+        assert torch.equal(codes, student.integer_weight(name))
+        quantizer = layer.weight_quantizer
+        assert codes.min() >= quantizer.scheme.quant_min and codes.max() <= quantizer.scheme.quant_max
+        shape = (-1, *[1] * (codes.dim() - 1)) if granularity == "per_channel" else ()
+        values = (codes - quantizer.zero_point.view(shape)).float() * quantizer.scale.view(shape)
+        assert torch.equal(values, layer.weight)
+
+
+def test_a_channel_of_zeros_survives(tmp_path):
+    net = NETS["bare"]()
+    settle(net)
+    net[2].weight.data[1] = 0
+    net[2].bias.data[:] = 0
+    net[0].weight.data[:] = 0
+    net[0].bias.data[:] = -1  # all that the second convolution sees is zero
+    teacher = Teacher(net, "classification", SPEC)
+    student = quantized(teacher, scheme(4)).freeze()
+    student.save(tmp_path / "s")
+    with torch.no_grad():
+        out = Student.load(tmp_path / "s", teacher)(images())
+        assert torch.isfinite(out).all() and torch.equal(out, student(images()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_size_on_disk_is_bits_times_weights(tmp_path, bits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 301), nn.ReLU(), nn.Linear(301, 10))
+    student = quantized(as_teacher(net), scheme(bits))
+    student.save(tmp_path / "s")
+    tensors = load_file(tmp_path / "s" / "student.safetensors")
+    for name, layer in student.layers.items():
+        packed = tensors[f"{name}.weight_codes"]
+        assert packed.dtype == torch.uint8 and packed.numel() == -(-layer.weight.numel() * bits // 8)
+        assert f"{name}.weight" not in tensors
+    size, num_weights = (tmp_path / "s" / "student.safetensors").stat().st_size, 192 * 301 + 3010
+    rest = sum(t.numel() * t.element_size() for n, t in tensors.items() if not n.endswith("weight_codes"))
+    assert num_weights * bits / 8 <= size <= num_weights * bits / 8 + rest + 3000  # 3000: names in the header
+    assert rest <= 4 * 3 * 311
+    assert read_manifest(tmp_path / "s")["size_bytes"] == size
+
+
+def test_a_layer_under_two_names_is_stored_once(tmp_path):
+    student = quantized(as_teacher(Aliased()), scheme(4))
+    tensors = student.save(tmp_path / "s") and load_file(tmp_path / "s" / "student.safetensors")
+    floats = [name for name, t in tensors.items() if t.dim() > 1 and t.is_floating_point()]
+    assert floats == ["up.weight"]  # the one weight that has no quantized class
+
+
+def test_mean_weight_bits(make_teacher):
+    student = Student.from_teacher(make_teacher("bare"), scheme(4, "edges_8bit"))
+    assert student.mean_weight_bits == pytest.approx((216 * 8 + 576 * 4 + 80 * 8) / (216 + 576 + 80))
+
+
+def test_a_student_without_a_grid_is_not_saved(tmp_path, make_teacher):
+    with pytest.raises(UserError, match="got a student whose layer 0 has no grid yet; run an algorithm on it"):
+        Student.from_teacher(make_teacher("bare"), scheme(4)).save(tmp_path / "s")
+    assert not (tmp_path / "s" / "student.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+@pytest.fixture
+def folder(tmp_path, make_teacher):
+    return quantized(make_teacher("plain"), scheme(4)).save(tmp_path / "s")
+
+
+def edited(**changes):
+    def edit(path):
+        manifest = json.loads((path / "student.json").read_text()) | changes
+        (path / "student.json").write_text(json.dumps({k: v for k, v in manifest.items() if v is not ...}))
+
+    return edit
+
+
+def truncate(path):
+    (path / "student.safetensors").write_bytes((path / "student.safetensors").read_bytes()[:-5])
+
+
+def flip(path):
+    content = bytearray((path / "student.safetensors").read_bytes())
+    content[-1] ^= 16
+    (path / "student.safetensors").write_bytes(content)
+
+
+CHECKSUM = (
+    r"^got .*student\.safetensors, whose content does not match its checksum; "
+    r"run the same quantize command again with another student_dir$"
+)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (truncate, CHECKSUM),
+        (flip, CHECKSUM),
+        (lambda p: (p / "student.safetensors").unlink(), CHECKSUM),
+        (lambda p: (p / "student.json").unlink(), r"^got .*, which has no student\.json; allowed: a student folder$"),
+        (
+            lambda p: (p / "student.json").write_text("{"),
+            r"student\.json, which can't be read as json \(.*\); allowed: a student folder$",
+        ),
+        (
+            edited(schema_version=2),
+            r"^got a student of schema version 2; allowed: at most 1; install a newer dfq to read it$",
+        ),
+        (
+            edited(format="dfq.synthetic_dataset"),
+            r"which is a dfq\.synthetic_dataset folder; allowed: a student folder$",
+        ),
+        (edited(schema_version=...), r"student\.json"),
+        (edited(sha256=...), r"student\.json"),
+        (edited(layers=...), r"student\.json"),
+    ],
+)
+def test_what_is_wrong_with_a_folder(folder, make_teacher, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        Student.load(folder, make_teacher("plain"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["residual", "mlp", "bare"])
+def test_the_wrong_teacher(folder, make_teacher, kind):
+    with pytest.raises(
+        UserError,
+        match=rf"^got a student of plain and the teacher {kind}, whose layers differ \(.*\); load it with the teacher",
+    ) as error:
+        Student.load(folder, make_teacher(kind))
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_with_another_number_of_classes(folder):
+    net = NETS["plain"]()
+    net[8] = nn.Linear(12, 11)
+    with pytest.raises(UserError, match="whose layers differ"):
+        Student.load(folder, as_teacher(net, name="plain"))
+
+
+def test_only_the_teachers_structure_is_used(folder, make_teacher):
+    first, other = make_teacher("plain"), make_teacher("plain", seed=9)
+    before = other.sha256
+    with torch.no_grad():
+        assert torch.equal(Student.load(folder, first)(images()), Student.load(folder, other)(images()))
+    assert Teacher(other.module, "classification", SPEC).sha256 == before
+
+
+def test_a_failed_save_leaves_no_whole_folder(folder, make_teacher, monkeypatch):
+    """student.json goes first and comes last: what is there is never a mixture of two students."""
+    import dfq.student
+
+    monkeypatch.setattr(dfq.student, "write_json", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        quantized(make_teacher("plain"), scheme(2)).save(folder)
+    with pytest.raises(UserError, match=r"has no student\.json"):
+        read_manifest(folder)
+
+
+def test_freezing_twice_changes_nothing(make_teacher):
+    student = quantized(make_teacher("residual"), scheme(3))
+    first = {k: v.clone() for k, v in student.freeze().module.state_dict().items()}
+    assert all(torch.equal(v, first[k]) for k, v in student.freeze().module.state_dict().items())
+    assert isinstance(student.swap, Swap)
