@@ -72,7 +72,9 @@ def read_manifest(path: Path, kind: str, schema_version: int, keys: tuple[str, .
     if manifest.get("format") != f"dfq.{kind}":
         raise UserError(f"got {path.parent}, which is a {manifest.get('format')} folder", f"a {what} folder")
     version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > schema_version:
+    if not isinstance(version, int):
+        raise UserError(f"got {path} without schema_version", f"a whole {what} folder")
+    if version > schema_version:
         raise UserError(
             f"got a {what} of schema version {version}", f"at most {schema_version}", "install a newer dfq to read it"
         )
@@ -132,7 +134,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
                     "choose another dataset_dir",
                 )
         else:
-            if path.exists() and (not path.is_dir() or any(not _is_leftover(file) for file in path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(not _is_temporary(file) for file in path.iterdir())):
                 raise UserError(
                     f"got dataset_dir={path}, which is {'not empty' if path.is_dir() else 'a file'} and no dataset",
                     "an empty or new folder",
@@ -140,9 +142,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
                 )
             write_json(path / "manifest.json", manifest)
             dataset = cls(path)
-        for leftover in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:
-            if _is_leftover(leftover):
-                leftover.unlink(missing_ok=True)
+        for file in [*path.glob(".*.tmp"), *(path / "shards").glob(".*.tmp")]:
+            if _is_temporary(file) and not _is_in_use(file):
+                file.unlink(missing_ok=True)
         return dataset
 
     def has_shard(self, index: int, num_samples: int) -> bool:
@@ -296,18 +298,21 @@ class SyntheticDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_open": {}}
 
 
-def _is_leftover(file: Path) -> bool:
-    """Whether ``file`` is the unfinished write of a process that is no more."""
-    if not (file.name.startswith(".") and file.suffix == ".tmp"):
-        return False
-    process = file.stem.rpartition(".")[2]
+def _is_temporary(file: Path) -> bool:
+    """Whether ``file`` has the kind of name that :func:`write_atomic` writes under."""
+    return file.name.startswith(".") and file.suffix == ".tmp"
+
+
+def _is_in_use(temporary: Path) -> bool:
+    """Whether the process that writes ``temporary`` may still be at work (on this machine)."""
+    process = temporary.stem.rpartition(".")[2]
     try:
         os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return True
-    except OSError:
+    except (ValueError, ProcessLookupError, OverflowError):
         return False
-    return int(process) == os.getpid()
+    except OSError:
+        return True
+    return int(process) != os.getpid()
 
 
 def first_difference(have: Any, want: Any, where: str = "") -> str:

@@ -49,7 +49,7 @@ def flip(path, position=-1):
 
 
 DAMAGE = {
-    "temporary shard": lambda p: (p / "shards" / ".000004.safetensors.77.tmp").write_bytes(b"half"),
+    "temporary shard": lambda p: (p / "shards" / ".000004.safetensors.4194305.tmp").write_bytes(b"half"),
     "shard without json": lambda p: (p / "shards" / "000002.json").unlink(),
     "json without shard": lambda p: (p / "shards" / "000001.safetensors").unlink(),
     "no third shard at all": lambda p: [(p / "shards" / f"000002.{s}").unlink() for s in ("json", "safetensors")],
@@ -65,7 +65,7 @@ DAMAGE = {
     "killed before the first": lambda p: shutil.rmtree(p / "shards"),
     "killed while the manifest was written": lambda p: (
         shutil.rmtree(p / "shards"),
-        (p / "manifest.json").rename(p / ".manifest.json.77.tmp"),
+        (p / "manifest.json").rename(p / ".manifest.json.4194305.tmp"),
     ),
 }
 
@@ -257,7 +257,7 @@ def test_a_stray_file_among_the_shards_does_no_harm(whole, tmp_path, stray):
         ('{"format": "dfq.student"}', r"which is a dfq\.student folder; allowed: a synthetic dataset folder"),
         (
             '{"format": "dfq.synthetic_dataset", "schema_version": 99}',
-            "got a dataset of schema version 99; allowed: at most 1; install a newer dfq",
+            "got a synthetic dataset of schema version 99; allowed: at most 1; install a newer dfq",
         ),
         ('{"format": "dfq.synthetic_dataset"}', "manifest.json"),
     ],

@@ -278,7 +278,7 @@ def _to_onnx(network: nn.Module, spec: InputSpec, opset: int) -> Any:
                 dynamic_shapes=({0: "N"},),
             )
             assert program is not None
-            return program.model_proto
+            model = program.model_proto
     except Exception as error:  # whatever a user's forward, or the exporter on it, raises
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -288,6 +288,10 @@ def _to_onnx(network: nn.Module, spec: InputSpec, opset: int) -> Any:
             f"got a network that torch.onnx.export can't translate ({lines[0][:300]})",
             do="write that operation differently in the network",
         ) from error
+    written = next(entry.version for entry in model.opset_import if not entry.domain)
+    if written != opset:
+        raise UserError(f"got exporter.opset={opset}, and torch {torch.__version__} wrote {written}", "18 to about 23")
+    return model
 
 
 def _serialize(model: Any, metadata: dict[str, str]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickletools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,15 +29,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"got teacher.checkpoint={path}, which does not exist", allowed) from None
     except Exception as error:  # torch's reader of a file that is none of its own raises nearly anything
-        if isinstance(error, pickle.UnpicklingError) and re.search(
-            r"[Uu]nsupported (global|class|operand)", str(error)
-        ):
+        if re.search(r"unsupported (global|class)", str(error), re.I) or _is_pickle(path):
             raise UserError(
                 f"got teacher.checkpoint={path}, which holds pickled objects, and dfq never unpickles",
                 "tensors only",
                 "save it with torch.save(model.state_dict(), path) or as safetensors",
             ) from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"got teacher.checkpoint={path}, which can't be read ({reason})", allowed) from None
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -48,6 +46,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         what = f"a {type(content).__name__}" if not isinstance(content, Mapping) else "a mapping that is no state dict"
         raise UserError(f"got teacher.checkpoint={path}, which holds {what}", "a state dict (name → tensor)")
     return dict(content)
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file is a pickle of its own (its opcodes are looked at, none is executed)."""
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for _ in pickletools.genops(file)) > 0
+    except Exception:  # anything but a pickle
+        return False
 
 
 def strip_prefixes(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
