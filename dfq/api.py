@@ -246,7 +246,8 @@ def _export(config: Mapping[str, Any]) -> None:
 
 
 def _report(config: Mapping[str, Any]) -> None:
-    Console().print(str(reports.render(Path(config["output_dir"]))), soft_wrap=True)
+    page = reports.render(Path(config["output_dir"]))
+    reports.summary(*reports.read(Path(config["output_dir"])), Console(), report_path=page)
 
 
 def _inspect(config: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ data or students imports this file.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zipfile
 import zlib
@@ -40,6 +41,9 @@ class NoEvaluation:
     def batches(self, spec: InputSpec) -> Iterator[Batch]:
         return iter(())
 
+    def fingerprint(self) -> str:
+        return ""
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -59,6 +63,10 @@ class Arrays:
         for start in range(0, len(labels), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield spec.normalize(images[part]), labels[part]
+
+    def fingerprint(self) -> str:
+        """Changes when the file does."""
+        return fingerprint([Path(self.path)])
 
     def reference_images(self, spec: InputSpec, num_samples: int) -> Tensor:
         """Up to ``num_samples`` real images [N, C, H, W], spread over the file."""
@@ -124,6 +132,10 @@ class ImageFolder:
             rows = [folder[i] for i in range(start, min(start + self.batch_size, len(folder)))]
             yield spec.normalize(torch.stack([image for image, _ in rows])), torch.tensor([label for _, label in rows])
 
+    def fingerprint(self) -> str:
+        """Changes when a file comes, goes or changes."""
+        return fingerprint(sorted(Path(self.path).rglob("*")))
+
     def reference_images(self, spec: InputSpec, num_samples: int) -> Tensor:
         """Up to ``num_samples`` real images [N, C, H, W], spread over the classes."""
         assert self.reference_path is not None
@@ -153,6 +165,12 @@ class ImageFolder:
                 f"got evaluation.path={path}, which has no images in folders of classes ({str(error).splitlines()[0]})",
                 "DIR/<class>/<image>",
             ) from None
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash of names, sizes and times of change: whether data on disk is still what was measured on."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _check_shape(images: Tensor, spec: InputSpec, path: str) -> None:
@@ -225,9 +243,9 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         agreement += float(task.agreement(output, target)) * len(batch)
         kl += float(task.distillation_loss(output, target)) * len(batch)
         for name in student.layers:
-            signal = wanted[at[name]]
-            sums[name][0] += float(signal.square().sum())
-            sums[name][1] += float((signal - got[here[name]]).square().sum())
+            reference = wanted[at[name]]
+            sums[name][0] += float(reference.square().sum())
+            sums[name][1] += float((reference - got[here[name]]).square().sum())
     layers = []
     for name, (weight_scheme, activation_scheme) in student.swap.layers.items():
         signal, noise = sums[name]

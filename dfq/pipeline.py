@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from dfq import report as reports
 from dfq.dataset import SyntheticDataset, first_difference, read_json, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
-from dfq.progress import progress_bar
+from dfq.progress import progress_bar, say
 from dfq.scheme import Scheme
 from dfq.settings import resolve, to_config
 from dfq.student import Student, read_manifest
@@ -93,6 +93,7 @@ def generate(
     sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
     missing = [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
     if not missing:
+        say(f"generate: the {num_samples} samples are there already, in {path}")
         return dataset
     task = resolve("task", teacher.task)
     done = num_samples - sum(sizes[index] for index in missing)
@@ -144,6 +145,7 @@ def quantize(
                 "an empty or new folder, or the same settings",
                 "choose another student_dir",
             )
+        say(f"quantize: the student is there already, in {path}")
         return Student.load(path, teacher), path
     if path.exists() and not path.is_dir():
         raise UserError(f"got student_dir={path}, which is a file", "a folder")
@@ -177,9 +179,9 @@ def evaluate(
         ``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
     """
     task = resolve("task", teacher.task)
-    found: dict[str, Any] = {"teacher": _measure(teacher, task, evaluation, teacher, "teacher")}
+    found: dict[str, Any] = {"teacher": _measure(teacher, teacher.sha256, task, evaluation, teacher, "teacher")}
     if student is not None:
-        found["student"] = _measure(student, task, evaluation, teacher, "student")
+        found["student"] = _measure(student, student.sha256, task, evaluation, teacher, "student")
         if dataset is not None:
             found["fidelity"] = evaluations.fidelity(teacher, student, task, held_out_images(dataset))
     return found
@@ -216,6 +218,7 @@ def export(
                 f"got artifact_path={path}, a file that dfq did not make", "a new file", "choose another artifact_path"
             )
         if known.get("settings") == settings and known["sha256"] == _file_hash(path):
+            say(f"export: the artifact is there already, in {path}")
             return {**known, "path": str(path)}
     images = held_out_images(dataset) if dataset is not None else None
     description = {**exporter.export(student, path, teacher, images), "settings": settings}
@@ -317,7 +320,11 @@ def describe(
         "fidelity": figures.get("fidelity"),
         "artifact": None
         if artifact is None
-        else {key: artifact[key] for key in ("path", "format", "size_bytes", "parity", "latency_ms")},
+        else {
+            "path": artifact["path"],
+            "format": _target_label(artifact["exporter"]),
+            **{key: artifact[key] for key in ("size_bytes", "parity", "latency_ms")},
+        },
     }
 
 
@@ -377,7 +384,7 @@ def _reference(
         for layer in details["batch_norm_match"]:
             layer["real"] = match[layer["name"]]
     student, _ = _quantize(e, dataset, None)
-    metrics = _measure(student, task, e.evaluation, e.teacher, label)
+    metrics = _measure(student, student.sha256, task, e.evaluation, e.teacher, label)
     fidelity = evaluations.fidelity(e.teacher, student, task, images)
     return {
         "row": label,
@@ -443,12 +450,24 @@ def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None
     )
 
 
-def _measure(model: Any, task: Any, evaluation: Any, teacher: Teacher, what: str) -> dict[str, float]:
-    batches: Iterable = evaluation.batches(teacher.input_spec) if hasattr(evaluation, "batches") else evaluation
-    total = evaluation.num_samples if hasattr(evaluation, "num_samples") else 0
-    if not total and hasattr(evaluation, "batches"):
+def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teacher, what: str) -> dict[str, float]:
+    """Metrics of ``model`` (whose content is ``sha256``); those measured before on the same data are read again."""
+    if not hasattr(evaluation, "batches"):  # any iterable of batches: nothing says whether it is the same as before
+        return evaluations.measure(model, task, evaluation, 0, what)
+    if not evaluation.num_samples:
         return {}
-    return evaluations.measure(model, task, batches, total, what)
+    key = {
+        "model": sha256,
+        "evaluation": to_config(evaluation),
+        "data": evaluation.fingerprint(),
+        "input_spec": teacher.input_spec.to_dict(),
+    }
+    path = OUTPUTS / "evaluations" / f"{what.replace(' ', '_')}_{_hash(key)}.json"
+    if path.exists():
+        return read_json(path, "evaluation")["metrics"]
+    metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
+    write_json(path, {"format": "dfq.evaluation", **key, "metrics": metrics})
+    return metrics
 
 
 def _check_dataset(teacher: Teacher, dataset: SyntheticDataset) -> None:

@@ -25,6 +25,11 @@ class Advance(Protocol):
     def __call__(self, amount: float, note: str = "") -> None: ...
 
 
+def say(text: str) -> None:
+    """One line on stderr, where the bars are: stdout is for results."""
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -51,9 +56,11 @@ def progress_bar(description: str, total: float, unit: str, completed: float = 0
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total, completed=completed, unit=unit, note="")
+        task = progress.add_task(description, total=total, completed=int(completed), unit=unit, note="")
 
         def advance(amount: float, note: str = "") -> None:
-            progress.update(task, advance=amount, **({"note": note} if note else {}))
+            progress.advance(task, amount)
+            if note:
+                progress.update(task, note=note)
 
         yield advance

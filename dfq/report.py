@@ -255,21 +255,26 @@ def write(
     return render(output_dir)
 
 
-def render(output_dir: str | os.PathLike) -> Path:
-    """Make ``report.html`` from the files beside it. A folder without a whole report.json is a UserError."""
-    output_dir = Path(output_dir)
-    path = output_dir / "report.json"
+def read(output_dir: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """report and details of a run's folder. A folder without a whole report.json is a UserError."""
+    path = Path(output_dir) / "report.json"
     report, details = _plain(read_json(path, "run")), {}
     try:
         validate(report)
-        path = output_dir / "details.json"
+        path = Path(output_dir) / "details.json"
         if path.exists():
             details = _plain(read_json(path, "run"))
-        details = _checked_details(details)
+        return report, _checked_details(details)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"got {path}, which is not as dfq writes it ({error})", "a run folder") from None
+
+
+def render(output_dir: str | os.PathLike) -> Path:
+    """Make ``report.html`` from the files beside it, see :func:`read`."""
+    output_dir = Path(output_dir)
+    report, details = read(output_dir)
     tiles = _read_grid(output_dir / "images.png", details["grid"])
     page = _template().render(_page(report, details, tiles))
     write_atomic(output_dir / "report.html", page.encode())
@@ -529,6 +534,16 @@ def table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Table:
     return found
 
 
+def _parity(parity: Mapping[str, Any]) -> str:
+    """What matters of an exporter's check, in one line; the page has all of it."""
+    agreement, samples = parity.get("argmax_agreement"), parity.get("num_samples")
+    if agreement is None or samples is None:
+        return ", ".join(f"{key} {_any(value)}" for key, value in parity.items())
+    text = f"the same answer as the student in {_any(agreement * 100)} % of {samples} samples"
+    text += f", {parity['runtime']}" if "runtime" in parity else ""
+    return text + (f"; {parity['warning']}" if parity.get("warning") else "")
+
+
 def summary(
     report: Mapping[str, Any],
     details: Mapping[str, Any],
@@ -559,7 +574,7 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
             text = f"float {format_number(before, 2)} ms -> artifact {format_number(after, 2)} ms"
             lines.append(("latency", f"{text} ({ratio_text(before, after, 'faster', 'slower') or 'n/a'})"))
         if artifact["parity"]:
-            lines.append(("parity", ", ".join(f"{key} {_any(value)}" for key, value in artifact["parity"].items())))
+            lines.append(("parity", _parity(artifact["parity"])))
     lines += [("note", note) for note in details["notes"]]
     paths = {
         "dataset": (dataset or {}).get("path"),

@@ -31,7 +31,7 @@ from dfq.hooks import evaluation_mode
 from dfq.modules import QuantizedLayer, Swap, find_foldable, fold_batch_norm, quantized_layers, swap_layer, swap_layers
 from dfq.quantization import dequantize, pack, quantize, unpack
 from dfq.scheme import Scheme, TensorScheme
-from dfq.teacher import InputSpec, Teacher
+from dfq.teacher import InputSpec, Teacher, hash_tensors
 
 SCHEMA_VERSION = 1
 CODES = ".weight_codes"
@@ -102,6 +102,11 @@ class Student:
         counts = {name: layer.weight.numel() for name, layer in self.layers.items()}
         bits = sum(count * self.swap.layers[name][0].num_bits for name, count in counts.items())
         return bits / sum(counts.values())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what is stored: codes, scales, and what stays float."""
+        return hash_tensors(self.tensors())
 
     def integer_weight(self, name: str) -> Tensor:
         """Integer codes (int32, weight-shaped) of a quantized layer."""

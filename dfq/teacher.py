@@ -20,7 +20,7 @@ from dfq.modules import BATCH_NORMS
 class InputSpec:
     """What a vision network takes: float [N, C, H, W], (byte / 255 - mean) / std, channels in the network's order."""
 
-    size: tuple[int, int, int]  # C, H, W
+    size: tuple[int, ...]  # C, H, W
     mean: tuple[float, ...]
     std: tuple[float, ...]
 

@@ -23,13 +23,13 @@ SEED = 0
 NUM_TRAIN = 1000
 EPOCHS = 150
 BATCH_SIZE = 50
-LEARNING_RATE = 0.1
+LEARNING_RATE = 0.05
 WEIGHT_DECAY = 1e-3
 LABEL_SMOOTHING = 0.05
 
 
 def load_images() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [1797, 8, 8, 1] and labels int64 [1797] of scikit-learn's handwritten digits, in their order there."""
+    """Images uint8 [1797, 8, 8, 1] and labels int64 [1797] of scikit-learn's digits, in their order there."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -111,7 +111,7 @@ def train(x: Tensor, labels: Tensor, seed: int) -> DigitsNet:
 
 @torch.no_grad()
 def settle_batch_norm(net: nn.Module, x: Tensor) -> None:
-    """Set the running statistics to those of all training images in one batch, without augmentation and without the lag of an average."""
+    """Set the running statistics to those of all training images in one batch, without augmentation or averaging lag."""
     norms = batch_norms(net)
     momentum = [norm.momentum for norm in norms]
     for norm in norms:
@@ -143,8 +143,9 @@ def cross_validate(x: Tensor, labels: Tensor, num_folds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights.safetensors, train.npz, heldout.npz")
-    parser.add_argument("--folds", type=int, default=0, help="cross-validate inside the training images and write nothing")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder for weights.safetensors, train.npz and heldout.npz")
+    what.add_argument("--folds", type=int, help="cross-validate inside the training images, write nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order: the same bits again
     torch.use_deterministic_algorithms(True)
@@ -163,7 +164,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, index in indices.items():
         np.savez_compressed(args.out / f"{name}.npz", images=images[index], labels=labels[index])
-    safetensors.torch.save_file(net.state_dict(), args.out / "weights.safetensors")
+    (args.out / "weights.safetensors").write_bytes(safetensors.torch.save(net.state_dict()))
     held_out = indices["heldout"]
     score = top1(net, as_batch(images[held_out]), torch.from_numpy(labels[held_out]))
     print(f"held-out top-1 {score:.4f} on {len(held_out)} images")

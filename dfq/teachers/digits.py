@@ -3,8 +3,8 @@
 It has what makes networks of this kind hard to quantize: batch norm, depthwise convolutions and linear bottlenecks with
 residual adds, in 0.2 MB. ``examples/train_digits.py`` reproduces the weights and the images beside them.
 
-Architecture after Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, arXiv:1801.04381, with
-ReLU in place of ReLU6.
+Architecture after Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, arXiv:1801.04381,
+with ReLU in place of ReLU6.
 """
 
 from importlib.resources import files
@@ -39,7 +39,7 @@ def depthwise_separable(in_channels: int, out_channels: int, stride: int = 1) ->
 
 
 class InvertedResidual(nn.Module):
-    """Pointwise expansion, depthwise 3x3, pointwise projection without activation, added to the input (MobileNetV2's block)."""
+    """Pointwise expansion, depthwise 3x3, linear pointwise projection, added to the input (MobileNetV2's block)."""
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dfq.errors import UserError
 from dfq.teacher import InputSpec, Teacher
@@ -27,7 +28,7 @@ def load(
     pretrained = checkpoint is None if pretrained is None else pretrained
     if checkpoint is not None and pretrained:
         raise UserError("got teacher.checkpoint and teacher.pretrained=true", "one of the two", "leave one away")
-    options = {} if num_classes is None else {"num_classes": num_classes}
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
         module = timm.create_model(name, pretrained=pretrained and weights, **options)
     except (RuntimeError, OSError, ValueError, ImportError) as error:

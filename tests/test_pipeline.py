@@ -1,0 +1,261 @@
+"""The five arrows together: through the command line in this process, and as functions."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dfq
+from dfq.cli import main
+from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.report import validate
+
+QUICK = ["num_samples=48", "generator.batch_size=16", "generator.iterations=3"]
+TRAIN = ["algorithm.max_steps=4", "algorithm.checks=2", "algorithm.batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which one whole run took place."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("run")
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert main(["run", *QUICK, *TRAIN, "name=first"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def here(finished, tmp_path, monkeypatch):
+    """A copy of that folder, as the current one."""
+    shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def only(pattern: str) -> Path:
+    found = sorted(Path().glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def report_of(name: str) -> tuple[dict, dict]:
+    folder = sorted(Path("outputs", name).glob("*"))[-1]
+    return json.loads((folder / "report.json").read_text()), json.loads((folder / "details.json").read_text())
+
+
+def test_a_run_leaves_a_report_with_three_yardsticks(here):
+    report, details = report_of("first")
+    validate(report)
+    assert report["teacher"]["metrics"]["top1"] >= 0.98
+    assert report["dataset"]["provenance"] == {"pixels": False, "labels": False}
+    assert report["artifact"]["format"] == "onnx_qdq" and report["artifact"]["parity"]["argmax_agreement"] == 1
+    assert [layer["weight_bits"] for layer in report["fidelity"]["layers"]] == [4] * 10
+    assert [row["row"] for row in details["references"]] == [
+        "float teacher",
+        "synthetic (zeroq)",
+        "Gaussian noise",
+        "real data",
+    ]
+    assert all(set(layer) == {"name", "synthetic", "gaussian", "real"} for layer in details["batch_norm_match"])
+    assert (sorted(Path("outputs/first").glob("*"))[-1] / "report.html").stat().st_size > 10_000
+
+
+def test_the_real_images_are_marked_as_what_they_are(here):
+    real = SyntheticDataset(only("outputs/datasets/digits_real_*"))
+    assert real.provenance["pixels"] is True
+
+
+def test_the_same_command_again_makes_nothing_anew(here, capfd):
+    before = {path: path.stat().st_mtime_ns for path in Path("outputs").rglob("*") if path.is_file()}
+    assert main(["run", *QUICK, *TRAIN, "name=second"]) == 0
+    said = capfd.readouterr().err
+    assert said.count("are there already") == 2 and said.count("the student is there already") == 3
+    assert "the artifact is there already" in said and "distill" not in said and "evaluate" not in said
+    after = {path: path.stat().st_mtime_ns for path in Path("outputs").rglob("*") if path.is_file()}
+    new = {path for path in after if path not in before and not path.is_relative_to("outputs/second")}
+    assert not new and all(after[path] == time for path, time in before.items())
+    first, second = report_of("first")[0], report_of("second")[0]
+    for part in ("teacher", "dataset", "student", "fidelity", "artifact"):
+        assert first[part] == second[part]
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "scheme=w8a8", "algorithm=round_to_nearest", "weight_quantizer=min_max", "generator=gaussian"]
+)
+def test_other_settings_make_another_student(here, change):
+    students = set(Path("outputs/students").iterdir())
+    changed = [*QUICK, *([] if "algorithm" in change else TRAIN), change, "references=[]"]
+    if change == "generator=gaussian":
+        changed.remove("generator.iterations=3")
+        changed.append("seed=5")  # the Gaussian reference row of seed 0 is the same student
+    assert main(["run", *changed]) == 0
+    assert len(set(Path("outputs/students").iterdir()) - students) == 1
+
+
+def test_each_arrow_alone_gives_what_the_run_gave(here, capfd):
+    dataset, student = only("outputs/datasets/digits_zeroq_*"), only_student_of("zeroq")
+    assert main(["generate", *QUICK, "dataset_dir=made/data"]) == 0
+    assert SyntheticDataset("made/data").sha256 == SyntheticDataset(dataset).sha256
+    assert main(["quantize", "dataset_dir=made/data", "student_dir=made/student", *TRAIN]) == 0
+    assert (Path("made/student/student.safetensors")).read_bytes() == (student / "student.safetensors").read_bytes()
+    assert not list(Path("made/student").glob("work_*"))
+    assert main(["export", "student_dir=made/student", "artifact_path=made/student.onnx"]) == 0
+    assert main(["evaluate", "student_dir=made/student", "name=alone"]) == 0
+    assert report_of("alone")[0]["student"]["metrics"] == report_of("first")[0]["student"]["metrics"]
+    assert report_of("alone")[0]["artifact"] is None
+    for path in ("made/data", "made/student", "made/student.onnx", "made"):
+        assert main(["inspect", path]) == 0
+    page = sorted(Path("outputs/alone").glob("*"))[-1]
+    (page / "report.html").unlink()
+    assert main(["report", f"output_dir={page}"]) == 0 and (page / "report.html").exists()
+    assert "nothing: no pixels, no labels" in capfd.readouterr().out
+
+
+def only_student_of(generator: str) -> Path:
+    found = []
+    for folder in Path("outputs/students").iterdir():
+        made_from = json.loads((folder / "student.json").read_text())["settings"]["dataset"]["path"]
+        found += [folder] if f"_{generator}_" in made_from else []
+    assert len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["generate", *QUICK, "dataset_dir={data}", "generator.iterations=4"],
+            "dfq: got dataset_dir={data}, a dataset made with other settings (generator.iterations: there 3, here 4); "
+            "allowed: an empty or new folder, or the same settings; choose another dataset_dir",
+        ),
+        (
+            ["generate", "generator.batch_size=16", "generator.iterations=3", "num_samples=20", "dataset_dir={data}"],
+            "dfq: got num_samples=20 and dataset_dir={data}, which holds 48; allowed: 48 or more; "
+            "choose another dataset_dir for fewer",
+        ),
+        (
+            ["quantize", "dataset_dir={data}", "student_dir={student}", "scheme=w3a3", *TRAIN],
+            "dfq: got student_dir={student}, a student made with other settings (scheme.activation.num_bits: there 4, "
+            "here 3); allowed: an empty or new folder, or the same settings; choose another student_dir",
+        ),
+        (
+            ["export", "student_dir={student}", "artifact_path=mine.onnx"],
+            "dfq: got artifact_path=mine.onnx, a file that dfq did not make; allowed: a new file; "
+            "choose another artifact_path",
+        ),
+        (
+            ["quantize", "dataset_dir={broken}", *TRAIN],
+            "dfq: got {broken}/shards/000001.safetensors, whose content does not match its checksum; "
+            "run the same generate command again to repair it",
+        ),
+    ],
+    ids=["other dataset settings", "fewer samples", "other student settings", "a file of the user's", "broken shard"],
+)
+def test_what_is_there_is_never_overwritten_by_something_else(here, arguments, line, capfd):
+    data, student, broken = only("outputs/datasets/digits_zeroq_*"), only_student_of("zeroq"), Path("broken")
+    Path("mine.onnx").write_bytes(b"mine")
+    shutil.copytree(data, broken)
+    shard = broken / "shards" / "000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\0\0\1")
+    names = {"data": data, "student": student, "broken": broken}
+    before = sorted(
+        (path, path.stat().st_mtime_ns) for path in [*data.rglob("*"), *student.rglob("*"), Path("mine.onnx")]
+    )
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    assert capfd.readouterr().err.strip().splitlines()[-1] == line.format(**names)
+    assert before == sorted(
+        (p, p.stat().st_mtime_ns) for p in [*data.rglob("*"), *student.rglob("*"), Path("mine.onnx")]
+    )
+
+
+def test_a_killed_generation_goes_on_to_the_same_bits(tmp_path):
+    """kill -9 in the middle, the same command again: the same samples as without the kill."""
+    command = [sys.executable, "-m", "dfq", "generate", "num_samples=90", "generator.batch_size=16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    process = subprocess.Popen(
+        [*command, "generator.iterations=30"], cwd=tmp_path / "killed", env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/outputs/datasets/*/shards/000001.json")):
+        assert time.monotonic() < deadline and process.poll() is None, "it was done before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    [data] = tmp_path.glob("killed/outputs/datasets/*")
+    assert 2 <= len(list((data / "shards").glob("*.json"))) < 6
+    for name in ("killed", "whole"):
+        subprocess.run([*command, "generator.iterations=30"], cwd=tmp_path / name, env=environment, check=True)
+    [whole] = tmp_path.glob("whole/outputs/datasets/*")
+    assert len(SyntheticDataset(data)) == len(SyntheticDataset(whole)) == 90
+    for shard in sorted((whole / "shards").glob("*.safetensors")):
+        assert shard.read_bytes() == (data / "shards" / shard.name).read_bytes()
+
+
+def test_the_python_of_the_readme(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4)
+    )
+    teacher = dfq.load_teacher(network, input_size=(3, 8, 8), mean=[0.5] * 3, std=[0.5] * 3)
+    dataset = dfq.generate(teacher, generator="zeroq", num_samples=24, dataset_dir="data", iterations=3)
+    student = dfq.quantize(teacher, dataset, scheme="w4a4", policy="edges_8bit", algorithm="distillation", max_steps=4)
+    assert [w.num_bits for w, _ in student.swap.layers.values()] == [8, 8] and student.scheme.policy == "edges_8bit"
+    student.save("student")
+    loaded = dfq.load_student("student", teacher=teacher)
+    images = torch.randn(5, 3, 8, 8)
+    assert torch.equal(loaded(images), student(images))
+    labels = teacher(images).argmax(1)
+    found = dfq.evaluate(teacher, loaded, evaluation=[(images, labels)], dataset=dataset)
+    assert found["teacher"]["top1"] == 1
+    assert found["student"]["top1"] == pytest.approx(float((student(images).argmax(1) == labels).float().mean()))
+    assert dfq.export(student, "student.onnx", teacher=teacher, dataset="data")["parity"]["argmax_agreement"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "student", "student.onnx", "student.onnx.json"]
+    with pytest.raises(UserError, match="a network handed over in Python that can't be rebuilt from here"):
+        dfq.load_student("student")
+
+
+def test_a_user_s_own_network_and_images(tmp_path, monkeypatch):
+    """teacher=factory with a checkpoint, evaluation=arrays, and the student's folder alone afterwards."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    Path("mynet.py").write_text(
+        "from torch import nn\n"
+        "def build(width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(width * 36, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import mynet
+
+    network = mynet.build(6)
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in network.state_dict().items()}}, "w.pt")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    normalized = (torch.from_numpy(images)[:, None].float() / 255 - 0.4) / 0.2
+    np.savez("test.npz", images=images, labels=network.eval()(normalized).argmax(1).numpy())
+    mine = ["teacher=factory", "teacher.factory=mynet:build", "teacher.kwargs.width=6", "teacher.checkpoint=w.pt"]
+    mine += ["teacher.input_size=[1,8,8]", "teacher.mean=[0.4]", "teacher.std=[0.2]"]
+    test_images = ["evaluation=arrays", "evaluation.path=test.npz"]
+    assert main(["run", *mine, *test_images, *QUICK, *TRAIN, "scheme=w8a8", "student_dir=student", "name=mine"]) == 0
+    report, details = report_of("mine")
+    assert report["teacher"]["metrics"]["top1"] == 1
+    assert [row["row"] for row in details["references"]] == ["float teacher", "synthetic (zeroq)", "Gaussian noise"]
+    assert any("evaluation.reference_path" in note for note in details["notes"])
+    assert main(["evaluate", "student_dir=student", *test_images, "name=later"]) == 0
+    assert report_of("later")[0]["student"]["metrics"] == report["student"]["metrics"]
