@@ -155,7 +155,7 @@ def quantize(
     student = Student.from_teacher(teacher, scheme)
     algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir)
     student.freeze()
-    student.seconds = time.perf_counter() - start
+    student.seconds = round(time.perf_counter() - start, 3)
     student.settings = {
         **settings,
         "dataset": {"path": str(dataset.path), "num_samples": len(dataset), "provenance": dataset.provenance},
@@ -471,6 +471,7 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
 
 
 def _check_dataset(teacher: Teacher, dataset: SyntheticDataset) -> None:
+    dataset.verify()
     if len(dataset) < 2:
         raise UserError(f"got {dataset.path} with {len(dataset)} samples", "at least 2", "generate into it first")
     spec = dataset.manifest["settings"].get("input_spec")

@@ -88,9 +88,7 @@ def train(x: Tensor, labels: Tensor, seed: int) -> DigitsNet:
         # As PyTorch did before 1.2, from almost zero up. Channels of unequal strength are what makes MobileNets break
         # under one scale per tensor, and digits are too easy a task to grow them from equal ones.
         nn.init.uniform_(norm.weight, 0.05, 1.0)
-    optimizer = torch.optim.SGD(
-        net.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
-    )
+    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(x) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1, cycle_momentum=False)
     net.train()
@@ -111,7 +109,7 @@ def train(x: Tensor, labels: Tensor, seed: int) -> DigitsNet:
 
 @torch.no_grad()
 def settle_batch_norm(net: nn.Module, x: Tensor) -> None:
-    """Set the running statistics to those of all training images in one batch, without augmentation or averaging lag."""
+    """Set the running statistics to those of all training images in one batch, without augmentation or lag."""
     norms = batch_norms(net)
     momentum = [norm.momentum for norm in norms]
     for norm in norms:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def test_the_same_command_again_makes_nothing_anew(here, capfd):
     assert main(["run", *QUICK, *TRAIN, "name=second"]) == 0
     said = capfd.readouterr().err
     assert said.count("are there already") == 2 and said.count("the student is there already") == 3
-    assert "the artifact is there already" in said and "distill" not in said and "evaluate" not in said
+    assert "the artifact is there already" in said and not re.search("^(distill|calibrate|evaluate)", said, re.M)
     after = {path: path.stat().st_mtime_ns for path in Path("outputs").rglob("*") if path.is_file()}
     new = {path for path in after if path not in before and not path.is_relative_to("outputs/second")}
     assert not new and all(after[path] == time for path, time in before.items())
