@@ -1,7 +1,7 @@
 """Accuracy of students made without data, beside the three reference rows, over several seeds.
 
     python benchmarks/accuracy.py                                 the embedded digits, 3 seeds, w4a4, w3a3 and w8a8
-    python benchmarks/accuracy.py --kit DIR                       and a CIFAR-10 ResNet-20 from DIR (resnet20.py, prepare.py)
+    python benchmarks/accuracy.py --kit DIR                       and the CIFAR-10 ResNet-20 of DIR (resnet20.py)
     python benchmarks/accuracy.py --seeds 1 --scheme w4a4 ...     one of them
 
 Every row of a scheme has the same weights, policy, sample count, algorithm and seed; only the images differ. Mean over
