@@ -29,7 +29,7 @@ class TensorScheme:
     """How one kind of tensor is rounded: x_hat = (q - zero_point) * scale with integer q."""
 
     num_bits: int = 8  # 2 to 8
-    symmetric: bool = False  # true: signed, zero_point 0; false: covers min..max (zero_point 0 if nothing is negative)
+    symmetric: bool = False  # signed around 0; false: from the lowest value (or 0) to the highest
     granularity: str = "per_tensor"  # per_tensor | per_channel (weights: one scale an output channel)
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class Scheme:
     weight: TensorScheme = field(default_factory=lambda: TensorScheme(8, True, "per_channel"))
     activation: TensorScheme = field(default_factory=lambda: TensorScheme(8, False, "per_tensor"))
     policy: str = "all"  # all | edges_8bit
-    name: str = ""
+    name: str = ""  # null or empty: made of the bits
 
     def __post_init__(self):
         if self.policy not in POLICIES:

@@ -47,6 +47,12 @@ class InputSpec:
         """uint8 [..., C, H, W] (0 to 255) → the float tensor the network takes."""
         return (images.float() / 255 - self._per_channel(self.mean, images)) / self._per_channel(self.std, images)
 
+    def limits(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The normalized values of bytes 0 and 255, [C, 1, 1] each: no real image lies outside."""
+        bytes_ = torch.tensor([0, 255], dtype=torch.uint8, device=device).view(2, 1, 1, 1)
+        low, high = self.normalize(bytes_.expand(2, self.size[0], 1, 1))
+        return low, high
+
     def to_pixels(self, images: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`, rounded and clipped to 0..255, uint8: for looking at images."""
         pixels = images.float() * self._per_channel(self.std, images) + self._per_channel(self.mean, images)

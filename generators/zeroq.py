@@ -10,7 +10,8 @@ Differences from the paper: statistics are those of the whole batch at each batc
 the batch norms themselves (the paper pairs convolutions with batch norms by order and uses per-image statistics); the
 loss is normalized by the running deviation per channel and averaged per layer, so its weights depend neither on the
 batch nor on the resolution; the step decays to zero along a cosine, so some tens of iterations do what took 500;
-optional class targets (DeepInversion, arXiv 1912.08795), balanced and smoothed.
+pixels stay legal (Sony MCT), so that a range calibrated on the images is not wider than any real
+image; optional class targets (DeepInversion, arXiv 1912.08795), balanced and smoothed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class ZeroQ(Generator):
 
     iterations: PositiveInt = 50  # steps per batch
     learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the input's standard deviation
+    clip: bool = True  # keep pixels between black and white
     class_weight: NonNegativeFloat = 0.0  # weight of the class targets; 0: statistics alone
     label_smoothing: Fraction = 0.3  # share of a class target spread over all classes
     needs_batch_norm: ClassVar[bool] = True
@@ -51,6 +53,7 @@ class ZeroQ(Generator):
         task = resolve("task", teacher.task)
         images = torch.randn(num_samples, *teacher.input_spec.size, generator=rng)
         images = images.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
+        limits = teacher.input_spec.limits(teacher.device)
         targets = None
         if self.class_weight > 0:
             with torch.no_grad():
@@ -78,6 +81,9 @@ class ZeroQ(Generator):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                if self.clip:
+                    with torch.no_grad():
+                        images.clamp_(*limits)
                 advance(num_samples / self.iterations)
         return images.detach()
 

@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
 from dfq.hooks import tensors_in
 from dfq.modules import Quantizer
-from dfq.settings import PositiveInt, to_config
+from dfq.settings import Bound, to_config
 from dfq.student import CODES, Student
 from dfq.teacher import InputSpec, Teacher
 
@@ -67,7 +67,7 @@ UINT8, INT8 = 2, 3  # onnx.TensorProto.DataType, without an import of onnx
 class OnnxQDQ:
     """One ``.onnx`` file with dynamic batch; input ``images``, output ``logits`` (several: ``output_0``, ...)."""
 
-    opset: PositiveInt = 20  # 18 or newer
+    opset: Annotated[int, Bound(at_least=18)] = 20  # of ONNX
     latency: bool = True  # time the file against the float network's
 
     format: ClassVar[str] = "onnx_qdq"
