@@ -62,6 +62,19 @@ def test_zeroq_with_class_targets_pulls_the_teachers_answers_to_them(make_teache
     assert certainty[1] > certainty[0] + 0.1 and most[1] < most[0]
 
 
+def test_zeroq_keeps_pixels_between_black_and_white(make_teacher):
+    teacher = make_teacher("plain")
+    mean, std = torch.tensor(SPEC.mean).view(3, 1, 1), torch.tensor(SPEC.std).view(3, 1, 1)
+    inside = [
+        ((images * std + mean) > -1e-5).all() and ((images * std + mean) < 1 + 1e-5).all()
+        for images in (
+            ZeroQ(iterations=8, learning_rate=1.0, clip=clip).sample(teacher, 16, batch_rng(0, 0), lambda n: None)
+            for clip in (True, False)
+        )
+    ]
+    assert inside == [True, False]
+
+
 def test_zeroq_needs_batch_norm(make_teacher):
     with pytest.raises(UserError) as error:
         sample(ZeroQ(), make_teacher("bare"))
