@@ -22,6 +22,7 @@ from typing import Any
 
 from dfq import __version__, checks, commands, settings
 from dfq.errors import UserError, did_you_mean
+from dfq.scheme import Scheme
 
 INTERRUPTED = "interrupted: everything finished so far is kept; run the same command to go on"
 MAX_CHECKED_COMBINATIONS = 64  # a larger sweep is checked value by value instead
@@ -433,9 +434,9 @@ def _name_parts(request: checks.Request) -> list[str]:
         teacher = str(request.config["teacher"]["factory"]).partition(":")[0].rpartition(".")[2]
     elif teacher != "digits":
         teacher = str(request.config["teacher"].get("name") or teacher)
-    scheme = f"{request.config['scheme'].get('name', '')}"
     if request.command in ("evaluate", "export"):
         return [request.command, Path(request.config["student_dir"] or "student").absolute().name]
+    scheme = Scheme.from_dict(request.config["scheme"]).name if "scheme" in request.config else ""
     return {
         "run": [teacher, str(request.choices["generator"]), scheme, str(request.choices["algorithm"])],
         "generate": [teacher, str(request.choices["generator"])],

@@ -447,11 +447,11 @@ def test_multirun_runs_every_combination(api, capsys):
     output = capsys.readouterr()
     assert not output.err
     assert output.out.splitlines()[0] == "job 0: scheme=w4a4 generator.iterations=1"
-    assert [(config["scheme"]["name"], config["generator"]["iterations"]) for _, config in api.calls] == [
-        ("w4a4", 1),
-        ("w4a4", 2),
-        ("w8a8", 1),
-        ("w8a8", 2),
+    assert [(config["scheme"]["weight"]["num_bits"], config["generator"]["iterations"]) for _, config in api.calls] == [
+        (4, 1),
+        (4, 2),
+        (8, 1),
+        (8, 2),
     ]
     folders = [Path(config["output_dir"]) for _, config in api.calls]
     assert [folder.name for folder in folders] == ["0", "1", "2", "3"]
@@ -461,7 +461,9 @@ def test_multirun_runs_every_combination(api, capsys):
     repeated = api.calls[3][1]["argv"][1:]
     api.calls.clear()
     assert main(repeated) == 0
-    assert [(config["scheme"]["name"], config["generator"]["iterations"]) for _, config in api.calls] == [("w8a8", 2)]
+    assert [(config["scheme"]["weight"]["num_bits"], config["generator"]["iterations"]) for _, config in api.calls] == [
+        ("w8a8", 2)
+    ]
 
 
 def test_a_large_sweep_is_checked_value_by_value(api, capsys):
