@@ -462,7 +462,7 @@ def test_multirun_runs_every_combination(api, capsys):
     api.calls.clear()
     assert main(repeated) == 0
     assert [(config["scheme"]["weight"]["num_bits"], config["generator"]["iterations"]) for _, config in api.calls] == [
-        ("w8a8", 2)
+        (8, 2)
     ]
 
 
