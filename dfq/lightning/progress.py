@@ -19,6 +19,7 @@ class StepProgress(pl.Callback):
         self.stack = ExitStack()
         self.advance: Advance | None = None
         self.done = 0
+        self.note = ""
 
     def on_train_start(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         self.done = trainer.global_step
@@ -31,8 +32,13 @@ class StepProgress(pl.Callback):
         if self.advance is None or (trainer.global_step % self.every and trainer.global_step < self.total):
             return  # reading a loss waits for the device: not at every step
         figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name in self.shown}
-        self.advance(trainer.global_step - self.done, " ".join(f"{self.shown[n]} {v:.3f}" for n, v in figures.items()))
+        self.note = " ".join(f"{self.shown[n]} {v:.3f}" for n, v in figures.items())
+        self.advance(trainer.global_step - self.done, self.note)
         self.done = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
+        if self.advance is not None and trainer.global_step < self.total:
+            self.advance(trainer.global_step - self.done, f"{self.note}: stopped early, no longer better".lstrip(": "))
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self.advance = None
