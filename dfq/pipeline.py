@@ -26,7 +26,7 @@ from dfq import report as reports
 from dfq.dataset import SyntheticDataset, first_difference, read_json, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
-from dfq.progress import progress_bar, say
+from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import Scheme
 from dfq.settings import resolve, to_config
 from dfq.student import Student, read_manifest
@@ -100,10 +100,9 @@ def generate(
     with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
         for index in missing:
             start = time.perf_counter()
-            share = sizes[index] / batch_size  # a last, shorter batch is the head of a whole one
-            images = generator.sample(
-                teacher, batch_size, batch_rng(seed, index), lambda n, share=share: advance(n * share)
-            )
+            told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
+            images = generator.sample(teacher, batch_size, batch_rng(seed, index), told)
+            told(batch_size - told.amount)  # a generator need not tell how far it is
             images = images.detach().float().contiguous()
             with torch.no_grad():
                 logits = task.raw_outputs(teacher, images)
@@ -437,6 +436,17 @@ def _write(
 
 
 # ------------------------------------------------------------------------------------------------ pieces
+
+
+class _Told:
+    """Passes progress on, scaled, and remembers how much there was."""
+
+    def __init__(self, advance: Advance, share: float):
+        self.advance, self.share, self.amount = advance, share, 0.0
+
+    def __call__(self, amount: float, note: str = "") -> None:
+        self.amount += amount
+        self.advance(amount * self.share, note)
 
 
 def held_out_images(dataset: SyntheticDataset) -> Tensor:

@@ -31,7 +31,7 @@ class Generator:
             teacher: the network to make data for; its parameters require no gradient.
             num_samples: images in the batch.
             rng: random numbers on the CPU, seeded with (seed, batch); use no other.
-            advance: call with the number of samples' worth of work just done, ``num_samples`` in all.
+            advance: long work calls it with the number of samples' worth just done, ``num_samples`` in all.
 
         Returns:
             images [num_samples, C, H, W] as the network takes them (normalized), float32.

@@ -14,7 +14,7 @@ from dfq.generators._base import Generator, batch_rng
 from dfq.pipeline import evaluate, export, generate, quantize
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.scheme import Scheme, TensorScheme
-from dfq.settings import MISSING, choices, load, resolve, to_config
+from dfq.settings import MISSING, choices, load, resolve, signature, to_config
 from dfq.student import Student
 from dfq.teacher import hash_tensors
 
@@ -26,7 +26,8 @@ W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
 def build(family, name):
     """The method with its yaml's settings, those that cost time turned down."""
     config = load(family, name)
-    return resolve(family, name, **{key: value for key, value in FAST.items() if key in config})
+    known = signature(config["_target_"]) or {}
+    return resolve(family, name, **{key: value for key, value in FAST.items() if key in known})
 
 
 def every(family):
@@ -66,7 +67,7 @@ def test_generator(name, teacher):
     images = sample(generator, teacher, advance=done.append)
     assert images.shape == (4, *teacher.input_spec.size) and images.dtype == torch.float32 and not images.requires_grad
     assert torch.isfinite(images).all() and float(images.std()) > 0
-    assert sum(done) == pytest.approx(4) and min(done) > 0
+    assert not done or (sum(done) == pytest.approx(4) and min(done) > 0), "progress is told in part"
     torch.manual_seed(1)  # global random numbers do not count, nor does what was made before
     other = sample(generator, teacher, index=1)
     assert torch.equal(sample(generator, teacher), images), "same (seed, index), other bits"
