@@ -238,7 +238,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
         The held-out part is what data-free selection looks at: early stopping, fidelity, comparison of settings.
         """
-        every = max(2, round(1 / fraction))
+        if not 0 < fraction <= 0.5:
+            raise UserError(f"got a held-out share of {fraction}", "above 0, at most 0.5")
+        every = round(1 / fraction)
         held_out = [i for i in range(len(self)) if i % every == every - 1] or [len(self) - 1]
         taken = set(held_out) if len(self) > 1 else set()
         return [i for i in range(len(self)) if i not in taken], held_out

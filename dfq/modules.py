@@ -18,7 +18,7 @@ from dfq.hooks import Dataflow
 from dfq.quantization import broadcast, fake_quantize
 from dfq.scheme import Scheme, TensorScheme
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Quantizer(nn.Module):
@@ -206,7 +206,8 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
             continue
         if uses[id(kinds[layer].weight)] > 1:
             continue  # tied: another layer would change with it
-        if type(kinds[call.name]).forward is not nn.BatchNorm2d.forward and not hasattr(kinds[call.name], "act"):
+        plain = type(kinds[call.name]).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+        if not plain and not hasattr(kinds[call.name], "act"):
             continue  # a sub-class that does more than normalize, and not timm's, which says what
         if isinstance(kinds[layer], nn.Linear) and len(call.output_shape) != 2:
             continue  # batch norm normalizes dimension 1, which is not the layer's output dimension here

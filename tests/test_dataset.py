@@ -313,3 +313,9 @@ def test_write_atomic_leaves_the_old_content_when_it_fails(tmp_path, monkeypatch
 )
 def test_first_difference(have, want, text):
     assert first_difference(have, want) == text
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 0.6])
+def test_a_held_out_share_that_makes_no_sense(whole, fraction):
+    with pytest.raises(UserError, match=f"got a held-out share of {fraction}; allowed: above 0, at most 0.5"):
+        whole.split(fraction)

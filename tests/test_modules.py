@@ -536,3 +536,16 @@ def test_conv1d_and_linear_teachers_of_other_ranks():
 
 def test_as_teacher_is_deterministic():
     assert as_teacher(NETS["plain"]()).sha256 == as_teacher(NETS["plain"]()).sha256
+
+
+def test_a_synchronized_batch_norm_is_a_batch_norm():
+    """Networks trained on several devices keep theirs; in evaluation mode it computes what the plain one does."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    net[1].running_mean.uniform_(-1, 1), net[1].running_var.uniform_(0.5, 2)
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(net).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected = synchronized(x)
+    pairs = find_foldable(synchronized, record_dataflow(synchronized, x))
+    assert pairs == [("0", "1")]
+    fold_batch_norm(synchronized, pairs)
+    torch.testing.assert_close(synchronized(x), expected, rtol=1e-5, atol=1e-5)
