@@ -17,6 +17,7 @@ import bisect
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
@@ -50,6 +51,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove ``folder`` and the folders below it unless there is a file in it."""
+    if folder.is_dir() and not any(file.is_file() for file in folder.rglob("*")):
+        shutil.rmtree(folder)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -127,7 +134,10 @@ class SyntheticDataset(torch.utils.data.Dataset):
         if (path / "manifest.json").exists():
             dataset = cls(path)
             difference = first_difference(dataset.manifest["settings"], manifest["settings"])
-            if difference:
+            if difference and not dataset.shards:  # started and never got anywhere: nothing to protect
+                write_json(path / "manifest.json", manifest)
+                dataset = cls(path)
+            elif difference:
                 raise UserError(
                     f"got dataset_dir={path}, a dataset made with other settings ({difference})",
                     "an empty or new folder, or the same settings",
@@ -168,6 +178,12 @@ class SyntheticDataset(torch.utils.data.Dataset):
             {"num_samples": sizes.pop(), "sha256": hashlib.sha256(content).hexdigest(), "seconds": round(seconds, 3)},
         )
         self._forget()
+
+    def discard_if_empty(self) -> None:
+        """Remove the folder again if no sample ever got into it."""
+        if not self.shards:
+            (self.path / "manifest.json").unlink(missing_ok=True)
+            remove_if_empty(self.path)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

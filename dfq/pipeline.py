@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dfq import evaluation as evaluations
 from dfq import report as reports
-from dfq.dataset import SyntheticDataset, first_difference, read_json, write_json
+from dfq.dataset import SyntheticDataset, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
 from dfq.progress import Advance, progress_bar, say
@@ -97,17 +97,21 @@ def generate(
         return dataset
     task = resolve("task", teacher.task)
     done = num_samples - sum(sizes[index] for index in missing)
-    with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
-        for index in missing:
-            start = time.perf_counter()
-            told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
-            images = generator.sample(teacher, batch_size, batch_rng(seed, index), told)
-            told(batch_size - told.amount)  # a generator need not tell how far it is
-            images = images.detach().float().contiguous()
-            with torch.no_grad():
-                logits = task.raw_outputs(teacher, images)
-            tensors = {"images": images[: sizes[index]], "logits": logits[: sizes[index]]}
-            dataset.write_shard(index, tensors, time.perf_counter() - start)
+    try:
+        with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
+            for index in missing:
+                start = time.perf_counter()
+                told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
+                images = generator.sample(teacher, batch_size, batch_rng(seed, index), told)
+                told(batch_size - told.amount)  # a generator need not tell how far it is
+                images = images.detach().float().contiguous()
+                with torch.no_grad():
+                    logits = task.raw_outputs(teacher, images)
+                tensors = {"images": images[: sizes[index]], "logits": logits[: sizes[index]]}
+                dataset.write_shard(index, tensors, time.perf_counter() - start)
+    except UserError:  # a network that the generator can do nothing with leaves nothing behind
+        dataset.discard_if_empty()
+        raise
     return dataset
 
 
@@ -151,8 +155,12 @@ def quantize(
     work_dir = path / f"work_{identity}"  # what an interrupted run left is taken up only by the very same settings
     work_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    student = Student.from_teacher(teacher, scheme)
-    algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir)
+    try:
+        student = Student.from_teacher(teacher, scheme)
+        algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir)
+    except UserError:  # a network that can't be quantized leaves nothing behind
+        remove_if_empty(path)
+        raise
     student.freeze()
     student.seconds = round(time.perf_counter() - start, 3)
     student.settings = {

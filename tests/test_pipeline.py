@@ -260,3 +260,24 @@ def test_a_user_s_own_network_and_images(tmp_path, monkeypatch):
     assert any("evaluation.reference_path" in note for note in details["notes"])
     assert main(["evaluate", "student_dir=student", *test_images, "name=later"]) == 0
     assert report_of("later")[0]["student"]["metrics"] == report["student"]["metrics"]
+
+
+def test_a_mistake_found_late_leaves_nothing_behind(tmp_path, monkeypatch):
+    """A network that a generator or a scheme can do nothing with is only known once it is there."""
+    monkeypatch.chdir(tmp_path)
+    spec = {"input_size": (1, 8, 8), "mean": [0.5], "std": [0.5]}
+    bare = dfq.load_teacher(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)), **spec)
+    with pytest.raises(UserError, match="without batch norm"):
+        dfq.generate(bare, "zeroq", num_samples=8, dataset_dir="data")
+    assert not list(tmp_path.iterdir())
+    dataset = dfq.generate(bare, "gaussian", num_samples=8, dataset_dir="data")  # the same folder serves
+    nothing = dfq.load_teacher(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten()), **spec)
+    with pytest.raises(UserError, match="without a layer to quantize"):
+        dfq.quantize(nothing, dataset, algorithm="round_to_nearest", student_dir="student")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_folder_that_never_got_a_sample_serves_other_settings(tmp_path):
+    teacher = dfq.load_teacher("digits", device="cpu")
+    SyntheticDataset.create(tmp_path / "data", {"generator": "killed before its first sample"}, {"pixels": False})
+    assert len(dfq.generate(teacher, "gaussian", num_samples=8, dataset_dir=tmp_path / "data")) == 8
