@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import dfq
 from dfq import evaluation as evaluations
 from dfq import report as reports
-from dfq.dataset import SyntheticDataset, first_difference, read_json, remove_if_empty, write_json
+from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
 from dfq.progress import Advance, progress_bar, say
@@ -206,12 +208,7 @@ def export(
     Returns:
         that description, with ``path``.
     """
-    settings = {
-        "exporter": to_config(exporter),
-        "student": student.settings,
-        "teacher_sha256": student.teacher["sha256"],
-    }
-    settings = json.loads(json.dumps(settings))
+    settings = {"exporter": to_config(exporter), "student_sha256": student.sha256}
     name = f"{student.teacher['name']}_{student.scheme.name}_{student.scheme.policy}_{_hash(settings)}"
     path = (
         artifact_path
@@ -224,7 +221,7 @@ def export(
             raise UserError(
                 f"got artifact_path={path}, a file that dfq did not make", "a new file", "choose another artifact_path"
             )
-        if known.get("settings") == settings and known["sha256"] == _file_hash(path):
+        if known.get("settings") == settings and known["sha256"] == file_sha256(path):
             say(f"export: the artifact is there already, in {path}")
             return {**known, "path": str(path)}
     images = held_out_images(dataset) if dataset is not None else None
@@ -285,10 +282,6 @@ def describe(
     command: str,
 ) -> dict[str, Any]:
     """The report (DESIGN 3.2)."""
-    from datetime import UTC, datetime
-
-    import dfq
-
     return {
         "dfq_version": dfq.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -517,8 +510,3 @@ def _target_label(config: Mapping[str, Any]) -> str:
 
 def _hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

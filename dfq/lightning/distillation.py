@@ -89,7 +89,7 @@ class DistillationModule(pl.LightningModule):
         if self.flip and torch.rand((), generator=self.rng) < 0.5:
             images = images.flip(-1)
         with torch.no_grad(), capture_outputs(self._teacher[0].module, self.features) as wanted:
-            target = self.task.raw_outputs(self._teacher[0].module, images)
+            target = self.task.raw_outputs(self._teacher[0], images)  # on its own copy of the images
         with capture_outputs(self.student_module, self.features) as got:
             output = self.task.raw_outputs(self.student_module, images)
         loss = self.task.distillation_loss(output, target)

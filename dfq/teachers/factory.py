@@ -24,7 +24,7 @@ def load(
     std: Sequence[float],  # of the normalization, one a channel
     checkpoint: str | None = None,  # weights to load into it: .safetensors, .pt or .pth
     kwargs: Mapping[str, Any] | None = None,  # keyword arguments of the function
-    weights: bool = True,
+    weights: bool = True,  # false: the structure alone, with random weights
 ) -> Teacher:
     """Teacher from ``factory``; ``weights=False`` leaves the checkpoint unread (only the structure is wanted)."""
     function = _import_function(factory)

@@ -19,7 +19,7 @@ def load(
     mean: Sequence[float] | None = None,  # of the normalization; null: the model's own
     std: Sequence[float] | None = None,  # of the normalization; null: the model's own
     num_classes: int | None = None,  # null: the model's own
-    weights: bool = True,
+    weights: bool = True,  # false: the structure alone, with random weights
 ) -> Teacher:
     """Teacher from ``timm.create_model``; ``weights=False`` builds the structure alone."""
     import timm
