@@ -38,7 +38,10 @@ class StepProgress(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, _module: pl.LightningModule) -> None:
         if self.advance is not None and trainer.global_step < self.total:
-            self.advance(trainer.global_step - self.done, f"{self.note}: stopped early, no longer better".lstrip(": "))
+            # As long as the note it takes the place of: a longer one would squeeze the bar on 80 columns.
+            last = list(self.shown)[-1]
+            figure = f", {self.shown[last]} {float(trainer.callback_metrics[last]):.3f}" if self.note else ""
+            self.advance(trainer.global_step - self.done, f"early stop{figure}")
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self.advance = None
