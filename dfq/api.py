@@ -21,41 +21,60 @@ from dfq.pipeline import Experiment
 from dfq.scheme import Scheme
 from dfq.settings import build, load, resolve
 from dfq.student import Student, read_manifest
-from dfq.teacher import InputSpec, Teacher, resolve_device
+from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, resolve_device
+
+TOKEN_TASKS = ("language_modeling", "masked_language_modeling")  # a classifier may take images or token ids
 
 
 def load_teacher(
     model: nn.Module | str,
-    task: str = "classification",
+    task: str | None = None,
     input_size: Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     device: str | torch.device = "auto",
+    vocab_size: int | None = None,
+    length: int | None = None,
     **settings: Any,
 ) -> Teacher:
     """A teacher from a network in memory, or from a loader by name.
 
     Args:
-        model: an ``nn.Module`` (then ``input_size``, ``mean`` and ``std`` are needed), or the name of a teacher yaml
-            (``digits``, ``timm``, ``torchvision``, ``factory``), whose settings go in as keywords: ``name="resnet18"``.
-        input_size: (C, H, W).
+        model: an ``nn.Module``, or the name of a teacher yaml (``digits``, ``timm``, ``torchvision``, ``huggingface``,
+            ``factory``), whose settings go in as keywords: ``name="resnet18"``.
+        task: what its outputs mean; None: ``classification``, or what the loader finds.
+        input_size: (C, H, W). A network in memory that takes images needs it, ``mean`` and ``std``.
         mean, std: of the normalization (byte / 255 - mean) / std, one a channel.
+        vocab_size, length: of the token ids [N, length], below ``vocab_size``, that a network in memory takes instead
+            of images.
     """
+    images = {"input_size": input_size, "mean": mean, "std": std}
+    tokens = {"vocab_size": vocab_size, "length": length}
     if isinstance(model, str):
-        given = {"input_size": input_size, "mean": mean, "std": std}
-        return _build_teacher(
-            {**load("teacher", model), **settings, **{k: v for k, v in given.items() if v is not None}}, device
-        )
-    missing = [name for name, value in (("input_size", input_size), ("mean", mean), ("std", std)) if value is None]
-    if missing or settings:
-        wrong = ", ".join(missing) if missing else ", ".join(settings)
+        config = load("teacher", model)
+        given = images | tokens | ({"task": task} if "task" in config else {})
+        teacher = _build_teacher(config | settings | {k: v for k, v in given.items() if v is not None}, device)
+        if task not in (None, teacher.task):
+            raise UserError(f"got task={task} for teacher={model}, whose networks are for task={teacher.task}")
+        return teacher
+    takes_tokens = task in TOKEN_TASKS or any(value is not None for value in tokens.values())
+    needed, others = (tokens, images) if takes_tokens else (images, tokens)
+    missing = [name for name, value in needed.items() if value is None]
+    wrong = missing or [*settings, *(name for name, value in others.items() if value is not None)]
+    if wrong:
         raise UserError(
-            f"got {'no ' if missing else ''}{wrong} for a network in memory",
-            "task, input_size=(C, H, W), mean, std, device",
+            f"got {'no ' if missing else ''}{', '.join(wrong)} for a network in memory",
+            "task, vocab_size, length, device" if takes_tokens else "task, input_size=(C, H, W), mean, std, device",
             "give exactly these",
         )
-    assert input_size is not None and mean is not None and std is not None
-    return Teacher(model, task, InputSpec(tuple(input_size), tuple(mean), tuple(std)), device=resolve_device(device))
+    spec: AnyInputSpec
+    if takes_tokens:
+        assert vocab_size is not None and length is not None
+        spec = TokenSpec(vocab_size, length)
+    else:
+        assert input_size is not None and mean is not None and std is not None
+        spec = InputSpec(tuple(input_size), tuple(mean), tuple(std))
+    return Teacher(model, task or "classification", spec, device=resolve_device(device))
 
 
 def generate(

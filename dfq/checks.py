@@ -21,6 +21,7 @@ from dfq import settings, source
 from dfq.commands import COMMANDS, group_options, root, text
 from dfq.errors import UserError, did_you_mean
 from dfq.scheme import Scheme
+from dfq.teachers._folder import check_folder
 
 PLAIN_TYPES = {
     "num_samples": "PositiveInt",
@@ -249,6 +250,8 @@ def files_to_read(request: Request) -> None:
                     f"got evaluation.{option}={path}, which has no folders in it", "one folder of images per class"
                 )
     command, config = request.command, request.config
+    if request.choice("teacher") == "huggingface" and isinstance(name := request.get("teacher", "name"), str):
+        check_folder(name)
     if command in ("evaluate", "export"):
         _holds("student_dir", config["student_dir"], "student.json", "a student's folder", "dfq quantize makes one")
     if command == "quantize" or (command == "evaluate" and config["dataset_dir"] is not None):

@@ -8,15 +8,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dfq import settings, source
 from dfq.errors import UserError, did_you_mean
-
-SCHEME_TARGETS = {"": "dfq.scheme.Scheme", "weight": "dfq.scheme.TensorScheme", "activation": "dfq.scheme.TensorScheme"}
+from dfq.scheme import OPERANDS, PARTS, Scheme
 
 
 @dataclass(frozen=True)
@@ -158,17 +157,25 @@ def group_options(key: str, name: str) -> dict[str, source.Parameter]:
     config = settings.load(family, name)
     if family != "scheme":
         return settings.options(config)
-    found = {}
-    for part, target in SCHEME_TARGETS.items():
-        known = source.signature(target) or {}
-        for option, default in (config.get(part, {}) if part else config).items():
-            if not isinstance(default, dict):
-                found[f"{part}.{option}".lstrip(".")] = _with_default(known[option], default)
+    whole, of_part = (source.signature(f"dfq.scheme.{name}") or {} for name in ("Scheme", "TensorScheme"))
+    values = asdict(Scheme.from_dict(config)) | {"name": config.get("name")}
+    found = {option: replace(whole[option], default=values[option]) for option in whole if option not in PARTS}
+    for part in PARTS:
+        found |= {f"{part}.{name}": replace(known, default=values[part][name]) for name, known in of_part.items()}
+    for part in OPERANDS:
+        grid = found[f"{part}.grid"]
+        found[f"{part}.grid"] = replace(grid, doc=f"{whole[part].doc}: {grid.doc}")
     return found
 
 
-def _with_default(parameter: source.Parameter, default: Any) -> source.Parameter:
-    return source.Parameter(parameter.annotation, default, False, parameter.doc, parameter.module)
+def _worth_showing(options: dict[str, source.Parameter]) -> dict[str, source.Parameter]:
+    """Without the other options of a part of attention that is float: they are those of an activation."""
+    hidden = [
+        f"{part}." for part in OPERANDS if f"{part}.grid" in options and options[f"{part}.grid"].default == "float"
+    ]
+    return {
+        name: option for name, option in options.items() if name.endswith(".grid") or not name.startswith(tuple(hidden))
+    }
 
 
 def unknown_option(command: str, word: str) -> UserError:
@@ -228,7 +235,7 @@ def command_help(name: str, words: Iterable[str]) -> str:
         if name_:
             rows = [
                 (f"    {key}.{option}={text(parameter.default, parameter.required)}", settings.explain(parameter))
-                for option, parameter in group_options(key, name_).items()
+                for option, parameter in _worth_showing(group_options(key, name_)).items()
             ]
             lines += _columns(rows)
     lines += ["", "Flags", *_columns(FLAGS.items())]
@@ -330,7 +337,7 @@ def _option_completions(command: Command, word: str, choices: dict[str, str]) ->
         return _starting(word, [start + name for name in ("auto", "cpu", "cuda", "mps")])
     if dot and option in usable:
         allowed = settings.describe(usable[option]).split(" | ")
-        listed = re.match(r"\w+(?: \| \w+)+", usable[option].doc)  # a comment that starts with "all | edges_8bit"
+        listed = re.search(r"\w+(?: \| \w+)+", usable[option].doc)  # a comment with "all | edges_8bit"
         values = listed[0].split(" | ") if listed else allowed if len(allowed) > 1 else []
         if values:
             return _starting(start + last, [start + name for name in values if re.fullmatch(r"\w+", name)])

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class Arrays:
     path: str  # .npz with images uint8 [N, H, W, C] or [N, H, W], labels int64 [N]
     reference_path: str | None = None  # real images in the same format for the real-data reference row
     batch_size: PositiveInt = 250  # images at a time
+
+    kind: ClassVar[str] = "images"  # what it reads, as the input spec of the networks that take it calls it
 
     @property
     def num_samples(self) -> int:
@@ -121,6 +123,8 @@ class ImageFolder:
     reference_path: str | None = None  # a folder in the same layout for the real-data reference row
     resize: PositiveInt | None = None  # shorter side before the center crop; null: the larger input side * 256 / 224
     batch_size: PositiveInt = 100  # images at a time
+
+    kind: ClassVar[str] = "images"
 
     @property
     def num_samples(self) -> int:
@@ -214,7 +218,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
     network up to there, and the share of the layer's inputs that its grid clips.
     """
-    folded = dict(student.folded)
+    folded = dict(student.surgery.folded)
     # A folded batch norm that carried an activation is still there under its name, with the activation alone.
     at = {name: folded.get(name, name) for name in student.layers}
     here = {
@@ -222,14 +226,17 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         for name, norm in at.items()
     }
     sums = {name: [0.0, 0.0] for name in student.layers}
-    clipped = {name: [0, 0] for name in student.layers}
+    # Where one quantizer serves several layers it is counted once and its share is that of each of them.
+    quantizers = {name: layer.input_quantizer for name, layer in student.layers.items()}
+    distinct = {id(q): (str(id(q)), q) for q in quantizers.values() if q.has_qparams and q.scheme.grid == "uniform"}
+    clipped = {key: [0, 0] for key, _ in distinct.values()}
 
-    def count_clipped(name: str, layer: nn.Module, inputs: tuple) -> None:
-        quantizer, x = layer.input_quantizer, inputs[0]
+    def count_clipped(key: str, quantizer: nn.Module, inputs: tuple) -> None:
+        x = inputs[0]
         low = (quantizer.scheme.quant_min - quantizer.zero_point - 0.5) * quantizer.scale
         high = (quantizer.scheme.quant_max - quantizer.zero_point + 0.5) * quantizer.scale
-        clipped[name][0] += int(((x < low) | (x > high)).sum())
-        clipped[name][1] += x.numel()
+        clipped[key][0] += int(((x < low) | (x > high)).sum())
+        clipped[key][1] += x.numel()
 
     agreement = kl = 0.0
     for batch in images.split(batch_size):
@@ -237,7 +244,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
             target = task.raw_outputs(teacher, batch)
         with (
             capture_outputs(student.module, here.values()) as got,
-            forward_hooks(student.layers.items(), before=count_clipped),
+            forward_hooks(distinct.values(), before=count_clipped),
         ):
             output = task.raw_outputs(student, batch)
         agreement += float(task.agreement(output, target)) * len(batch)
@@ -249,13 +256,14 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     layers = []
     for name, (weight_scheme, activation_scheme) in student.swap.layers.items():
         signal, noise = sums[name]
+        num_clipped, num_seen = clipped.get(str(id(quantizers[name])), (0, 0))
         layers.append(
             {
                 "name": name,
                 "weight_bits": weight_scheme.num_bits,
                 "activation_bits": activation_scheme.num_bits,
                 "sqnr_db": 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None,
-                "clipped_fraction": clipped[name][0] / max(clipped[name][1], 1),
+                "clipped_fraction": num_clipped / num_seen if num_seen else None,
             }
         )
     return {"agreement": agreement / len(images), "kl": kl / len(images), "layers": layers}

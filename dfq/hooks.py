@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+LARGEST_ORDINARY = 1e30
+
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested lists, tuples, dicts and dataclass-like outputs (those with ``values()``)."""
@@ -95,30 +97,127 @@ class Call:
 
 
 @dataclass
+class Op:
+    """One torch function called in the forward of a sub-module (of the innermost one).
+
+    Tensors are numbered: what an operation returns gets a new number even where it is the object that went in (an
+    in-place operation), so that a number stands for one value. ``key`` finds the operation again in another forward.
+    """
+
+    module: str
+    name: str  # "conv2d", "add"
+    index: int  # the how many'th of that name in that module's forward(s)
+    inputs: tuple[int, ...]  # in the order of the arguments
+    outputs: tuple[int, ...]
+    is_floating: bool  # the (first) output
+    is_ordinary: bool  # it holds numbers that a grid can cover: no mask with minus infinity, or as good as
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}_{self.index}"
+
+
+@dataclass
 class Dataflow:
-    """What one forward did: calls in order of completion, and how often each tensor was read by an operation."""
+    """What one forward did: calls in order of completion, operations in order, how often each tensor was read."""
 
     calls: list[Call] = field(default_factory=list)
     reads: dict[int, int] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+    inputs: tuple[int, ...] = ()  # numbers of the network's inputs
+    outputs: tuple[int, ...] = ()  # and of its outputs
+    parameters: dict[int, list[str]] = field(default_factory=dict)  # number of a parameter or buffer → its names
 
     def calls_of(self, name: str) -> list[Call]:
         return [call for call in self.calls if call.name == name]
 
 
-class _CountReads(TorchFunctionMode):
-    """Counts for every tensor the operations that read it. Shape queries and the like give no tensor: not counted."""
+def op_name(func: Callable) -> str:
+    """What an operation is called: ``add`` for torch.add, Tensor.add_, and the plus sign alike."""
+    return getattr(func, "__name__", type(func).__name__).strip("_")
 
-    def __init__(self, flow: Dataflow, keep: list):
+
+def identity(module: nn.Module) -> int:
+    """Tells modules apart as ``is`` does, also while torch.export runs them behind proxies (which share ``vars``)."""
+    return id(vars(module))
+
+
+def each_once(module: nn.Module) -> dict[str, nn.Module]:
+    """``module.named_modules()`` that sees through such proxies too."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        found.setdefault(identity(part), (name, part))
+    return dict(found.values())
+
+
+class ModuleStack:
+    """Which sub-module is running, and how often it has run an operation of each name."""
+
+    def __init__(self, root: nn.Module):
+        self.stack: list[tuple[str, nn.Module]] = [("", root)]
+        self.counts: dict[tuple[int, str], int] = {}
+        self.parts = each_once(root)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        with forward_hooks(
+            ((name, part) for name, part in self.parts.items() if name),
+            before=lambda name, module, _inputs: self.stack.append((name, module)),
+            after=lambda _name, _module, _inputs, _output: self.stack.pop() and None,
+        ):
+            yield
+
+    def count(self, name: str) -> int:
+        """The index of the operation ``name`` that runs now; the next one of that name gets the next."""
+        key = (identity(self.stack[-1][1]), name)
+        index = self.counts.get(key, 0)
+        self.counts[key] = index + 1
+        return index
+
+    def peek(self, name: str) -> int:
+        return self.counts.get((identity(self.stack[-1][1]), name), 0)
+
+
+class _Record(TorchFunctionMode):
+    """Writes down every operation. Shape queries and the like give no tensor: not counted."""
+
+    def __init__(self, flow: Dataflow, modules: ModuleStack, keep: list):
         super().__init__()
-        self.flow, self.keep = flow, keep
+        self.flow, self.modules, self.keep = flow, modules, keep
+        self.numbers: dict[int, int] = {}  # id of a tensor → number of the value it holds now
+        self.next_number = 0
+
+    def new(self, tensor: Tensor) -> int:
+        self.numbers[id(tensor)] = self.next_number
+        self.next_number += 1
+        return self.next_number - 1
+
+    def number(self, tensor: Tensor) -> int:
+        return self.numbers[id(tensor)] if id(tensor) in self.numbers else self.new(tensor)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = list(tensors_in([args, kwargs or {}]))
+        inputs = tuple(map(self.number, given))
         result = func(*args, **(kwargs or {}))
+        made = list(tensors_in(result))
         # Writing into a tensor gives nothing back, and changes it all the same.
-        if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:
-            for tensor in tensors_in([args, kwargs or {}]):
+        if made or func is Tensor.__setitem__:
+            for tensor in given:
                 self.flow.reads[id(tensor)] = self.flow.reads.get(id(tensor), 0) + 1
             self.keep.append((args, kwargs, result))
+            name, first = op_name(func), made[0] if made else given[0]
+            floating = first.is_floating_point()
+            self.flow.ops.append(
+                Op(
+                    self.modules.stack[-1][0],
+                    name,
+                    self.modules.count(name),
+                    inputs,
+                    tuple(map(self.new, made or given[:1])),
+                    floating,
+                    floating and first.numel() > 0 and float(first.abs().max()) < LARGEST_ORDINARY,
+                )
+            )
         return result
 
 
@@ -130,6 +229,8 @@ def record_dataflow(module: nn.Module, inputs: Tensor) -> Dataflow:
     """
     flow = Dataflow()
     keep: list = []  # ids are only unique among living objects
+    modules = ModuleStack(module)
+    record = _Record(flow, modules, keep)
 
     def note(name: str, _module: nn.Module, args: tuple, output: Any) -> None:
         keep.append((args, output))
@@ -138,8 +239,20 @@ def record_dataflow(module: nn.Module, inputs: Tensor) -> Dataflow:
             Call(name, tuple(map(id, tensors_in(args))), tuple(map(id, out)), tuple(out[0].shape) if out else ())
         )
 
-    with evaluation_mode(module), forward_hooks(module.named_modules(), after=note), _CountReads(flow, keep):
+    flow.inputs = (record.new(inputs),)
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
+        flow.parameters.setdefault(record.number(tensor), []).append(name)
+    with (
+        evaluation_mode(module),
+        modules.following(),
+        forward_hooks(module.named_modules(), after=note),
+        record,
+    ):
         output = module(inputs)
     for tensor in tensors_in(output):
         flow.reads[id(tensor)] = flow.reads.get(id(tensor), 0) + 1
+    flow.outputs = tuple(map(record.number, tensors_in(output)))
     return flow

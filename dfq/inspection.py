@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dfq.dataset import SyntheticDataset, file_sha256, read_json
 from dfq.errors import UserError
+from dfq.report import flat
 from dfq.student import read_manifest
 
 
@@ -110,7 +111,7 @@ def _artifact(description_path: Path) -> Table:
         "file": file,
         "format": description["exporter"]["_target_"] if isinstance(description.get("exporter"), dict) else "?",
         "size": f"{description['size_bytes']:,} bytes",
-        **{f"parity: {key}": value for key, value in description["parity"].items()},
+        **{f"parity: {key}": value for key, value in flat(description["parity"]).items()},
         **{
             f"latency, {key}": f"{value:.3f} ms"
             for key, value in (description["latency_ms"] or {}).items()

@@ -6,78 +6,182 @@ lists, hooks, user attributes) stay valid, and ``isinstance(layer, nn.Conv2d)`` 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfq.errors import UserError
-from dfq.hooks import Dataflow
-from dfq.quantization import broadcast, fake_quantize
-from dfq.scheme import Scheme, TensorScheme
+from dfq.hooks import Dataflow, Op
+from dfq.quantization import (
+    broadcast,
+    dynamic_qparams,
+    fake_quantize,
+    from_groups,
+    round_scale,
+    round_through,
+    to_groups,
+)
+from dfq.scheme import FLOAT, Scheme, TensorScheme
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+PRODUCTS = {  # operations that multiply matrices: what weight layers and attention are made of
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear"),
+    *("matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "tensordot", "scaled_dot_product_attention"),
+    *("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"),
+}
+LOOKUPS = {"embedding"}
+LARGEST_BIAS = 2.0**30  # an int32 bias in steps of input scale times weight scale leaves room for the sum
 
 
 class Quantizer(nn.Module):
-    """Fake-quantizes one tensor on a fixed grid: ``scale``, ``zero_point`` (buffers), bits from ``scheme``.
+    """Fake-quantizes one tensor on a grid: ``scale``, ``zero_point`` (buffers), bits from ``scheme``.
 
     Passes its input through until it has a grid (:meth:`set_qparams`) and while ``enabled`` is false. An algorithm may
-    turn ``scale`` into a parameter and set ``gradient_scale`` to train it.
+    turn ``scale`` and ``zero_point`` into parameters and set ``gradient_scale`` and ``stable`` to train them.
+
+    Args:
+        shape: of the scale: () per tensor, [C] per channel, [C, G] per group of a weight. A dynamic grid has none.
+        axis: the channel dimension of a weight.
+        feature_axis: the dimension of an activation that a layer sums over: what a token's values lie along.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, scheme: TensorScheme, num_channels: int | None = None, axis: int | None = None):
+    def __init__(
+        self, scheme: TensorScheme, shape: tuple[int, ...] = (), axis: int | None = None, feature_axis: int = -1
+    ):
         super().__init__()
-        self.scheme, self.axis = scheme, axis
+        self.scheme, self.axis, self.feature_axis = scheme, axis, feature_axis
         self.enabled = False
         self.gradient_scale = 1.0
-        shape = () if num_channels is None else (num_channels,)
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.stable = False
+        dtype = torch.float32 if scheme.has_float_zero_point else torch.int32
+        self.register_buffer("scale", torch.ones(shape) if self.has_qparams else None)
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=dtype) if self.has_qparams else None)
+
+    @property
+    def has_qparams(self) -> bool:
+        """Whether there is a grid to be found: not for float, not for what has the range of each batch."""
+        return not self.scheme.is_float and not self.scheme.dynamic
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A weight as [R, M], one row for each entry of ``scale``."""
+        if self.axis is None:
+            return x.reshape(1, -1)
+        if self.scheme.group_size is not None:
+            return to_groups(x, self.axis, self.scheme.group_size).flatten(0, 1)
+        return x.movedim(self.axis, 0).flatten(1)
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Take a grid (shaped like ``self.scale``) and start quantizing."""
+        """Take a grid (as many entries as ``self.scale``) and start quantizing."""
         with torch.no_grad():
-            self.scale.copy_(scale.reshape(self.scale.shape))
+            self.scale.copy_(round_scale(scale.reshape(self.scale.shape), self.scheme))
             self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
         self.enabled = True
 
+    def freeze(self) -> None:
+        """Stop all training: scale and zero point become constants of the format that they are stored in."""
+        if self.has_qparams:
+            scale, zero_point = round_scale(self.scale.detach(), self.scheme), self.zero_point.detach()
+            if zero_point.is_floating_point() and not self.scheme.has_float_zero_point:
+                zero_point = zero_point.round().clamp(self.scheme.quant_min, self.scheme.quant_max).to(torch.int32)
+            for name, value in (("scale", scale), ("zero_point", zero_point)):
+                self._parameters.pop(name, None)
+                self.register_buffer(name, value.clone())
+        self.gradient_scale, self.stable = 1.0, False
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
+        if not self.enabled or self.scheme.is_float:
             return x
-        return fake_quantize(
-            x,
-            self.scale,
-            self.zero_point,
-            self.scheme.quant_min,
-            self.scheme.quant_max,
-            self.axis,
-            self.gradient_scale,
-        )
+        if self.scheme.dynamic:
+            return self._with_the_range_of(x)
+        scale, zero_point = self.scale, self.zero_point
+        if zero_point.requires_grad and not self.scheme.has_float_zero_point:
+            low, high = self.scheme.quant_min, self.scheme.quant_max  # as freeze() will leave it
+            zero_point = zero_point + (zero_point.round().clamp(low, high) - zero_point).detach()
+        if self.scheme.group_size is None:
+            return self._fake_quantize(x, scale, zero_point, self.axis)
+        assert self.axis is not None
+        groups = to_groups(x, self.axis, self.scheme.group_size)
+        return from_groups(self._fake_quantize(groups, scale[..., None], zero_point[..., None]), self.axis, x.shape)
+
+    def _fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
+        return fake_quantize(x, scale, zero_point, self.scheme, axis, self.gradient_scale, self.stable)
+
+    def _with_the_range_of(self, x: Tensor) -> Tensor:
+        """Dynamic: one grid for the batch, for each token, or for each group of a token's values.
+
+        The tokens of a convolution are whole samples: it sums over positions, and no kernel could undo their scales.
+        """
+        if self.scheme.group_size is not None:
+            groups = x.movedim(self.feature_axis, -1).unflatten(-1, (-1, self.scheme.group_size))
+            rounded = self._fake_quantize(groups, *dynamic_qparams(groups, self.scheme, (-1,)))
+            return rounded.flatten(-2).movedim(-1, self.feature_axis)
+        dims = tuple(range(x.dim()))
+        if self.scheme.granularity == "per_token":
+            dims = dims[-1:] if self.feature_axis == -1 else dims[1:]
+        return self._fake_quantize(x, *dynamic_qparams(x, self.scheme, dims))
 
     def extra_repr(self) -> str:
-        return f"num_bits={self.scheme.num_bits}, symmetric={self.scheme.symmetric}, axis={self.axis}"
+        return f"{self.scheme.label} bits, {self.scheme.granularity}, axis={self.axis}"
 
 
 class QuantizedLayer(nn.Module):
-    """Mixed into a weight layer's class: quantizes the layer's input and its weight, then does what the layer does."""
+    """Mixed into a weight layer's class: quantizes the layer's input and its weight, then does what the layer does.
+
+    ``input_is_on_grid``: the input comes from ``input_quantizer`` already, which was called where it was made.
+    ``bias_quantizer``: there if the bias is rounded too.
+    """
 
     weight: Tensor
     bias: Tensor | None
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
+    channel_axis: ClassVar[int] = 0  # of the weight: the output channels
+    feature_axis: ClassVar[int] = 1  # of the input: what the layer sums over
+    input_is_on_grid = False
+    bias_quantizer: BiasQuantizer | None
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.compute(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = input if self.input_is_on_grid else self.input_quantizer(input)
+        own: Any = vars(self)  # the layer's own forward reads weight and bias from itself: here before the parameters
+        own["weight"], bias = self.weight_quantizer(self.weight), getattr(self, "bias", None)
+        own["bias"] = bias if self.bias_quantizer is None else self.bias_quantizer(bias, self)
+        try:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
+        finally:
+            del own["weight"], own["bias"]
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own arithmetic, with this weight and bias."""
-        return self._conv_forward(x, weight, bias)  # type: ignore[operator]  # every nn.ConvNd has it
+
+class BiasQuantizer(nn.Module):
+    """Rounds a layer's bias to whole numbers of steps of input scale times weight scale, as int32 kernels add it."""
+
+    def forward(self, bias: Tensor, layer: QuantizedLayer) -> Tensor:
+        if not (layer.input_quantizer.enabled and layer.weight_quantizer.enabled):
+            return bias
+        step = self.step(layer)
+        return round_through(bias / step) * step
+
+    @staticmethod
+    def step(layer: QuantizedLayer) -> Tensor:
+        """Scalar, or one entry per output channel."""
+        scale = layer.input_quantizer.scale * layer.weight_quantizer.scale
+        return scale if scale.dim() == 0 else scale.repeat(len(layer.bias) // len(scale))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def make_room(self, layer: QuantizedLayer) -> None:
+        """Widen the weight grid of channels whose bias would not fit int32: those that are (almost) zero."""
+        scale = layer.weight_quantizer.scale
+        assert layer.bias is not None
+        least = layer.bias.abs() / LARGEST_BIAS / layer.input_quantizer.scale
+        least = least.max() if scale.dim() == 0 else least.view(-1, len(scale)).amax(0)
+        scale.copy_(torch.maximum(scale, least))
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
@@ -92,23 +196,54 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
     pass
 
 
+class QuantizedConvTranspose1d(QuantizedLayer, nn.ConvTranspose1d):
+    channel_axis = 1  # with groups: one scale for the same channel of every group
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    channel_axis = 1
+
+
+class QuantizedConvTranspose3d(QuantizedLayer, nn.ConvTranspose3d):
+    channel_axis = 1
+
+
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+    feature_axis = -1
 
 
-# The output channel is dimension 0 of the weight in all of these.
+class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
+    """Its input are indices: only the table is quantized, a row being a channel."""
+
+    feature_axis = -1
+
+
 QUANTIZED: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
 }
 
 
-def can_quantize(module: nn.Module) -> bool:
-    """Whether there is a quantized class for exactly this layer (a sub-class may compute something else)."""
-    return type(module) in QUANTIZED and "weight" in module._parameters
+def base_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of :data:`QUANTIZED` that ``kind`` is or derives from."""
+    return next((base for base in kind.__mro__ if base in QUANTIZED), None)
+
+
+@functools.cache
+def quantized_class(kind: Any) -> Any:
+    """The quantized class of a weight layer; of a sub-class with a forward of its own, one made of it."""
+    if kind in QUANTIZED:
+        return QUANTIZED[kind]
+    base = base_of(kind)
+    assert base is not None
+    axes = {"channel_axis": QUANTIZED[base].channel_axis, "feature_axis": QUANTIZED[base].feature_axis}
+    return type(f"Quantized{kind.__name__}", (QuantizedLayer, kind), {**axes, "__module__": __name__})
 
 
 def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -118,17 +253,13 @@ def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
         for name, layer in module.named_modules()
         if isinstance(getattr(layer, "weight", None), Tensor)
         and layer.weight.dim() >= 2
-        and not isinstance(layer, nn.Embedding)
+        and isinstance(layer, tuple(QUANTIZED))
     }
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLayer]:
     """Name → layer of every quantized layer."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLayer)}
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
 
 
 @dataclass(frozen=True)
@@ -139,47 +270,143 @@ class Swap:
     kept_float: dict[str, str]
 
 
+def product_of(name: str, flow: Dataflow) -> Op | None:
+    """The operation with which the layer ``name`` uses its weight, if it is one that reads the weight itself."""
+    weight = f"{name}.weight".lstrip(".")
+    numbers = {number for number, names in flow.parameters.items() if weight in names}
+    readers = [op for op in flow.ops if op.module == name and numbers & set(op.inputs)]
+    products = [op for op in readers if op.name in PRODUCTS | LOOKUPS]
+    return products[0] if products and len(products) == len(readers) else None
+
+
+def can_quantize(module: nn.Module, name: str = "", flow: Dataflow | None = None) -> bool:
+    """Whether there is a quantized class for this layer.
+
+    A sub-class may compute something else, so its forward has to be known: its product has to read its very weight.
+    """
+    if base_of(type(module)) is None or "weight" not in module._parameters:
+        return False
+    return type(module) in QUANTIZED or (flow is not None and product_of(name, flow) is not None)
+
+
 def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     """Turn every weight layer that ran into its quantized class, in place. Edges: the first and the last that ran."""
     layers = weight_layers(module)
     # Order of first call; a layer that is called several times keeps its first place.
-    ran = [name for name in dict.fromkeys(call.name for call in flow.calls) if name in layers]
+    called = dict.fromkeys(call.name for call in flow.calls)
+    ran = [name for name in called if name in layers]
+    possible = [name for name in ran if can_quantize(layers[name], name, flow)]
     kept_float = {
-        name: f"no quantized {type(layers[name]).__name__} yet" for name in ran if not can_quantize(layers[name])
-    }
-    kept_float |= {
-        name: f"no quantized {type(part).__name__} yet"
-        for name, part in module.named_modules()
-        if name not in layers and _has_matrix(part) and not isinstance(part, nn.Embedding)
+        name: f"no quantized {type(layers[name]).__name__} yet"
+        if "weight" in layers[name]._parameters
+        else "its weight is computed from other tensors"
+        for name in ran
+        if name not in possible
     }
     kept_float |= {name: "did not run in a forward of the network" for name in layers if name not in ran}
-    order = [name for name in ran if name not in kept_float]
-    if not order:
+    kept_float |= _other_products(module, flow, {f"{name}.weight".lstrip(".") for name in layers})
+    chosen = {name: scheme.for_layer(name in (possible[0], possible[-1]), name) for name in possible}
+    _check_patterns(scheme, list(chosen))
+    for name, (weight_scheme, _) in chosen.items():
+        if isinstance(layers[name], nn.Embedding):
+            chosen[name] = (weight_scheme, FLOAT)
+        if weight_scheme.is_float and chosen[name][1].is_float:
+            kept_float[name] = "the scheme leaves it float"
+    chosen = {name: schemes for name, schemes in chosen.items() if name not in kept_float}
+    if not chosen:
         raise UserError(
             f"got a network without a layer to quantize ({type(module).__name__})",
             ", ".join(kind.__name__ for kind in QUANTIZED),
         )
+    for name, schemes in chosen.items():
+        _check_groups(name, layers[name], *schemes)
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0  # its fused kernel would read the weights and pass the quantizers by
-    swapped = {}
-    for name in order:
-        weight_scheme, activation_scheme = scheme.for_layer(is_edge=name in (ran[0], ran[-1]))
-        swap_layer(layers[name], weight_scheme, activation_scheme)
-        swapped[name] = (weight_scheme, activation_scheme)
-    return Swap(swapped, kept_float)
+    for name, schemes in chosen.items():
+        swap_layer(layers[name], *schemes)
+    share_tied_grids(module)
+    return Swap({name: (layers[name].weight_quantizer.scheme, chosen[name][1]) for name in chosen}, kept_float)
+
+
+def _other_products(module: nn.Module, flow: Dataflow, known: set[str]) -> dict[str, str]:
+    """Matrices that take part in a product without being the weight of a layer, and modules that are not understood."""
+    parameters = dict(module.named_parameters())
+    source = {number: set(names) for number, names in flow.parameters.items()}  # number → parameters it is made of
+    found: dict[str, str] = {}
+    read: set[str] = set()
+    for op in flow.ops:
+        constants = [source[number] for number in op.inputs if number in source]
+        read |= set().union(*constants)
+        if len(constants) == len(op.inputs):  # computed from constants alone: transposed, normalized
+            source.update(dict.fromkeys(op.outputs, set().union(*constants)))
+        elif op.name in PRODUCTS:
+            where = op.module or "the network itself"
+            found |= {
+                name: f"read by {op.name} in {where}"
+                for name in sorted(set().union(*constants))
+                if name in parameters and parameters[name].dim() >= 2 and not _is_known(name, flow, known)
+            }
+    for name, parameter in parameters.items():
+        if parameter.dim() >= 2 and name not in read | known:
+            owner = name.rpartition(".")[0]
+            found[owner or name] = f"no quantized {type(module.get_submodule(owner)).__name__} yet"
+    return found
+
+
+def _is_known(name: str, flow: Dataflow, known: set[str]) -> bool:
+    """Whether the parameter is the weight of a layer under one of its names: tied ones have several."""
+    return any(name in names and known & set(names) for names in flow.parameters.values())
+
+
+def _check_patterns(scheme: Scheme, names: list[str]) -> None:
+    for pattern in scheme.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:8]) + (f", ... ({len(names)} layers)" if len(names) > 8 else "")
+            raise UserError(f"got scheme.overrides[{pattern!r}], which is the name of no layer", shown)
+
+
+def _check_groups(name: str, layer: nn.Module, weight_scheme: TensorScheme, activation_scheme: TensorScheme) -> None:
+    """Groups divide what they lie along."""
+    weight, axis = layer.weight, quantized_class(type(layer)).channel_axis  # type: ignore[arg-type]
+    assert isinstance(weight, Tensor)
+    per_channel = weight.numel() // weight.shape[axis]
+    features = layer.in_channels if hasattr(layer, "in_channels") else weight.shape[1]
+    for what, scheme, length in (("weight", weight_scheme, per_channel), ("activation", activation_scheme, features)):
+        if scheme.group_size is not None and length % scheme.group_size:
+            divisors = [str(n) for n in range(1, length + 1) if length % n == 0]
+            raise UserError(
+                f"got scheme.{what}.group_size={scheme.group_size} and layer {name} with {length} values to divide",
+                " | ".join(divisors[-12:]),
+                f"choose another size, or scheme.overrides={{{name}: {{{what}: {{granularity: "
+                f"{'per_channel' if what == 'weight' else 'per_token'}}}}}}}",
+            )
 
 
 def swap_layer(layer: nn.Module, weight_scheme: TensorScheme, activation_scheme: TensorScheme) -> None:
     """Turn one layer into its quantized class, in place; its quantizers have no grid yet."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    per_channel = weight_scheme.granularity == "per_channel"
-    layer.__class__ = QUANTIZED[type(layer)]
-    layer.input_quantizer = Quantizer(activation_scheme).to(weight.device)
-    layer.weight_quantizer = Quantizer(
-        weight_scheme, num_channels=weight.shape[0] if per_channel else None, axis=0 if per_channel else None
-    ).to(weight.device)
+    kind = quantized_class(type(layer))  # type: ignore[arg-type]  # mypy: a type is no Hashable
+    axis: int | None = None
+    shape: tuple[int, ...] = ()
+    if weight_scheme.granularity != "per_tensor" and not weight_scheme.is_float:
+        axis, shape = kind.channel_axis, (weight.shape[kind.channel_axis],)
+        if weight_scheme.group_size is not None:
+            shape = (*shape, weight.numel() // shape[0] // weight_scheme.group_size)
+    layer.__class__ = kind
+    layer.input_quantizer = Quantizer(activation_scheme, feature_axis=kind.feature_axis).to(weight.device)
+    layer.weight_quantizer = Quantizer(weight_scheme, shape, axis).to(weight.device)
+    layer.bias_quantizer = None
+
+
+def share_tied_grids(module: nn.Module) -> None:
+    """Layers that share a weight share its grid: the one of the first."""
+    first: dict[int, QuantizedLayer] = {}
+    for layer in quantized_layers(module).values():
+        other = first.setdefault(id(layer.weight), layer)
+        if other is not layer and other.channel_axis == layer.channel_axis:
+            layer.weight_quantizer = other.weight_quantizer
 
 
 def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
@@ -192,7 +419,7 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
     producers = {
         call.outputs[0]: call.name
         for call in flow.calls
-        if can_quantize(kinds[call.name]) and len(flow.calls_of(call.name)) == 1
+        if can_quantize(kinds[call.name], call.name, flow) and len(flow.calls_of(call.name)) == 1
     }
     uses = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
     pairs = []
@@ -209,8 +436,10 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
         plain = type(kinds[call.name]).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
         if not plain and not hasattr(kinds[call.name], "act"):
             continue  # a sub-class that does more than normalize, and not timm's, which says what
-        if isinstance(kinds[layer], nn.Linear) and len(call.output_shape) != 2:
+        if QUANTIZED[base_of(type(kinds[layer]))].feature_axis == -1 and len(call.output_shape) != 2:  # type: ignore[index]
             continue  # batch norm normalizes dimension 1, which is not the layer's output dimension here
+        if isinstance(kinds[layer], nn.Embedding):
+            continue  # its rows are samples, not channels
         pairs.append((layer, call.name))
     return pairs
 
@@ -233,9 +462,18 @@ def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
             shift = shift + _double(norm.bias)
         if bias is not None:
             shift = shift + _double(bias) * gain
-        weight.copy_(_double(weight) * broadcast(gain, weight, 0))
+        weight.copy_(_double(weight) * _per_output_channel(gain, layer))
         layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
         _become(norm, _what_follows(norm))
+
+
+def _per_output_channel(values: Tensor, layer: nn.Module) -> Tensor:
+    """[O] shaped to multiply the weight of ``layer``; that of a transposed convolution is [I, O / groups, ...]."""
+    weight = layer.weight
+    if base_of(type(layer)) not in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        return broadcast(values, weight, 0)
+    groups = values.view(layer.groups, 1, -1).expand(-1, weight.shape[0] // layer.groups, -1)
+    return groups.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:

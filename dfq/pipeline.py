@@ -30,9 +30,9 @@ from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
 from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import Scheme
-from dfq.settings import resolve, to_config
+from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 
 OUTPUTS = Path("outputs")
 DATA_FREE = {"pixels": False, "labels": False}
@@ -70,6 +70,7 @@ def generate(
 
     Samples that are there already, whole and made with the same settings, stay; a larger ``num_samples`` appends.
     """
+    _check_kind(teacher, generator, "generator")
     batch_size = min(generator.batch_size, num_samples)
     config = to_config(generator)
     config.pop("batch_size")  # what counts is the size that batches really have, which is recorded below
@@ -187,6 +188,7 @@ def evaluate(
     Returns:
         ``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
     """
+    _check_kind(teacher, evaluation, "evaluation")
     task = resolve("task", teacher.task)
     found: dict[str, Any] = {"teacher": _measure(teacher, teacher.sha256, task, evaluation, teacher, "teacher")}
     if student is not None:
@@ -234,6 +236,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     """All five arrows, and the reference rows; returns the report."""
     e, start = experiment, time.perf_counter()
     task = resolve("task", e.teacher.task)
+    _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
     dataset = generate(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
     student, student_path = _quantize(e, dataset, e.student_dir)
     artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset) if e.exporter is not None else None
@@ -352,7 +355,7 @@ def _details(
         row |= {"row": f"synthetic ({name})", "generator": name, "seconds": dataset.seconds + student.seconds}
         row |= {"num_samples": len(dataset)}
         synthetic = evaluations.batch_norm_match(teacher, dataset.tensors()["images"])
-        noise = torch.randn(min(256, len(dataset)), *teacher.input_spec.size, generator=batch_rng(seed, -1))
+        noise = teacher.input_spec.example(min(256, len(dataset)), batch_rng(seed, -1))
         gaussian = evaluations.batch_norm_match(teacher, noise)
         match = [{"name": n, "synthetic": d, "gaussian": gaussian[n], "real": None} for n, d in synthetic.items()]
     first = {"row": "float teacher", "role": "teacher", "generator": None, "agreement": 1.0, "kl": 0.0}
@@ -428,7 +431,7 @@ def _write(
     details: dict[str, Any],
 ) -> None:
     images, predictions = None, None
-    if dataset is not None:
+    if dataset is not None and isinstance(teacher.input_spec, InputSpec):
         tensors = dataset.tensors(64)
         images = teacher.input_spec.to_pixels(tensors["images"])
         predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
@@ -479,6 +482,22 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
     metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
     write_json(path, {"format": "dfq.evaluation", **key, "metrics": metrics})
     return metrics
+
+
+def _check_kind(teacher: Teacher, method: Any, family: str) -> None:
+    """A generator or an evaluation of images is of no use to a network that takes token ids, and vice versa."""
+    wanted = teacher.input_spec.kind
+    got = getattr(method, "kind", wanted)  # one without a kind, and plain batches, go with any network
+    if got == wanted:
+        return
+    targets = {name: load(family, name)["_target_"] for name in choices(family)}
+    its_target = to_config(method)["_target_"]
+    named = next((name for name, target in targets.items() if target == its_target), type(method).__name__)
+    fitting = [name for name, target in targets.items() if getattr(locate(target), "kind", wanted) == wanted]
+    raise UserError(
+        f"got {family}={named}, which is for {got}, and {teacher.name}, which takes {wanted}",
+        " | ".join(f"{family}={name}" for name in fitting) or f"a {family} for {wanted}",
+    )
 
 
 def _check_dataset(teacher: Teacher, dataset: SyntheticDataset) -> None:

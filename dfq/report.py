@@ -575,6 +575,14 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
             lines.append(("latency", f"{text} ({ratio_text(before, after, 'faster', 'slower') or 'n/a'})"))
         if artifact["parity"]:
             lines.append(("parity", _parity(artifact["parity"])))
+            integer = artifact["parity"].get("integer") or {}
+            if integer.get("integer_mac_fraction") is not None:
+                share = format_number(100 * integer["integer_mac_fraction"], 1)
+                lines.append(("integers", f"{share} % of the multiply-accumulates in the runtime's optimized graph"))
+    if details["kept_float"]:
+        lines.append(("float", ", ".join(f"{name}: {why}" for name, why in list(details["kept_float"].items())[:3])))
+        if len(details["kept_float"]) > 3:
+            lines.append(("", f"and {len(details['kept_float']) - 3} more; the report lists them"))
     lines += [("note", note) for note in details["notes"]]
     paths = {
         "dataset": (dataset or {}).get("path"),
@@ -594,8 +602,19 @@ def _any(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_any(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_any, value))
+        return ("; " if any(isinstance(item, Mapping) for item in value) else ", ").join(map(_any, value))
     return "n/a" if value is None else str(value)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
+    """Every value in short, those of a mapping inside as "outer: inner"."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}: {inner}": _any(item) for inner, item in value.items()}
+        else:
+            found[key] = _any(value)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ page
@@ -631,7 +650,7 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], tiles: list[str
         "artifact_ratio": _smaller(report, artifact),
         "speedup": ratio_text(latency.get("float"), latency.get("quantized"), "faster", "slower"),
         "latency": latency,
-        "parity": {key: _any(value) for key, value in ((artifact or {}).get("parity") or {}).items()},
+        "parity": flat((artifact or {}).get("parity") or {}),
         "environment": {key: _any(value) for key, value in report["environment"].items()},
         "tiles": [{"uri": uri, "label": label} for uri, label in zip(tiles, labels, strict=False)],
         "layer_chart": _layer_chart(layers),

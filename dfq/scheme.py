@@ -1,7 +1,8 @@
 """What is quantized to what: bits, grid, granularity, policy. Plain frozen dataclasses, no torch.
 
-A :class:`Scheme` is all that a runtime has to know: two :class:`TensorScheme` (weights, activations) and a
-policy that says which layers get them. The command line checks a whole configuration with this file alone.
+A :class:`Scheme` is all that a runtime has to know: :class:`TensorScheme` of weights and activations (and of what goes
+into attention's two products, if they are asked for), and a policy that says which layers get them. The command line
+checks a whole configuration with this file alone.
 
 Policies (the convention has to be named, or two papers cannot be compared):
 
@@ -10,97 +11,386 @@ Policies (the convention has to be named, or two papers cannot be compared):
     own input is rounded too. Stricter than SynQ and GDFQ, which leave the input of the first layer float.
 ``edges_8bit``
     the first and the last weight layer at 8 bits, weights and inputs (the BRECQ, QDrop and Genie convention).
+``hardware``
+    every tensor that an integer runtime holds as an integer: ``all``, and both inputs of every residual add, the
+    outputs of concatenations, pools, activations and of the last layer; biases are int32 in steps of input scale times
+    weight scale. A tensor that several layers read has one grid.
+
+Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
+
+``uniform``
+    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed.
+``ternary``
+    x_hat = q s, q in -1, 0, 1 (TWN, 1605.04711); not symmetric: x_hat = q s + shift (TernaryLLM, 2406.07177).
+``seq``
+    stretched elastic quantization (ParetoQ, 2502.02631): x_hat = (q + 1/2) s, no level at zero; the only 1-bit grid.
+``fp8_e4m3``, ``fp8_e5m2``, ``fp4_e2m1``
+    x_hat = s times a small float. With groups of 32 and scales that are powers of two fp4_e2m1 is MXFP4, with groups of
+    16 and e4m3 scales NVFP4.
+``log2``
+    x_hat = s 2^-q, q in 0 .. 2^b - 1: for outputs of a softmax (FQ-ViT, 2111.13824).
+``float``
+    not quantized.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from dfq.errors import UserError, did_you_mean
 
-POLICIES = ("all", "edges_8bit")
-GRANULARITIES = ("per_tensor", "per_channel")
+POLICIES = ("all", "edges_8bit", "hardware")
+GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_token")
+GRIDS = ("uniform", "ternary", "seq", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "log2", "float")
+SCALE_FORMATS = ("float32", "e8m0", "e4m3")
+RANGES = ("full", "narrow", "7bit")
+FIXED_BITS = {"ternary": 2, "fp8_e4m3": 8, "fp8_e5m2": 8, "fp4_e2m1": 4, "float": 16}
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A small float: its largest value and the exponent of its smallest normal number."""
+
+    mantissa_bits: int
+    smallest_exponent: int
+    maximum: float
+
+
+FLOAT_FORMATS = {  # OCP 8-bit floating point (2023) and microscaling formats (2023)
+    "fp8_e4m3": FloatFormat(3, -6, 448.0),
+    "fp8_e5m2": FloatFormat(2, -14, 57344.0),
+    "fp4_e2m1": FloatFormat(1, 0, 6.0),
+}
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"got {name}={value!r}", " | ".join(allowed), did_you_mean(str(value), allowed))
 
 
 @dataclass(frozen=True)
 class TensorScheme:
-    """How one kind of tensor is rounded: x_hat = (q - zero_point) * scale with integer q."""
+    """How one kind of tensor is rounded; see the grids above."""
 
-    num_bits: int = 8  # 2 to 8
+    num_bits: int = 8  # weights 1 to 8, activations 2 to 16; ternary and small floats have bits of their own
     symmetric: bool = False  # signed around 0; false: from the lowest value (or 0) to the highest
-    granularity: str = "per_tensor"  # per_tensor | per_channel (weights: one scale an output channel)
+    granularity: str = "per_tensor"  # per_tensor | per_channel | per_group | per_token; channel: weights, token: inputs
+    group_size: int | None = None  # values that share a scale, along the input dimension; with per_group
+    grid: str = "uniform"  # uniform | ternary | seq | fp8_e4m3 | fp8_e5m2 | fp4_e2m1 | log2 | float
+    dynamic: bool = False  # activations: the range of each batch instead of a calibrated one
+    scale_format: str = "float32"  # float32 | e8m0 | e4m3; e8m0: powers of two, e4m3: beside one float32 scale a tensor
+    range: str = "full"  # full | narrow | 7bit; narrow: -127..127, 7bit: -64..63 in 8 bits, for CPUs without VNNI
 
     def __post_init__(self):
-        if isinstance(self.num_bits, bool) or not isinstance(self.num_bits, int) or not 2 <= self.num_bits <= 8:
+        _choice("grid", self.grid, GRIDS)
+        if self.grid in FIXED_BITS:
+            object.__setattr__(self, "num_bits", FIXED_BITS[self.grid])
+        if isinstance(self.num_bits, bool) or not isinstance(self.num_bits, int) or not 1 <= self.num_bits <= 16:
             raise UserError(
-                f"got num_bits={self.num_bits!r}", "a whole number from 2 to 8", "give a bit width in that range"
+                f"got num_bits={self.num_bits!r}",
+                "a whole number: weights 1 to 8, activations 2 to 16",
+                "give a bit width in that range",
             )
-        if not isinstance(self.symmetric, bool):
-            raise UserError(f"got symmetric={self.symmetric!r}", "true | false")
-        if self.granularity not in GRANULARITIES:
+        for name in ("symmetric", "dynamic"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"got {name}={getattr(self, name)!r}", "true | false")
+        _choice("granularity", self.granularity, GRANULARITIES)
+        _choice("scale_format", self.scale_format, SCALE_FORMATS)
+        _choice("range", self.range, RANGES)
+        self._check_together()
+        if self.granularity == "per_token":
+            object.__setattr__(self, "dynamic", True)
+
+    def _check_together(self) -> None:
+        """What each setting allows of the others."""
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise UserError(f"got group_size={size!r}", "a whole number >= 1")
+        if (self.granularity == "per_group") != (size is not None):
             raise UserError(
-                f"got granularity={self.granularity!r}",
-                " | ".join(GRANULARITIES),
-                did_you_mean(str(self.granularity), GRANULARITIES),
+                f"got granularity={self.granularity} and group_size={'null' if size is None else size}",
+                "granularity=per_group together with a group_size",
+                "give both or neither",
+            )
+        if self.num_bits == 1 and self.grid != "seq":
+            raise UserError(
+                f"got num_bits=1 and grid={self.grid}",
+                "grid=seq for 1 bit",
+                "a uniform grid of 1 bit has no positive level",
+            )
+        if self.grid == "seq" and self.num_bits > 8:
+            raise UserError(f"got num_bits={self.num_bits} and grid=seq", "1 to 8 bits")
+        if self.grid in ("seq", *FLOAT_FORMATS) and not self.symmetric:
+            raise UserError(f"got grid={self.grid} and symmetric=false", "symmetric=true", "its levels are symmetric")
+        if self.grid == "log2" and (self.symmetric or self.num_bits > 4):
+            raise UserError(
+                f"got grid=log2, symmetric={str(self.symmetric).lower()} and num_bits={self.num_bits}",
+                "symmetric=false and at most 4 bits",
+                "its levels are 1, 1/2, 1/4, ...: all positive, and the 16th is small enough for any softmax",
+            )
+        if self.range != "full" and not (self.grid == "uniform" and self.symmetric):
+            raise UserError(f"got range={self.range}", "full", "only symmetric uniform grids can be narrower")
+        if self.range == "7bit" and self.num_bits != 8:
+            raise UserError(f"got range=7bit and num_bits={self.num_bits}", "num_bits=8")
+        if self.scale_format == "e4m3" and self.grid not in FLOAT_FORMATS:
+            raise UserError(
+                f"got scale_format=e4m3 and grid={self.grid}",
+                f"float32 | e8m0, or a grid of {', '.join(FLOAT_FORMATS)}",
             )
 
     @property
     def quant_min(self) -> int:
-        return -(2 ** (self.num_bits - 1)) if self.symmetric else 0
+        """The smallest code."""
+        if self.grid == "ternary":
+            return -1
+        if not self.symmetric or self.grid in FLOAT_FORMATS:
+            return 0
+        if self.range == "7bit":
+            return -64
+        return -(2 ** (self.num_bits - 1)) + (self.range == "narrow")
 
     @property
     def quant_max(self) -> int:
-        return 2 ** (self.num_bits - 1) - 1 if self.symmetric else 2**self.num_bits - 1
+        """The largest code."""
+        if self.grid == "ternary":
+            return 1
+        if not self.symmetric or self.grid in FLOAT_FORMATS:
+            return 2**self.num_bits - 1
+        return 63 if self.range == "7bit" else 2 ** (self.num_bits - 1) - 1
+
+    @property
+    def is_float(self) -> bool:
+        """Not quantized."""
+        return self.grid == "float"
+
+    @property
+    def has_integer_codes(self) -> bool:
+        """x_hat = (q - z) s with whole q and z: what integer kernels compute with."""
+        return self.grid == "uniform" or (self.grid == "ternary" and self.symmetric)
+
+    @property
+    def has_float_zero_point(self) -> bool:
+        return self.grid == "ternary" and not self.symmetric
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits that a stored code takes; five ternary ones share a byte (log2 of 3 is 1.58)."""
+        return 1.6 if self.grid == "ternary" else float(self.num_bits)
+
+    @property
+    def label(self) -> str:
+        """What a scheme's name says of it."""
+        if self.grid == "fp4_e2m1":
+            return {"e8m0": "mxfp4", "e4m3": "nvfp4"}.get(self.scale_format, "fp4")
+        names = {"fp8_e4m3": "fp8", "fp8_e5m2": "fp8e5m2", "ternary": "ternary", "float": "16"}
+        return names.get(self.grid, f"{self.num_bits}{self.grid if self.grid != 'uniform' else ''}")
+
+
+FLOAT = TensorScheme(16, True, grid="float")
+OPERANDS = ("attention", "softmax")  # of attention's products, beside weight and activation
+PARTS = ("weight", "activation", *OPERANDS)
+Overrides = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits, grid and granularity of weights and activations, and the policy that hands them to layers."""
+    """Bits, grid and granularity of each kind of tensor, and the policy that hands them to layers."""
 
     weight: TensorScheme = field(default_factory=lambda: TensorScheme(8, True, "per_channel"))
     activation: TensorScheme = field(default_factory=lambda: TensorScheme(8, False, "per_tensor"))
-    policy: str = "all"  # all | edges_8bit
+    policy: str = "all"  # all | edges_8bit | hardware
     name: str = ""  # null or empty: made of the bits
+    overrides: Overrides = field(default_factory=dict)  # by name of the layer: '{head.*: {weight: {num_bits: 8}}}'
+    attention: TensorScheme = FLOAT  # queries, keys and values in attention's products
+    softmax: TensorScheme = FLOAT  # probabilities in the second of them
 
     def __post_init__(self):
-        if self.policy not in POLICIES:
-            raise UserError(
-                f"got scheme.policy={self.policy!r}", " | ".join(POLICIES), did_you_mean(str(self.policy), POLICIES)
-            )
-        if self.activation.granularity != "per_tensor":
-            raise UserError(
-                f"got scheme.activation.granularity={self.activation.granularity!r}",
-                "per_tensor",
-                "no integer runtime multiplies activations that have a scale per channel",
-            )
+        _choice("scheme.policy", self.policy, POLICIES)
+        _check_weight(self.weight, "scheme.weight")
+        for part in ("activation", *OPERANDS):
+            _check_activation(getattr(self, part), f"scheme.{part}")
+        for part in OPERANDS:
+            if getattr(self, part).granularity == "per_group":
+                raise UserError(f"got scheme.{part}.granularity=per_group", "per_tensor | per_token")
+        _check_layer_input(self.activation, "scheme.activation")
+        if self.policy == "hardware":
+            _check_hardware(self.weight, self.activation, "scheme")
+        object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
+        for pattern in self.overrides:
+            self._overridden(self.weight, self.activation, [pattern])
         if not self.name:
-            object.__setattr__(self, "name", f"w{self.weight.num_bits}a{self.activation.num_bits}")
+            object.__setattr__(self, "name", self._made_of_the_bits())
 
-    def for_layer(self, is_edge: bool) -> tuple[TensorScheme, TensorScheme]:
+    def _made_of_the_bits(self) -> str:
+        weight, activation = self.weight.label, self.activation.label
+        plain = weight.isdigit() and activation.isdigit()
+        name = f"w{weight}a{activation}" if plain else f"w{weight}_a{activation}"
+        implied = {"mxfp4": 32, "nvfp4": 16}.get(weight)
+        if self.weight.group_size not in (None, implied):
+            name += f"_g{self.weight.group_size}"
+        return name
+
+    def for_layer(self, is_edge: bool, name: str = "") -> tuple[TensorScheme, TensorScheme]:
         """(weight, activation) scheme of one layer; ``is_edge``: it is the first or the last weight layer."""
+        weight, activation = self.weight, self.activation
         if self.policy == "edges_8bit" and is_edge:
-            return replace(self.weight, num_bits=8), replace(self.activation, num_bits=8)
-        return self.weight, self.activation
+            weight, activation = (
+                part if part.is_float else replace(part, num_bits=8, grid="uniform", scale_format="float32")
+                for part in (weight, activation)
+            )
+        return self._overridden(weight, activation, [p for p in self.overrides if fnmatchcase(name, p)])
+
+    def _overridden(
+        self, weight: TensorScheme, activation: TensorScheme, patterns: list[str]
+    ) -> tuple[TensorScheme, TensorScheme]:
+        """With the overrides of ``patterns``, later ones on top."""
+        for pattern in patterns:
+            changes, where = self.overrides[pattern], f"scheme.overrides[{pattern!r}]"
+            try:
+                weight = _replace(weight, changes.get("weight", {}))
+                activation = _replace(activation, changes.get("activation", {}))
+            except UserError as error:
+                raise UserError(error.got.replace("got ", f"got {where}: ", 1), error.allowed, error.do) from None
+            _check_weight(weight, f"{where}.weight")
+            _check_activation(activation, f"{where}.activation")
+            _check_layer_input(activation, f"{where}.activation")
+            if self.policy == "hardware":
+                _check_hardware(weight, activation, where, or_float=True)
+        return weight, activation
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What :meth:`from_dict` reads; parts that are not quantized and empty overrides are left out."""
+        values = asdict(self)
+        for part in OPERANDS:
+            if getattr(self, part).is_float:
+                del values[part]
+        if not self.overrides:
+            del values["overrides"]
+        return values
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], name: str = "") -> Scheme:
         """Scheme from the plain mapping of a yaml or a manifest; an unknown key is an error that names it."""
         values = dict(config)
-        for part in ("weight", "activation"):
+        for part in PARTS:
             if part in values:
                 _check_keys(values[part], TensorScheme, f"scheme.{part}")
                 try:
-                    values[part] = TensorScheme(**values[part])
+                    values[part] = TensorScheme(**_with_implied(values[part]))
                 except UserError as error:
-                    raise UserError(error.got.replace("got ", f"got scheme.{part}."), error.allowed, error.do) from None
+                    got = error.got.replace("got ", f"got scheme.{part}.", 1)
+                    raise UserError(got, error.allowed, error.do) from None
         _check_keys(values, cls, "scheme")
         values.setdefault("name", name)
         return cls(**values)
+
+
+def _with_implied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` and what their grid implies where they do not say it."""
+    values = dict(values)
+    if values.get("grid") in ("float", "seq", "ternary", *FLOAT_FORMATS):
+        values.setdefault("symmetric", True)
+    if values.get("grid") == "log2":
+        values.setdefault("num_bits", 4)
+    return values
+
+
+def _replace(scheme: TensorScheme, changes: Mapping[str, Any]) -> TensorScheme:
+    """``scheme`` with ``changes``, which win over what they do not go with.
+
+    A granularity without groups drops the group size, other bits a grid that has bits of its own, a grid the range and
+    the format of scales that it does not have.
+    """
+    values: dict[str, Any] = dict(changes)
+    if "granularity" in values and values["granularity"] != "per_group":
+        values.setdefault("group_size", None)
+    other_bits = values.get("num_bits", scheme.num_bits) != scheme.num_bits
+    if scheme.is_float or (other_bits and scheme.grid in FIXED_BITS):
+        values.setdefault("grid", "uniform")
+    grid = values.get("grid", scheme.grid)
+    if grid != "uniform":
+        values.setdefault("range", "full")
+    if grid not in FLOAT_FORMATS and scheme.scale_format == "e4m3":
+        values.setdefault("scale_format", "float32")
+    return replace(scheme, **_with_implied(values))
+
+
+def _check_weight(scheme: TensorScheme, where: str) -> None:
+    if scheme.is_float:
+        return
+    if scheme.num_bits > 8:
+        raise UserError(f"got {where}.num_bits={scheme.num_bits}", "1 to 8", "or grid=float for float weights")
+    if scheme.granularity == "per_token" or scheme.dynamic:
+        raise UserError(
+            f"got {where}.granularity={scheme.granularity} and dynamic={str(scheme.dynamic).lower()}",
+            "per_tensor | per_channel | per_group and dynamic=false",
+            "weights have no tokens and do not change",
+        )
+    if scheme.grid == "log2":
+        raise UserError(f"got {where}.grid=log2", " | ".join(g for g in GRIDS if g != "log2"), "it has no sign")
+
+
+def _check_activation(scheme: TensorScheme, where: str) -> None:
+    if scheme.is_float:
+        return
+    if scheme.granularity == "per_channel":
+        raise UserError(
+            f"got {where}.granularity=per_channel",
+            "per_tensor | per_token | per_group",
+            "no integer runtime multiplies activations that have a scale per channel",
+        )
+    if scheme.granularity == "per_group" and not scheme.dynamic:
+        raise UserError(
+            f"got {where}.granularity=per_group and dynamic=false", "dynamic=true", "groups have ranges of each batch"
+        )
+    if scheme.grid in ("ternary", "seq") or scheme.num_bits == 1:
+        raise UserError(
+            f"got {where}.grid={scheme.grid} and num_bits={scheme.num_bits}",
+            "uniform | fp8_e4m3 | fp8_e5m2 | fp4_e2m1 | float, 2 to 16 bits",
+            "grid=ternary and grid=seq are for weights",
+        )
+
+
+def _check_layer_input(scheme: TensorScheme, where: str) -> None:
+    if scheme.grid == "log2":
+        raise UserError(f"got {where}.grid=log2", "another grid", "it is for scheme.softmax")
+
+
+def _check_hardware(weight: TensorScheme, activation: TensorScheme, where: str, or_float: bool = False) -> None:
+    """Integer runtimes have these tensors; ``or_float``: and one layer may stay float."""
+    weight_fits = weight.grid == "uniform" and weight.granularity in ("per_tensor", "per_channel")
+    if not weight_fits and not (or_float and weight.is_float):
+        raise UserError(
+            f"got scheme.policy=hardware, {where}.weight.grid={weight.grid} and granularity={weight.granularity}",
+            "grid=uniform and granularity=per_tensor | per_channel",
+            "use scheme.policy=all for other grids",
+        )
+    is_static = activation.granularity == "per_tensor" and not activation.dynamic
+    if not (activation.grid == "uniform" and is_static) and not (or_float and activation.is_float):
+        raise UserError(
+            f"got scheme.policy=hardware, {where}.activation.grid={activation.grid}, "
+            f"granularity={activation.granularity} and dynamic={str(activation.dynamic).lower()}",
+            "grid=uniform, granularity=per_tensor and dynamic=false",
+            "integer runtimes know every activation's grid beforehand; use scheme.policy=all for others",
+        )
+
+
+def _checked_overrides(overrides: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """Overrides as plain mappings, every key of them known."""
+    if not isinstance(overrides, Mapping):
+        raise UserError(f"got scheme.overrides={overrides!r}", "{layer.*: {weight: {num_bits: 8}}}")
+    found = {}
+    for pattern, parts in overrides.items():
+        where = f"scheme.overrides[{pattern!r}]"
+        if not isinstance(parts, Mapping) or not parts or not set(parts) <= {"weight", "activation"}:
+            raise UserError(f"got {where}={parts!r}", "{weight: {num_bits: 8}, activation: {...}}")
+        for part, values in parts.items():
+            _check_keys(values, TensorScheme, f"{where}.{part}")
+        found[str(pattern)] = {str(part): dict(values) for part, values in parts.items()}
+    return found
 
 
 def _check_keys(values, target, where: str) -> None:
@@ -109,6 +399,5 @@ def _check_keys(values, target, where: str) -> None:
         raise UserError(f"got {where}={values!r}", f"a mapping with {', '.join(known)}")
     for key in values:
         if key not in known:
-            raise UserError(
-                f"got {where}.{key}", ", ".join(f"{where}.{name}" for name in known), did_you_mean(str(key), known)
-            )
+            hint = did_you_mean(str(key), known).replace("'", f"'{where}.", 1)
+            raise UserError(f"got {where}.{key}", ", ".join(f"{where}.{name}" for name in known), hint)

@@ -12,7 +12,8 @@ import copy
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,74 @@ import dfq
 from dfq import dataset as store
 from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
-from dfq.hooks import evaluation_mode
-from dfq.modules import QuantizedLayer, Swap, find_foldable, fold_batch_norm, quantized_layers, swap_layer, swap_layers
-from dfq.quantization import dequantize, pack, quantize, unpack
+from dfq.hooks import evaluation_mode, record_dataflow
+from dfq.modules import (
+    QuantizedLayer,
+    Quantizer,
+    Swap,
+    find_foldable,
+    fold_batch_norm,
+    quantized_layers,
+    share_tied_grids,
+    swap_layer,
+    swap_layers,
+)
+from dfq.quantization import dequantize, from_groups, pack, quantize, tensor_scale, to_groups, unpack
 from dfq.scheme import Scheme, TensorScheme
-from dfq.teacher import InputSpec, Teacher, hash_tensors
+from dfq.sites import Sites, find_sites, place_sites
+from dfq.surgery import apply, prepare
+from dfq.teacher import AnyInputSpec, Teacher, hash_tensors, input_spec_from_dict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CODES = ".weight_codes"
+SCALE, TENSOR_SCALE = ".weight_quantizer.scale", ".weight_quantizer.tensor_scale"
+
+
+@dataclass
+class Surgery:
+    """What was done to the teacher's module tree, in this order; enough to do it again without running anything."""
+
+    rewrites: list[tuple[str, str]]  # (module, kind): attention taken apart, and the like
+    folded: list[tuple[str, str]]  # (layer, batch norm)
+    swap: Swap
+    sites: Sites
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rewrites": self.rewrites,
+            "folded": self.folded,
+            "layers": {
+                name: {"weight": asdict(w), "activation": asdict(a)} for name, (w, a) in self.swap.layers.items()
+            },
+            "kept_float": self.swap.kept_float,
+            "sites": {path: asdict(scheme) for path, scheme in self.sites.quantizers.items()},
+            "aliases": self.sites.aliases,
+            "layer_inputs": self.sites.layer_inputs,
+            "integer_bias": self.sites.has_integer_bias,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Surgery:
+        layers = {
+            name: (TensorScheme(**entry["weight"]), TensorScheme(**entry["activation"]))
+            for name, entry in values["layers"].items()
+        }
+        quantizers = {path: TensorScheme(**scheme) for path, scheme in values["sites"].items()}
+        return cls(
+            [(name, kind) for name, kind in values["rewrites"]],
+            [(layer, norm) for layer, norm in values["folded"]],
+            Swap(layers, dict(values["kept_float"])),
+            Sites(quantizers, dict(values["aliases"]), dict(values["layer_inputs"]), values["integer_bias"]),
+        )
+
+    def repeat(self, module: nn.Module) -> nn.Module:
+        """The same on a fresh copy of the network; AttributeError and the like if it is another network."""
+        apply(module, self.rewrites)
+        fold_batch_norm(module, self.folded)
+        for name, schemes in self.swap.layers.items():
+            swap_layer(module.get_submodule(name), *schemes)
+        share_tied_grids(module)
+        return place_sites(module, self.sites)
 
 
 class Student:
@@ -42,28 +103,44 @@ class Student:
 
     Attributes:
         module: the network. Freshly made, its quantizers have no grid and it computes what the teacher computes.
-        swap: layers in call order with their schemes, and those kept float with the reason.
+        surgery: how its module tree came out of the teacher's.
         settings: what made it (algorithm, dataset, seed, ...), any json-able mapping.
         seconds: how long that took.
     """
 
-    def __init__(
-        self, module: nn.Module, scheme: Scheme, swap: Swap, folded: list[tuple[str, str]], teacher: dict[str, Any]
-    ):
-        self.module, self.scheme, self.swap, self.folded = module, scheme, swap, folded
-        self.teacher = teacher
+    def __init__(self, module: nn.Module, scheme: Scheme, surgery: Surgery, teacher: dict[str, Any]):
+        self.module, self.scheme, self.surgery, self.teacher = module, scheme, surgery, teacher
         self.settings: dict[str, Any] = {}
         self.seconds = 0.0
 
     @classmethod
     def from_teacher(cls, teacher: Teacher, scheme: Scheme) -> Student:
-        """A copy of the teacher with batch norm folded and every weight layer swapped; nothing has a grid yet."""
-        flow = teacher.dataflow
+        """A copy of the teacher, prepared, batch norm folded, every weight layer swapped; nothing has a grid yet."""
         module = copy.deepcopy(teacher.module)
+        rewrites = prepare(module)
+        flow = record_dataflow(module, teacher.example()) if rewrites else teacher.dataflow
         folded = find_foldable(module, flow)
         fold_batch_norm(module, folded)
+        has_sites = scheme.policy == "hardware" or not (scheme.attention.is_float and scheme.softmax.is_float)
+        after = record_dataflow(module, teacher.example()) if has_sites else flow
         swap = swap_layers(module, scheme, flow)
-        return cls(module, scheme, swap, folded, _describe(teacher))
+        sites = find_sites(scheme, swap, after) if has_sites else Sites()
+        return cls(place_sites(module, sites), scheme, Surgery(rewrites, folded, swap, sites), _describe(teacher))
+
+    @property
+    def swap(self) -> Swap:
+        """Layers in call order with their schemes, and those kept float with the reason."""
+        return self.surgery.swap
+
+    @property
+    def activation_quantizers(self) -> dict[str, Quantizer]:
+        """Name → quantizer of a layer's input or of a site; each once, where one serves several."""
+        weights = {id(layer.weight_quantizer) for layer in self.layers.values()}
+        return {
+            name: part
+            for name, part in self.module.named_modules()
+            if isinstance(part, Quantizer) and id(part) not in weights
+        }
 
     @property
     def layers(self) -> dict[str, QuantizedLayer]:
@@ -72,8 +149,8 @@ class Student:
         return {name: found[name] for name in self.swap.layers}
 
     @property
-    def input_spec(self) -> InputSpec:
-        return InputSpec(**self.teacher["input_spec"])
+    def input_spec(self) -> AnyInputSpec:
+        return input_spec_from_dict(self.teacher["input_spec"])
 
     @property
     def device(self) -> torch.device:
@@ -86,22 +163,25 @@ class Student:
     @torch.no_grad()
     def freeze(self) -> Student:
         """Put every weight on its grid and stop all training: what is in memory is then exactly what is saved."""
+        for part in self.module.modules():
+            if isinstance(part, Quantizer):
+                part.freeze()
         for layer in self.layers.values():
             layer.weight.copy_(layer.weight_quantizer(layer.weight))
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-                scale = quantizer.scale.detach().clone()
-                quantizer._parameters.pop("scale", None)
-                quantizer.register_buffer("scale", scale)
-                quantizer.gradient_scale = 1.0
+            if layer.bias_quantizer is not None and layer.bias is not None:
+                layer.bias.copy_(layer.bias_quantizer(layer.bias, layer))
         self.module.eval().requires_grad_(False)
         return self
 
     @property
     def mean_weight_bits(self) -> float:
         """Bits per weight, averaged over all weights of the quantized layers."""
-        counts = {name: layer.weight.numel() for name, layer in self.layers.items()}
-        bits = sum(count * self.swap.layers[name][0].num_bits for name, count in counts.items())
-        return bits / sum(counts.values())
+        weights = {id(layer.weight): (layer.weight.numel(), name) for name, layer in self.layers.items()}
+        bits = sum(
+            count * (32 if self.swap.layers[name][0].is_float else self.swap.layers[name][0].bits_per_value)
+            for count, name in weights.values()
+        )
+        return bits / sum(count for count, _ in weights.values())
 
     @property
     def sha256(self) -> str:
@@ -111,24 +191,31 @@ class Student:
     def integer_weight(self, name: str) -> Tensor:
         """Integer codes (int32, weight-shaped) of a quantized layer."""
         layer = self.layers[name]
-        quantizer = layer.weight_quantizer
-        limits = quantizer.scheme.quant_min, quantizer.scheme.quant_max
-        return quantize(layer.weight.detach(), quantizer.scale.detach(), quantizer.zero_point, *limits, quantizer.axis)
+        quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach()
+        if quantizer.scheme.group_size is None:
+            return quantize(weight, scale, zero_point, quantizer.scheme, quantizer.axis)
+        assert quantizer.axis is not None
+        groups = to_groups(weight, quantizer.axis, quantizer.scheme.group_size)
+        codes = quantize(groups, scale[..., None], zero_point[..., None], quantizer.scheme)
+        return from_groups(codes, quantizer.axis, weight.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored: packed codes for quantized weights, every other entry of the state as it is."""
-        state = self.module.state_dict()
-        owners = {name for name, _ in self.module.named_modules()}  # each module once, under its first name
-        state = {name: t.detach().cpu() for name, t in state.items() if name.rpartition(".")[0] in owners}
+        """What is stored: packed codes for quantized weights, every other entry of the state as it is, each once."""
+        state = {name: t.detach().cpu() for name, t in self.module.state_dict().items() if name in _once(self.module)}
         for name, (weight_scheme, _) in self.swap.layers.items():
-            if not self.layers[name].weight_quantizer.enabled:
+            layer = self.layers[name]
+            if not (layer.weight_quantizer.enabled and layer.input_quantizer.enabled):
                 raise UserError(
                     f"got a student whose layer {name} has no grid yet", do="run an algorithm on it before saving"
                 )
+            if weight_scheme.is_float or f"{name}.weight" not in state:
+                continue  # tied: stored with the first layer that has it
             del state[f"{name}.weight"]
             if weight_scheme.symmetric:
                 del state[f"{name}.weight_quantizer.zero_point"]  # zero by definition
-            state[name + CODES] = pack(self.integer_weight(name), weight_scheme.num_bits, weight_scheme.quant_min)
+            state[name + CODES] = pack(self.integer_weight(name), weight_scheme)
+            _pack_scale(name, weight_scheme, state)
         return {name: tensor.clone().contiguous() for name, tensor in state.items()}
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -144,11 +231,7 @@ class Student:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "teacher": self.teacher,
             "scheme": self.scheme.to_dict(),
-            "layers": {
-                name: {"weight": asdict(w), "activation": asdict(a)} for name, (w, a) in self.swap.layers.items()
-            },
-            "kept_float": self.swap.kept_float,
-            "folded": self.folded,
+            **self.surgery.to_dict(),
             "settings": self.settings,
             "seconds": round(self.seconds, 3),
             "mean_weight_bits": self.mean_weight_bits,
@@ -177,22 +260,14 @@ class Student:
             tensors = load_safetensors(content)
         except SafetensorError as error:
             raise UserError(f"got {path / 'student.safetensors'}, which is no safetensors file ({error})") from None
-        module = copy.deepcopy(teacher.module)
-        folded = [(layer, norm) for layer, norm in manifest["folded"]]
-        layers = {
-            name: (TensorScheme(**entry["weight"]), TensorScheme(**entry["activation"]))
-            for name, entry in manifest["layers"].items()
-        }
         try:
-            fold_batch_norm(module, folded)
-            for name, schemes in layers.items():
-                swap_layer(module.get_submodule(name), *schemes)
-            swap = Swap(layers, manifest["kept_float"])
-            student = cls(module, Scheme.from_dict(manifest["scheme"]), swap, folded, manifest["teacher"])
-            for name, (weight_scheme, _) in layers.items():
+            surgery = Surgery.from_dict(manifest)
+            module = surgery.repeat(copy.deepcopy(teacher.module))
+            student = cls(module, Scheme.from_dict(manifest["scheme"]), surgery, manifest["teacher"])
+            for name, (weight_scheme, _) in surgery.swap.layers.items():
                 student._unpack_weight(name, weight_scheme, tensors)
             missing, unexpected = module.load_state_dict(tensors, strict=False)
-            missing = [name for name in missing if name.rpartition(".")[0] in {n for n, _ in module.named_modules()}]
+            missing = [name for name in missing if name in _once(module)]
             if missing or unexpected:
                 raise KeyError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
         except (AttributeError, KeyError, RuntimeError, ValueError) as error:
@@ -201,22 +276,57 @@ class Student:
                 f"({str(error).splitlines()[0]})",
                 do="load it with the teacher it was made from",
             ) from error
-        for layer in student.layers.values():
-            layer.weight_quantizer.enabled = layer.input_quantizer.enabled = True
+        for part in student.module.modules():
+            if isinstance(part, Quantizer):
+                part.enabled = True
         student.settings, student.seconds = manifest["settings"], manifest["seconds"]
         student.module.to(teacher.device)
         return student.freeze()
 
     def _unpack_weight(self, name: str, scheme: TensorScheme, tensors: dict[str, Tensor]) -> None:
         """Replace the codes in ``tensors`` by what the module's state expects."""
+        if scheme.is_float or name + CODES not in tensors:
+            return  # tied to a layer before
         layer = self.module.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
-        codes = unpack(tensors.pop(name + CODES), scheme.num_bits, scheme.quant_min, tuple(layer.weight.shape))
-        scale = tensors[f"{name}.weight_quantizer.scale"]
+        quantizer = layer.weight_quantizer
+        codes = unpack(tensors.pop(name + CODES), scheme, tuple(layer.weight.shape))
+        _unpack_scale(name, scheme, tensors)
+        scale = tensors[name + SCALE]
         zero_point = tensors.setdefault(
             f"{name}.weight_quantizer.zero_point", torch.zeros_like(scale, dtype=torch.int32)
         )
-        tensors[f"{name}.weight"] = dequantize(codes, scale, zero_point, layer.weight_quantizer.axis)
+        if scheme.group_size is None:
+            weight = dequantize(codes, scale, zero_point, scheme, quantizer.axis)
+        else:
+            assert quantizer.axis is not None
+            groups = to_groups(codes, quantizer.axis, scheme.group_size)
+            values = dequantize(groups, scale[..., None], zero_point[..., None], scheme)
+            weight = from_groups(values, quantizer.axis, codes.shape)
+        tensors[f"{name}.weight"] = weight
+
+
+def _once(module: nn.Module) -> set[str]:
+    """Names of parameters and buffers, those that are there twice (shared modules, tied weights) under the first."""
+    return {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+
+
+def _pack_scale(name: str, scheme: TensorScheme, state: dict[str, Tensor]) -> None:
+    """A scale in the format that the scheme gives it: e8m0 one byte, e4m3 one byte beside a float32 for the tensor."""
+    scale = state[name + SCALE]
+    if scheme.scale_format == "e8m0":
+        state[name + SCALE] = (torch.log2(scale).round() + 127).clamp(0, 254).to(torch.uint8)
+    elif scheme.scale_format == "e4m3":
+        state[name + TENSOR_SCALE] = tensor_scale(scale)
+        state[name + SCALE] = (scale / state[name + TENSOR_SCALE]).to(torch.float8_e4m3fn)
+
+
+def _unpack_scale(name: str, scheme: TensorScheme, tensors: dict[str, Tensor]) -> None:
+    scale = tensors[name + SCALE]
+    if scheme.scale_format == "e8m0":
+        tensors[name + SCALE] = torch.exp2(scale.float() - 127)
+    elif scheme.scale_format == "e4m3":
+        tensors[name + SCALE] = scale.float() * tensors.pop(name + TENSOR_SCALE)
 
 
 def _describe(teacher: Teacher) -> dict[str, Any]:
@@ -236,4 +346,5 @@ def _describe(teacher: Teacher) -> dict[str, Any]:
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The checked manifest of a student folder."""
     keys = ("teacher", "scheme", "layers", "kept_float", "folded", "settings", "seconds", "size_bytes", "sha256")
+    keys += ("rewrites", "sites", "aliases", "layer_inputs", "integer_bias")  # type: ignore[assignment]
     return store.read_manifest(Path(path) / "student.json", "student", SCHEMA_VERSION, keys)

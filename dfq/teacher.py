@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class InputSpec:
     size: tuple[int, ...]  # C, H, W
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    kind: ClassVar[str] = "images"
 
     def __post_init__(self):
         object.__setattr__(self, "size", tuple(int(n) for n in self.size))
@@ -39,6 +40,13 @@ class InputSpec:
                 )
         if min(self.std) <= 0:
             raise UserError(f"got std={list(self.std)}", "numbers above 0")
+
+    def batch_shape(self, num_samples: int) -> tuple[int, ...]:
+        return (num_samples, *self.size)
+
+    def example(self, num_samples: int, rng: torch.Generator) -> Tensor:
+        """Gaussian noise [N, C, H, W]."""
+        return torch.randn(self.batch_shape(num_samples), generator=rng)
 
     def _per_channel(self, values: Sequence[float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=like.device).view(-1, 1, 1)
@@ -60,6 +68,50 @@ class InputSpec:
 
     def to_dict(self) -> dict[str, Any]:
         return {"size": list(self.size), "mean": list(self.mean), "std": list(self.std)}
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """What a language network takes: token ids, int64 [N, T], each from 0 to ``vocab_size`` - 1."""
+
+    vocab_size: int
+    length: int  # T of the samples that are made; the network may take others
+    kind: ClassVar[str] = "token ids"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"got {name}={value}", "a whole number >= 1")
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return (self.length,)
+
+    def batch_shape(self, num_samples: int) -> tuple[int, ...]:
+        return (num_samples, *self.size)
+
+    def example(self, num_samples: int, rng: torch.Generator) -> Tensor:
+        """Uniformly random ids [N, T]."""
+        return torch.randint(self.vocab_size, self.batch_shape(num_samples), generator=rng)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size, "length": self.length}
+
+
+AnyInputSpec = InputSpec | TokenSpec
+
+
+def input_spec_from_dict(values: Mapping[str, Any]) -> AnyInputSpec:
+    """The spec whose ``to_dict`` gave ``values``: which one it was, its keys say."""
+    for kind in (InputSpec, TokenSpec):
+        if values.keys() == {entry.name for entry in fields(kind)}:
+            return kind(**values)
+    raise UserError(
+        f"got an input spec of {', '.join(values) or 'nothing'}",
+        "size, mean, std (images) | vocab_size, length (token ids)",
+    )
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -102,7 +154,7 @@ class Teacher:
 
     module: nn.Module
     task: str
-    input_spec: InputSpec
+    input_spec: AnyInputSpec
     name: str = ""
     config: dict[str, Any] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -112,6 +164,9 @@ class Teacher:
             raise UserError(f"got a {type(self.module).__name__} as teacher", "a torch.nn.Module")
         self.name = self.name or type(self.module).__name__
         self.module.eval().requires_grad_(False)
+        config: Any = getattr(self.module, "config", None)
+        if getattr(config, "use_cache", False):  # transformers: keys and values that no later forward would read
+            config.use_cache = False
         self.to(self.device)
 
     def to(self, device: str | torch.device) -> Teacher:
@@ -120,7 +175,7 @@ class Teacher:
         return self
 
     def __call__(self, images: Tensor) -> Any:
-        """Outputs for a batch [N, C, H, W], differentiable with respect to it, on the teacher's device."""
+        """Outputs for a batch on the teacher's device: images [N, C, H, W], differentiable; or token ids [N, T]."""
         with evaluation_mode(self.module):
             return self.module(images.to(self.device, copy=True))  # some networks write into their input
 
@@ -135,13 +190,13 @@ class Teacher:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all parameters and buffers."""
-        return sum(t.numel() * t.element_size() for t in self.module.state_dict().values())
+        """Bytes of all parameters and buffers; tied ones count once."""
+        tensors = {id(t): t for t in self.module.state_dict(keep_vars=True).values()}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def example(self, num_samples: int = 2) -> Tensor:
-        """A fixed batch of noise [num_samples, C, H, W] to see how data flows."""
-        rng = torch.Generator().manual_seed(0)
-        return torch.randn(num_samples, *self.input_spec.size, generator=rng).to(self.device)
+        """A fixed batch of noise (images) or of random token ids to see how data flows."""
+        return self.input_spec.example(num_samples, torch.Generator().manual_seed(0)).to(self.device)
 
     @cached_property
     def dataflow(self) -> Dataflow:
@@ -151,10 +206,12 @@ class Teacher:
         except UserError:
             raise
         except Exception as error:  # whatever a user's forward raises on an input it does not take
+            tokens = isinstance(self.input_spec, TokenSpec)
+            what, settings = ("token ids", "vocab_size and length") if tokens else ("an input", "teacher.input_size")
             raise UserError(
-                f"got an error from {self.name} on an input of [2, {', '.join(map(str, self.input_spec.size))}]: "
+                f"got an error from {self.name} on {what} of {list(self.input_spec.batch_shape(2))}: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                do="check teacher.input_size against what the network takes",
+                do=f"check {settings} against what the network takes",
             ) from error
 
     @cached_property

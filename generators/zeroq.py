@@ -29,7 +29,7 @@ from dfq.hooks import evaluation_mode, forward_hooks
 from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics
 from dfq.progress import Advance
 from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, choices, load, resolve
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class ZeroQ(Generator):
                 f"got a network without batch norm ({teacher.name}), and zeroq matches batch-norm statistics",
                 " | ".join(f"generator={name}" for name in _without_batch_norm()),
             )
+        assert isinstance(teacher.input_spec, InputSpec)  # the pipeline sees to it
         task = resolve("task", teacher.task)
         images = torch.randn(num_samples, *teacher.input_spec.size, generator=rng)
         images = images.to(teacher.device, memory_format=torch.channels_last).requires_grad_()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dfq.dataset import SyntheticDataset
-from dfq.teacher import InputSpec, Teacher
+from dfq.settings import resolve
+from dfq.teacher import InputSpec, Teacher, TokenSpec
 
 SPEC = InputSpec((3, 8, 8), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 NUM_CLASSES = 10
@@ -117,14 +118,18 @@ def make_teacher():
 
 @pytest.fixture
 def make_dataset(tmp_path):
-    """A dataset of smooth images and the teacher's logits, in shards of ``batch_size``."""
+    """A dataset of smooth images, or random token ids, and the teacher's logits, in shards of ``batch_size``."""
 
     def make(teacher, num_samples=40, batch_size=16, name="dataset"):
-        images = settle(NETS["bare"](), teacher.input_spec.size, seed=1, num_samples=num_samples)
+        if isinstance(teacher.input_spec, TokenSpec):
+            images = teacher.input_spec.example(num_samples, torch.Generator().manual_seed(1))
+        else:
+            images = settle(NETS["bare"](), teacher.input_spec.size, seed=1, num_samples=num_samples)
+        task = resolve("task", teacher.task)
         dataset = SyntheticDataset.create(tmp_path / name, {"seed": 0}, {"pixels": False, "labels": False})
         for index, part in enumerate(images.split(batch_size)):
             with torch.no_grad():
-                dataset.write_shard(index, {"images": part, "logits": teacher(part)}, 0.0)
+                dataset.write_shard(index, {"images": part, "logits": task.raw_outputs(teacher, part)}, 0.0)
         return dataset
 
     return make

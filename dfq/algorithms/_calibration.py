@@ -27,28 +27,37 @@ def calibrate(
     """Set all grids. Activations are those of the float network: no layer's range depends on another's rounding.
 
     Args:
-        images: [N, C, H, W]; all of them are looked at.
+        images: [N, C, H, W], or ids [N, T]; all of them are looked at.
         weight_quantizer, activation_quantizer: methods of the quantizers family (``qparams(observation, scheme)``).
 
     Returns:
-        Name → elements of the layer's input in one sample.
+        Name of each of the student's activation quantizers → elements that it rounds in one sample.
     """
-    layers = student.layers
+    quantizers, layers = student.activation_quantizers, student.layers
     for layer in layers.values():
-        observation = Observation.of_tensor(layer.weight, layer.weight_quantizer.axis)
-        layer.weight_quantizer.set_qparams(*weight_quantizer.qparams(observation, layer.weight_quantizer.scheme))
-        layer.weight_quantizer.enabled = layer.input_quantizer.enabled = False
-    seen = {name: Histogram() for name in layers}
+        quantizer = layer.weight_quantizer
+        if quantizer.has_qparams:
+            observation = Observation.of_tensor(quantizer.rows(layer.weight), 0)
+            quantizer.set_qparams(*weight_quantizer.qparams(observation, quantizer.scheme))
+        quantizer.enabled = False
+    for quantizer in quantizers.values():
+        quantizer.enabled = False
+    seen = {name: Histogram() for name, quantizer in quantizers.items() if quantizer.has_qparams}
 
     def look(name: str, _module: nn.Module, inputs: tuple) -> None:
         seen[name].add(inputs[0])
 
-    with forward_hooks(layers.items(), before=look), progress_bar("calibrate", len(images), "samples") as advance:
+    observed = [(name, quantizers[name]) for name in seen]
+    with forward_hooks(observed, before=look), progress_bar("calibrate", len(images), "samples") as advance:
         for batch in images.split(batch_size):
             student(batch)
             advance(len(batch))
-    for name, layer in layers.items():
-        qparams = activation_quantizer.qparams(seen[name].observation(), layer.input_quantizer.scheme)
-        layer.input_quantizer.set_qparams(*qparams)
+    for name, quantizer in observed:
+        quantizer.set_qparams(*activation_quantizer.qparams(seen[name].observation(), quantizer.scheme))
+    for quantizer in quantizers.values():
+        quantizer.enabled = True
+    for layer in layers.values():
         layer.weight_quantizer.enabled = True
-    return {name: histogram.num_seen // len(images) for name, histogram in seen.items()}
+        if layer.bias_quantizer is not None:
+            layer.bias_quantizer.make_room(layer)
+    return {name: seen[name].num_seen // len(images) if name in seen else 0 for name in quantizers}

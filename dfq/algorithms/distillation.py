@@ -1,6 +1,7 @@
 """Distillation: train weights and steps of the student on the teacher's outputs for synthetic images.
 
-Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531) with learned steps (LSQ, arXiv 1902.08153): KL to the
+Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531) with learned steps (LSQ, arXiv 1902.08153; LSQ+, arXiv
+2004.09576, zero points too; StableQAT's gradient): KL to the
 teacher's soft outputs plus the relative error of features where the network changes width or resolution. Nothing but
 synthetic samples is read; the run stops when the loss on held-out synthetic samples has stopped falling, and keeps the
 student of the best look.
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +39,7 @@ class Distillation:
     bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
     step_lr: PositiveFloat = 1e-3  # Adam on the quantizers' steps, relative to each step
     feature_weight: NonNegativeFloat = 1.0  # of the relative feature error beside the KL
+    gradient: Literal["lsq", "lsq_plus", "stable", "straight_through"] = "lsq"  # straight_through: ranges stay
     flip: bool = True  # mirror half of the batches
     checks: PositiveInt = 10  # looks at held-out synthetic samples during a run
     patience: PositiveInt = 5  # looks without a better loss before the run stops
@@ -63,11 +65,15 @@ class Distillation:
         from dfq.lightning.progress import StepProgress
 
         images = calibration_images(dataset, self.num_calibration_samples)
-        input_elements = calibrate(student, images, weight_quantizer, activation_quantizer)
+        elements = calibrate(student, images, weight_quantizer, activation_quantizer)
         student.module.requires_grad_(True)
-        for name, layer in student.layers.items():
-            learn_step(layer.weight_quantizer, layer.weight.numel() // layer.weight_quantizer.scale.numel())
-            learn_step(layer.input_quantizer, input_elements[name])
+        offset, stable = self.gradient == "lsq_plus", self.gradient == "stable"
+        if self.gradient != "straight_through":
+            for name, quantizer in student.activation_quantizers.items():
+                learn_step(quantizer, elements[name], offset, stable)
+            for quantizer, layer in {layer.weight_quantizer: layer for layer in student.layers.values()}.items():
+                if quantizer.has_qparams:
+                    learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
         data = SyntheticDataModule(dataset, batch_size=self.batch_size, seed=seed)
         module = DistillationModule(
             student,

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.hooks import capture_outputs
 from dfq.losses.distillation import relative_mse
+from dfq.modules import Quantizer
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -59,19 +60,23 @@ class DistillationModule(pl.LightningModule):
         self.smallest_steps = {
             name: p.detach().abs().clone() * 1e-2
             for name, p in student.module.named_parameters()
-            if name.endswith(".scale")
+            if _is_step(student.module, name)
         }
 
     def configure_optimizers(self) -> Any:
-        groups, layers = [], self._student[0].layers
-        own = {id(layer.weight): layer for layer in layers.values()}
+        groups = []
+        own = {id(layer.weight): layer for layer in self._student[0].layers.values()}
         for name, parameter in self.student_module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if name.endswith("_quantizer.scale"):
+            owner = self.student_module.get_submodule(name.rpartition(".")[0])
+            layer = own.get(id(parameter))
+            if _is_step(self.student_module, name):
                 lr = self.step_lr * float(parameter.detach().abs().mean())
-            elif id(parameter) in own:
-                lr = self.weight_lr * float(own[id(parameter)].weight_quantizer.scale.detach().mean())
+            elif isinstance(owner, Quantizer):  # a zero point, in units of codes
+                lr = self.step_lr * owner.scheme.quant_max
+            elif layer is not None and layer.weight_quantizer.has_qparams:
+                lr = self.weight_lr * float(layer.weight_quantizer.scale.detach().mean())
             else:
                 lr = self.bias_lr
             groups.append({"params": [parameter], "lr": lr})
@@ -110,3 +115,8 @@ class DistillationModule(pl.LightningModule):
         size = len(batch["images"])
         self.log("held_out_loss", self.task.distillation_loss(output, batch["logits"]), batch_size=size)
         self.log("held_out_agreement", self.task.agreement(output, batch["logits"]), batch_size=size)
+
+
+def _is_step(module: nn.Module, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    return attribute == "scale" and isinstance(module.get_submodule(owner), Quantizer)

@@ -17,13 +17,15 @@ class Observation:
     """Values per channel with how often each was seen, and the exact extremes.
 
     Shapes: ``values`` and ``counts`` [C, M] (``counts`` None: once each), ``minimum`` and ``maximum`` [C]; C is 1 for
-    a per-tensor grid.
+    a per-tensor grid, the number of groups of a weight for a per-group one. ``batches`` [B, 2]: the extremes of each
+    batch in the order they were seen, of activations.
     """
 
     values: Tensor
     counts: Tensor | None
     minimum: Tensor
     maximum: Tensor
+    batches: Tensor | None = None
 
     @classmethod
     def of_tensor(cls, x: Tensor, axis: int | None) -> Observation:
@@ -45,6 +47,7 @@ class Histogram:
         self.limit = 0.0
         self.num_seen = 0
         self.minimum, self.maximum = float("inf"), float("-inf")
+        self.batches: list[tuple[float, float]] = []
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -53,6 +56,7 @@ class Histogram:
         low, high = (float(v) for v in torch.aminmax(x))
         check_finite(x.new_tensor([low, high]))
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+        self.batches.append((low, high))
         largest = max(abs(low), abs(high))
         if self.counts is None:
             self.counts = torch.zeros(NUM_BINS, dtype=torch.float64)
@@ -73,4 +77,5 @@ class Histogram:
         seen = self.counts > 0
         values = centers[seen].clamp(self.minimum, self.maximum)
         minimum, maximum = torch.tensor([self.minimum]), torch.tensor([self.maximum])
-        return Observation(values.float()[None], self.counts[seen].float()[None], minimum, maximum)
+        counts = self.counts[seen].float()[None]
+        return Observation(values.float()[None], counts, minimum, maximum, torch.tensor(self.batches))

@@ -31,7 +31,7 @@ class MSE:
         best_error = torch.full_like(best_scale, torch.inf)
         for ratio in torch.arange(self.num_candidates, 0, -1) / self.num_candidates:
             scale, zero_point = choose_qparams(observation.minimum * ratio, observation.maximum * ratio, scheme)
-            rounded = fake_quantize(values, scale, zero_point, scheme.quant_min, scheme.quant_max, axis=0)
+            rounded = fake_quantize(values, scale, zero_point, scheme, axis=0)
             error = (rounded - values).abs().pow(self.norm)
             error = (error if observation.counts is None else error * observation.counts).sum(1)
             better = error < best_error

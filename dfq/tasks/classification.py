@@ -1,8 +1,8 @@
-"""Image classification: outputs are logits [N, num_classes]."""
+"""Classification of images, or of token sequences: outputs are logits [N, num_classes]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from dfq.errors import UserError
 from dfq.losses.distillation import kl_divergence
+from dfq.tasks._logits import logits_in
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,8 @@ class Classification:
     """What a classifier's outputs mean. The one place that knows."""
 
     def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-        """Logits [N, num_classes], differentiable.
-
-        Understood besides a plain tensor: an object or a mapping with ``logits``, a tuple or list whose first entry
-        is the logits (auxiliary heads follow).
-        """
-        outputs = model(images)
-        logits = outputs
-        if isinstance(outputs, Mapping):
-            logits = outputs.get("logits", outputs)
-        elif hasattr(outputs, "logits"):
-            logits = outputs.logits
-        elif isinstance(outputs, tuple | list) and outputs:
-            logits = outputs[0]
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            shape = f" of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
-            raise UserError(
-                f"got a {type(logits).__name__}{shape} from the network",
-                "logits [N, num_classes] for task=classification",
-            )
-        return logits
+        """Logits [N, num_classes], differentiable; what is understood, :func:`logits_in` says."""
+        return logits_in(model(images), 2, "logits [N, num_classes] for task=classification")
 
     def num_outputs(self, logits: Tensor) -> int:
         return logits.shape[1]

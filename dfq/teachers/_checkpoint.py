@@ -78,8 +78,8 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
         parts = [
-            f"lacks {_some(missing)}" if missing else "",
-            f"has unexpected {_some(unexpected)}" if unexpected else "",
+            f"lacks {some(missing)}" if missing else "",
+            f"has unexpected {some(unexpected)}" if unexpected else "",
         ]
         raise UserError(
             f"got teacher.checkpoint={path}, which {' and '.join(p for p in parts if p)}",
@@ -95,6 +95,6 @@ def load_checkpoint(module: nn.Module, path: Path) -> None:
     module.load_state_dict(state)
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def some(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -24,7 +24,7 @@ pytest.importorskip("onnxscript")
 
 from onnx import numpy_helper  # noqa: E402
 
-from dfq.exporters import onnx_qdq  # noqa: E402
+from dfq.exporters import _runtime, onnx_qdq  # noqa: E402
 from dfq.exporters.onnx_qdq import OnnxQDQ  # noqa: E402
 
 SPEC = InputSpec((3, 8, 8), (0.0,) * 3, (1.0,) * 3)
@@ -99,7 +99,7 @@ def quantized(network, scheme=SCHEMES["w4a4"], seed=0):
 
 
 def run(content, images, options):
-    return onnx_qdq._run(onnx_qdq._session(content, options), images)
+    return _runtime.run(_runtime.session(content, options), images)
 
 
 @pytest.fixture(scope="module", params=list(SCHEMES))
@@ -128,7 +128,7 @@ def initializers(graph):
 @pytest.mark.parametrize("num_samples", [1, 3, 7])
 def test_onnx_runtime_computes_what_the_student_computes_at_any_batch_size(exported, num_samples):
     for images in exported.images[: 7 * num_samples].split(num_samples):
-        (found,) = run(exported.content, images, onnx_qdq.FLOAT_KERNELS)
+        (found,) = run(exported.content, images, _runtime.FLOAT_KERNELS)
         wanted = exported.student(images)
         assert found.shape == wanted.shape == (num_samples, 10)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
@@ -138,7 +138,7 @@ def test_onnx_runtime_computes_what_the_student_computes_at_any_batch_size(expor
 def test_integer_kernels_differ_by_rounded_biases_alone(exported):
     is_8bit = exported.scheme.activation.num_bits == 8
     # No integer kernel runs below 8 bits; at 8 bits, those of a default session saturate on some processors.
-    (found,) = run(exported.content, exported.images, onnx_qdq.EXACT_INTEGER_KERNELS if is_8bit else {})
+    (found,) = run(exported.content, exported.images, _runtime.EXACT_INTEGER_KERNELS if is_8bit else {})
     wanted = exported.student(exported.images)
     assert (found - wanted).norm() / wanted.norm() < (1e-2 if is_8bit else 1e-4)
 
@@ -159,7 +159,7 @@ def test_activations_saturate_where_the_student_clamps(exported):
     tensors, quantizing = initializers(model.graph), [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
     for node in quantizing:
         model.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.UINT8, None))
-    outputs = onnx_qdq._session(model.SerializeToString(), {}).run(None, {"images": exported.images.numpy()})
+    outputs = _runtime.session(model.SerializeToString(), {}).run(None, {"images": exported.images.numpy()})
     codes = [torch.tensor(output).int() for output in outputs[1:]]
     scheme = exported.scheme.activation
     assert len(codes) == len(exported.student.layers) and all(
@@ -259,7 +259,7 @@ def test_the_same_student_gives_the_same_bytes(compared, exported):
 
 def test_low_agreement_is_said(exported):
     other = quantized(Network, exported.scheme, seed=1)[1]
-    parity = onnx_qdq._parity(other, exported.content, exported.images, onnx_qdq.session_options(other))
+    parity = _runtime.parity(other, exported.content, exported.images, onnx_qdq.session_options(other))
     assert parity["argmax_agreement"] < 0.9
     assert parity["warning"].startswith("argmax_agreement and argmax_agreement_default_session")
     assert "warning" not in exported.description["parity"]
@@ -279,7 +279,7 @@ def test_shared_layers_and_weights_that_a_function_reads(tmp_path):
     assert [output.name for output in graph.output] == ["output_0", "output_1", "output_2"]
     wanted = student(images)
     wanted = [wanted["scores"], *wanted["more"]]
-    for options in (onnx_qdq.FLOAT_KERNELS, onnx_qdq.EXACT_INTEGER_KERNELS):
+    for options in (_runtime.FLOAT_KERNELS, _runtime.EXACT_INTEGER_KERNELS):
         for found, want in zip(run(path.read_bytes(), images, options), wanted, strict=True):
             assert (found - want).norm() / want.norm() < 1e-2
     # The layer that is called twice is stored once, moved to uint8; the float weight stays for the function.
@@ -307,7 +307,9 @@ def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
     # What comes before takes seconds and is tested above.
     model = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
     monkeypatch.setattr(onnx_qdq, "_to_onnx", lambda *_: model)
-    monkeypatch.setattr(onnx_qdq, "_parity", lambda *_: {})
+    monkeypatch.setattr(onnx_qdq, "parity", lambda *_: {})
+    monkeypatch.setattr(onnx_qdq, "integer_report", lambda *_: {})
+    monkeypatch.setattr(onnx_qdq, "openvino_parity", lambda *_: None)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"got artifact_path=.*a\.onnx, which can't be written"):
         OnnxQDQ(latency=False).export(student, tmp_path / "file" / "a.onnx", images=images)

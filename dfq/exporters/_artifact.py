@@ -1,0 +1,112 @@
+"""What all exporters of files share: checks before, the json description beside the file, both written or neither."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+import dfq
+from dfq.dataset import write_atomic, write_json
+from dfq.errors import UserError
+from dfq.settings import to_config
+from dfq.student import Student
+from dfq.teacher import AnyInputSpec
+
+SCHEMA_VERSION = 1
+
+
+def check(student: Student, path: Path) -> None:
+    """A UserError for a path that can't be a file, and for a student that no algorithm ran on."""
+    if path.is_dir():
+        raise UserError(f"got artifact_path={path}, which is a folder", "a file name")
+    for name, layer in student.layers.items():
+        if not (layer.weight_quantizer.enabled and layer.input_quantizer.enabled):
+            raise UserError(f"got a student whose layer {name} has no grid yet", do="run an algorithm on it first")
+
+
+def noise(spec: AnyInputSpec, num_samples: int) -> Tensor:
+    return spec.example(num_samples, torch.Generator().manual_seed(0))
+
+
+def provenance(student: Student) -> dict[str, str]:
+    """What the file says of itself. No date: the same student gives the same bytes."""
+    dataset = student.settings.get("dataset")
+    read = dataset.get("provenance", {}) if isinstance(dataset, Mapping) else {}
+    return {
+        "dfq_version": dfq.__version__,
+        "teacher": student.teacher["name"],
+        "teacher_sha256": student.teacher["sha256"],
+        "student_sha256": hashlib.sha256(save_safetensors(student.tensors())).hexdigest(),  # of its file
+        "scheme": json.dumps(student.scheme.to_dict(), separators=(",", ":")),
+        **{key: json.dumps(read[key]) for key in ("pixels", "labels") if key in read},  # real data that was read
+    }
+
+
+def write(path: Path, content: bytes, exporter: Any, student: Student, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``path`` and ``path``.json, and return what the latter holds: ``found`` and where the file comes from."""
+    description = {
+        "format": "dfq.artifact",
+        "schema_version": SCHEMA_VERSION,
+        "dfq_version": dfq.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "exporter": to_config(exporter),
+        "student": {"sha256": provenance(student)["student_sha256"], "settings": student.settings},
+        "teacher": {"name": student.teacher["name"], "sha256": student.teacher["sha256"]},
+        "scheme": student.scheme.to_dict(),
+        "input": student.input_spec.to_dict(),
+        "num_threads": torch.get_num_threads(),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size_bytes": len(content),
+        **found,
+    }
+    sidecar = path.with_name(path.name + ".json")
+    try:
+        sidecar.unlink(missing_ok=True)
+        write_atomic(path, content)
+        write_json(sidecar, description)
+    except OSError as error:
+        raise UserError(f"got artifact_path={path}, which can't be written ({error.strerror})") from error
+    return description
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No prints, warnings or log lines of torch's exporters inside."""
+    disabled = logging.root.manager.disable
+    try:
+        logging.disable(logging.CRITICAL)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def untranslatable(error: Exception, translator: str) -> UserError:
+    """What to say when ``translator`` stumbles over a network: the first line of what went wrong first."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UserError):
+        return cause
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    return UserError(
+        f"got a network that {translator} can't translate ({lines[0][:300]})",
+        do="write that operation differently in the network",
+    )

@@ -1,0 +1,337 @@
+"""Quantizers between layers: where tensors that no weight layer reads are rounded as well.
+
+A *site* is a torch function that one sub-module calls: the second ``add`` of ``layer1.0``. Its quantizers are children
+of that sub-module, ``layer1.0.add_1_output`` and ``layer1.0.matmul_0_input_1``, so a state dict, a report and an
+override can name them. They are found by running the network once (:func:`dfq.hooks.record_dataflow`) and called by a
+torch function mode that is on during the network's forward. Nothing is traced or rewritten: control flow, functional
+calls and user code stay what they are, as long as each forward calls the same operations.
+
+Two kinds of places ask for sites: attention's products (``scheme.attention``, ``scheme.softmax``), and with
+``policy=hardware`` every tensor that an integer runtime holds as an integer. There a tensor is rounded where it is made
+and has one grid, however many layers read it: a layer's ``input_quantizer`` is then the very quantizer of the site, and
+its bias a multiple of that grid's step times the weight's.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dfq.errors import UserError
+from dfq.hooks import Dataflow, ModuleStack, Op, identity, op_name, tensors_in
+from dfq.modules import LOOKUPS, PRODUCTS, BiasQuantizer, QuantizedLayer, Quantizer, Swap, product_of
+from dfq.scheme import Scheme, TensorScheme
+
+SITE = re.compile(r"\w+_\d+_(output|softmax|input_\d+)")
+INPUT = "input_0"  # of the network: a quantizer of the root module
+SOFTMAX = "softmax"
+FUSED_ATTENTION = "scaled_dot_product_attention"
+# What an integer runtime folds into the operation before it: the clamp of its codes.
+CLIPPING = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "threshold"}
+# These hand on the values they get, or zeros beside them: no new grid.
+MOVING = {
+    *("reshape", "view", "view_as", "reshape_as", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t"),
+    *("swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "tile", "contiguous"),
+    *("chunk", "split", "tensor_split", "split_with_sizes", "unbind", "getitem", "select", "narrow", "index_select"),
+    *("clone", "detach", "alias", "to", "float", "type_as", "get", "dropout", "dropout2d", "alpha_dropout", "identity"),
+    *("feature_dropout", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "roll", "flip", "rot90", "gather"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("amax", "pad", "repeat_interleave", "as_strided", "unfold", "requires_grad"),
+}
+ELEMENTWISE = {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "cat", "concat", "stack"}
+# Of these, ONNX Runtime runs on integers only what has the grid on both sides.
+PADDING = {"pad", "roll", "repeat", "tile", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "gather"}
+NOT_ARITHMETIC = {
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "new_zeros",
+    "setitem",
+}
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Quantizers that were added: path → scheme; sites that use the quantizer of another, which rounds nothing more but
+    says what grid a moved tensor is on; and the layers whose input comes from a site's quantizer."""
+
+    quantizers: dict[str, TensorScheme] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)  # path → path of the quantizer
+    layer_inputs: dict[str, str] = field(default_factory=dict)  # layer → path
+    has_integer_bias: bool = False
+
+
+def find_sites(scheme: Scheme, swap: Swap, flow: Dataflow) -> Sites:
+    """The sites that ``scheme`` asks for.
+
+    Args:
+        swap: the layers that will be quantized.
+        flow: of the float network after batch norms are folded, before layers are swapped.
+    """
+    found: dict[str, TensorScheme] = {}
+    if not (scheme.attention.is_float and scheme.softmax.is_float):
+        found |= _operands_of_attention(scheme, flow)
+    if scheme.policy != "hardware":
+        return Sites(found)
+    outputs, aliases, layer_inputs = _held_by_hardware(scheme, swap, flow)
+    return Sites(outputs | found, aliases, layer_inputs, has_integer_bias=True)
+
+
+def place_sites(module: nn.Module, sites: Sites) -> nn.Module:
+    """Add the quantizers of ``sites`` to a network whose layers are swapped, in place; they have no grid yet."""
+    if not sites.quantizers:
+        return module
+    device = next(module.parameters()).device
+    for path, scheme in sites.quantizers.items():
+        owner, _, name = path.rpartition(".")
+        module.get_submodule(owner).add_module(name, Quantizer(scheme).to(device))
+    for path, other in sites.aliases.items():
+        owner, _, name = path.rpartition(".")
+        module.get_submodule(owner).add_module(name, module.get_submodule(other))
+    for layer_name, path in sites.layer_inputs.items():
+        layer, quantizer = module.get_submodule(layer_name), module.get_submodule(path)
+        assert isinstance(layer, QuantizedLayer) and isinstance(quantizer, Quantizer)
+        layer.input_quantizer, layer.input_is_on_grid = quantizer, True
+    if sites.has_integer_bias:
+        for layer in module.modules():
+            if isinstance(layer, QuantizedLayer):
+                floats = layer.input_quantizer.scheme.is_float or layer.weight_quantizer.scheme.is_float
+                if getattr(layer, "bias", None) is not None and not floats:
+                    layer.bias_quantizer = BiasQuantizer()
+    module.__class__ = _with_sites(type(module))  # type: ignore[arg-type]  # mypy: a type is no Hashable
+    return module
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def _activations(flow: Dataflow) -> set[int]:
+    """Numbers of the values that depend on the network's input."""
+    found = set(flow.inputs)
+    for op in flow.ops:
+        if found & set(op.inputs):
+            found |= set(op.outputs)
+    return found
+
+
+def _constants(flow: Dataflow) -> set[int]:
+    """Numbers of parameters and of what is computed from them alone."""
+    found = set(flow.parameters)
+    for op in flow.ops:
+        if op.inputs and set(op.inputs) <= found:
+            found |= set(op.outputs)
+    return found
+
+
+def _path(op: Op, place: str) -> str:
+    return f"{op.module}.{op.key}_{place}".lstrip(".")
+
+
+def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> dict[str, TensorScheme]:
+    """Inputs of every product of two activations; probabilities with a grid of their own."""
+    active = _activations(flow)
+    probabilities: set[int] = set()
+    found: dict[str, TensorScheme] = {}
+    for op in flow.ops:
+        if op.name == "softmax" or (op.name in MOVING and set(op.inputs[:1]) & probabilities):
+            probabilities |= set(op.outputs)
+        if op.name not in PRODUCTS or not op.is_floating:
+            continue
+        operands = op.inputs[:3] if op.name == FUSED_ATTENTION else op.inputs[:2]
+        if op.name in ("baddbmm", "addmm"):
+            operands = op.inputs[1:3]
+        if not set(operands) <= active or len(operands) < 2:
+            continue
+        first = op.inputs.index(operands[0])
+        for position, number in enumerate(operands, start=first):
+            part = scheme.softmax if number in probabilities else scheme.attention
+            if not part.is_float:
+                found[_path(op, f"input_{position}")] = part
+        if op.name == FUSED_ATTENTION and not scheme.softmax.is_float:
+            found[_path(op, SOFTMAX)] = scheme.softmax
+    return found
+
+
+def _held_by_hardware(
+    scheme: Scheme, swap: Swap, flow: Dataflow
+) -> tuple[dict[str, TensorScheme], dict[str, str], dict[str, str]]:
+    """Every tensor between operations gets a grid where it is made; operations that only move values hand it on."""
+    active, constants = _activations(flow), _constants(flow)
+    readers: dict[int, list[Op | None]] = {}
+    for op in flow.ops:
+        for number in set(op.inputs):
+            readers.setdefault(number, []).append(op)
+    for number in flow.outputs:
+        readers.setdefault(number, []).append(None)
+    layers = {name: product_of(name, flow) for name in swap.layers}
+    found: dict[str, TensorScheme] = {}
+    aliases: dict[str, str] = {}
+    grids: dict[int, str] = {}  # number of a value → path of the quantizer it comes from
+    if any(op.is_floating and set(flow.inputs) & set(op.inputs) and op.name not in LOOKUPS for op in flow.ops):
+        found[INPUT] = scheme.activation
+        grids.update(dict.fromkeys(flow.inputs, INPUT))
+    for op in flow.ops:
+        sources = [number for number in op.inputs if number in active]
+        if not sources or not op.outputs or not op.is_floating or op.name in NOT_ARITHMETIC:
+            continue
+        on_grid = grids.get(sources[0])
+        if op.name in MOVING or (op.name == "relu" and on_grid):
+            if on_grid:
+                grids.update(dict.fromkeys(op.outputs, on_grid))
+                if op.name in PADDING and len(op.outputs) == 1:
+                    aliases[_path(op, "output")] = on_grid
+            continue
+        if not op.is_ordinary:
+            continue  # a mask: minus infinity has no code
+        if op.name in ELEMENTWISE:  # a constant that is added or multiplied is held as an integer too
+            for position, number in enumerate(op.inputs):
+                if number in constants:
+                    found[_path(op, f"input_{position}")] = scheme.activation
+        next_op = readers.get(op.outputs[0], [None])
+        if len(next_op) == 1 and next_op[0] is not None and next_op[0].name in CLIPPING:
+            continue
+        if len(op.outputs) == 1:
+            path = _path(op, "output")
+            found[path] = scheme.activation
+            grids[op.outputs[0]] = path
+    layer_inputs = {}
+    for name, product in layers.items():
+        calls = [op for op in flow.ops if product and op.module == name and op.name == product.name]
+        paths = {grids.get(next((n for n in op.inputs if n in active), -1)) for op in calls}
+        grid = paths.pop() if len(paths) == 1 else None
+        if grid is not None and found[grid] == swap.layers[name][1]:
+            layer_inputs[name] = grid
+    return found, aliases, layer_inputs
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+class _WithSites(nn.Module):
+    """Mixed into the class of a network: its forward runs with its sites' quantizers called."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        quantizer = self._modules.get(INPUT)
+        if quantizer is not None:
+            args, kwargs = _first_tensor_through(quantizer, args, kwargs)
+        with _calling_sites(self):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
+
+
+def _first_tensor_through(quantizer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return (*args[:position], quantizer(value), *args[position + 1 :]), kwargs
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return args, {**kwargs, key: quantizer(value)}
+    return args, kwargs
+
+
+@functools.cache
+def _with_sites(kind: Any) -> Any:
+    return type(kind.__name__, (_WithSites, kind), {"__module__": kind.__module__})
+
+
+@contextmanager
+def _calling_sites(root: nn.Module) -> Iterator[None]:
+    modules = ModuleStack(root)
+    mode = _CallSites(modules)
+    with modules.following(), mode:
+        yield
+    for path, part in modules.parts.items():
+        if SITE.fullmatch(path.rpartition(".")[2]) and identity(part) not in mode.called:
+            owner, _, site = path.rpartition(".")
+            operation = re.sub(r"_\d+_(output|softmax|input_\d+)$", "", site)
+            raise UserError(
+                f"got a network that did not call {operation} in {owner or 'its own forward'} again, as it did in the "
+                "forward by which quantizers were placed",
+                "for scheme.policy=hardware and quantized attention: the same operations in every forward",
+                "use scheme.policy=all, which quantizes weight layers alone",
+            )
+
+
+class _CallSites(TorchFunctionMode):
+    """Calls the quantizers of an operation's inputs and output. Counts operations as the recording did."""
+
+    def __init__(self, modules: ModuleStack):
+        super().__init__()
+        self.modules = modules
+        self.called: set[int] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = op_name(func)
+        children = self.modules.stack[-1][1]._modules
+        site = f"{name}_{self.modules.peek(name)}_"
+        mine = {key.removeprefix(site): m for key, m in children.items() if key.startswith(site)}
+        if mine:
+            self.called |= set(map(identity, mine.values()))
+            args, kwargs = _quantized_inputs(mine, args, kwargs)
+        if SOFTMAX in mine:
+            result = attention(mine[SOFTMAX], *args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:
+            self.modules.count(name)
+            if "output" in mine:
+                result = mine["output"](result)
+        return result
+
+
+def _quantized_inputs(quantizers: dict[str, nn.Module], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Each tensor among the arguments through the quantizer of its position, in nested lists too."""
+    position = -1
+
+    def through(value: Any) -> Any:
+        nonlocal position
+        if isinstance(value, Tensor):
+            position += 1
+            quantizer = quantizers.get(f"input_{position}")
+            return value if quantizer is None else quantizer(value)
+        if type(value) in (list, tuple):
+            return type(value)(map(through, value))
+        return value
+
+    new_args = tuple(map(through, args))
+    return new_args, {key: through(value) for key, value in kwargs.items()}
+
+
+def attention(
+    quantizer: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.scaled_dot_product_attention` in two products, ``quantizer`` on the probabilities.
+
+    Shapes: ``query`` [..., L, E], ``key`` [..., S, E], ``value`` [..., S, E_v].
+    """
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
+    return F.dropout(quantizer(scores.softmax(-1)), dropout_p) @ value
