@@ -278,9 +278,12 @@ def _values_of(override: _Override) -> list[str]:
         if parsed.is_sweep_override() and parsed.is_discrete_sweep():
             return [str(value) for value in parsed.sweep_string_iterator()]
     except HydraException:
+        quoted_key = re.search(r"[{,]\s*(['\"])[^'\"]*\1\s*:", override.value)
         do = "quote it for the shell if it holds spaces or brackets"
         raise UserError(
-            f"got {override.key}={override.value}", "option=value with a plain value, [a,b] or {k: v}", do
+            f"got {override.key}={override.value}",
+            "option=value with a plain value, [a,b] or {k: v}",
+            f"write {quoted_key[0].strip('{, ')} without the quotes" if quoted_key else do,
         ) from None
     return [] if parsed.is_sweep_override() else [override.value]
 

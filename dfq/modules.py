@@ -24,6 +24,7 @@ from dfq.quantization import (
     from_groups,
     round_scale,
     round_through,
+    scale_through,
     to_groups,
 )
 from dfq.scheme import FLOAT, Scheme, TensorScheme
@@ -101,7 +102,7 @@ class Quantizer(nn.Module):
             return x
         if self.scheme.dynamic:
             return self._with_the_range_of(x)
-        scale, zero_point = self.scale, self.zero_point
+        scale, zero_point = scale_through(self.scale, self.scheme), self.zero_point
         if zero_point.requires_grad and not self.scheme.has_float_zero_point:
             low, high = self.scheme.quant_min, self.scheme.quant_max  # as freeze() will leave it
             zero_point = zero_point + (zero_point.round().clamp(low, high) - zero_point).detach()
@@ -279,6 +280,21 @@ def product_of(name: str, flow: Dataflow) -> Op | None:
     return products[0] if products and len(products) == len(readers) else None
 
 
+def functional_uses(module: nn.Module, flow: Dataflow) -> dict[str, list[Op]]:
+    """Layers that are never called, because their owner multiplies with their weight itself → its operations."""
+    found = {}
+    called = {call.name for call in flow.calls}
+    for name, layer in weight_layers(module).items():
+        weight = f"{name}.weight".lstrip(".")
+        numbers = {number for number, names in flow.parameters.items() if weight in names}
+        readers = [op for op in flow.ops if numbers & set(op.inputs)]
+        if name in called or not readers or type(layer) not in QUANTIZED:
+            continue
+        if all(op.name in PRODUCTS and len(op.inputs) > 1 and op.inputs[1] in numbers for op in readers):
+            found[name] = readers
+    return found
+
+
 def can_quantize(module: nn.Module, name: str = "", flow: Dataflow | None = None) -> bool:
     """Whether there is a quantized class for this layer.
 
@@ -293,9 +309,13 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     """Turn every weight layer that ran into its quantized class, in place. Edges: the first and the last that ran."""
     layers = weight_layers(module)
     # Order of first call; a layer that is called several times keeps its first place.
-    called = dict.fromkeys(call.name for call in flow.calls)
+    functional = functional_uses(module, flow)
+    modules_of = [{op.module} | {name for name, uses in functional.items() if op in uses} for op in flow.ops]
+    called = dict.fromkeys(name for names in modules_of for name in sorted(names))
     ran = [name for name in called if name in layers]
-    possible = [name for name in ran if can_quantize(layers[name], name, flow)]
+    ran += [call.name for call in flow.calls if call.name in layers and call.name not in called]
+    ran = list(dict.fromkeys(ran))
+    possible = [name for name in ran if name in functional or can_quantize(layers[name], name, flow)]
     kept_float = {
         name: f"no quantized {type(layers[name]).__name__} yet"
         if "weight" in layers[name]._parameters

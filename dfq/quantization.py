@@ -97,6 +97,10 @@ def _qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tuple[Te
     if scheme.scale_format != "float32":
         scale = round_scale(scale, scheme)  # the zero point belongs to the scale that will be used
     zero_point = (scheme.quant_min - torch.round(low / scale)).clamp(scheme.quant_min, scheme.quant_max)
+    if scheme.scale_format == "e8m0":
+        # Sums of powers of two often end exactly between two codes. Runtimes round before or after they add the zero
+        # point, which comes to the same if it is even. The nearest even one: each end is off by one step at most.
+        zero_point = (-2 * torch.round(low / scale / 2)).clamp(max=scheme.quant_max - 1)
     return scale, zero_point.to(torch.int32)
 
 
@@ -342,6 +346,13 @@ def round_to_grid(
 def round_through(x: Tensor) -> Tensor:
     """round(x) whose gradient is that of x (straight-through)."""
     return x + (torch.round(x) - x).detach()
+
+
+def scale_through(scale: Tensor, scheme: TensorScheme) -> Tensor:
+    """``scale``, if it is trained, as :func:`round_scale` will leave it; its gradient is that of ``scale``."""
+    if scheme.scale_format == "float32" or not scale.requires_grad:
+        return scale
+    return scale + (round_scale(scale.detach(), scheme) - scale).detach()
 
 
 def soft_quantize(

@@ -41,7 +41,12 @@ from dfq.teacher import resolve_device
 
 MAX_IMAGES = 64
 LABELS = {"top1": "top-1", "top5": "top-5", "map": "mAP", "map_50": "mAP at 50 % overlap"}
-MAIN_METRIC = {"classification": "top1", "detection": "map", "language_modeling": "perplexity"}
+MAIN_METRIC = {
+    "classification": "top1",
+    "detection": "map",
+    "language_modeling": "perplexity",
+    "masked_language_modeling": "perplexity",
+}
 LOWER_IS_BETTER = ("perplexity",)
 
 # What the files hold. A mapping: these exact keys; {str: x}: any keys; [x]: a list of x; (x, None): x or null.

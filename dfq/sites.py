@@ -1,10 +1,11 @@
 """Quantizers between layers: where tensors that no weight layer reads are rounded as well.
 
-A *site* is a torch function that one sub-module calls: the second ``add`` of ``layer1.0``. Its quantizers are children
-of that sub-module, ``layer1.0.add_1_output`` and ``layer1.0.matmul_0_input_1``, so a state dict, a report and an
-override can name them. They are found by running the network once (:func:`dfq.hooks.record_dataflow`) and called by a
-torch function mode that is on during the network's forward. Nothing is traced or rewritten: control flow, functional
-calls and user code stay what they are, as long as each forward calls the same operations.
+A *site* is a torch function that one sub-module calls: the second ``add`` of ``layer1.0``. Its quantizers are named
+after it, ``layer1.0.add_1_output`` and ``layer1.0.matmul_0_input_1``. They are found by running the network once
+(:func:`dfq.hooks.record_dataflow`) and called by a torch function mode that is on during the network's forward. Nothing
+is traced or rewritten: control flow, functional calls and user code stay what they are, as long as each forward calls
+the same operations. The quantizers lie in the first quantized layer, whose children nobody looks at: a container or
+user code that goes through its own children would come upon them.
 
 Two kinds of places ask for sites: attention's products (``scheme.attention``, ``scheme.softmax``), and with
 ``policy=hardware`` every tensor that an integer runtime holds as an integer. There a tensor is rounded where it is made
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +28,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dfq.errors import UserError
-from dfq.hooks import Dataflow, ModuleStack, Op, identity, op_name, tensors_in
+from dfq.hooks import Dataflow, ModuleStack, Op, op_name, tensors_in
 from dfq.modules import LOOKUPS, PRODUCTS, BiasQuantizer, QuantizedLayer, Quantizer, Swap, product_of
 from dfq.scheme import Scheme, TensorScheme
 
-SITE = re.compile(r"\w+_\d+_(output|softmax|input_\d+)")
+HOLDER = "sites"
 INPUT = "input_0"  # of the network: a quantizer of the root module
 SOFTMAX = "softmax"
+WEIGHT, BIAS = ".weight_quantizer", ".bias_quantizer"  # of a layer
 FUSED_ATTENTION = "scaled_dot_product_attention"
 # What an integer runtime folds into the operation before it: the clamp of its codes.
 CLIPPING = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "threshold"}
@@ -49,7 +51,10 @@ MOVING = {
 }
 ELEMENTWISE = {"add", "iadd", "radd", "sub", "isub", "rsub", "mul", "imul", "rmul", "cat", "concat", "stack"}
 # Of these, ONNX Runtime runs on integers only what has the grid on both sides.
-PADDING = {"pad", "roll", "repeat", "tile", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "gather"}
+SPLITTING = {"chunk", "split", "tensor_split", "split_with_sizes", "roll", "repeat", "tile", "flip", "gather"} | {
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+}
+PADDING = {"pad"}  # before a convolution it becomes the convolution's own
 NOT_ARITHMETIC = {
     "zeros_like",
     "ones_like",
@@ -73,45 +78,88 @@ class Sites:
     has_integer_bias: bool = False
 
 
-def find_sites(scheme: Scheme, swap: Swap, flow: Dataflow) -> Sites:
+def find_sites(
+    scheme: Scheme, swap: Swap, flow: Dataflow, functional: Mapping[str, Sequence[Op]] | None = None
+) -> Sites:
     """The sites that ``scheme`` asks for.
 
     Args:
         swap: the layers that will be quantized.
         flow: of the float network after batch norms are folded, before layers are swapped.
+        functional: layers whose owner multiplies with their weight itself → its operations: input and weight are
+            rounded there, by the layer's own quantizers.
     """
     found: dict[str, TensorScheme] = {}
+    uses = {name: ops for name, ops in (functional or {}).items() if name in swap.layers}
+    aliases = {_path(op, "input_1"): f"{name}.weight_quantizer" for name, ops in uses.items() for op in ops}
     if not (scheme.attention.is_float and scheme.softmax.is_float):
         found |= _operands_of_attention(scheme, flow)
-    if scheme.policy != "hardware":
-        return Sites(found)
-    outputs, aliases, layer_inputs = _held_by_hardware(scheme, swap, flow)
-    return Sites(outputs | found, aliases, layer_inputs, has_integer_bias=True)
+    layer_inputs: dict[str, str] = {}
+    if scheme.policy == "hardware":
+        outputs, moved, layer_inputs = _held_by_hardware(scheme, swap, flow, uses)
+        found, aliases = outputs | found, aliases | moved
+    for name, ops in uses.items():
+        if name not in layer_inputs:
+            aliases |= {_path(op, "input_0"): f"{name}.input_quantizer" for op in ops}
+        if scheme.policy == "hardware" and all(_adds_bias_of(name, op, flow) for op in ops):
+            aliases |= {_path(op, "input_2"): f"{name}.bias_quantizer" for op in ops}
+    return Sites(found, aliases, layer_inputs, has_integer_bias=scheme.policy == "hardware")
 
 
 def place_sites(module: nn.Module, sites: Sites) -> nn.Module:
     """Add the quantizers of ``sites`` to a network whose layers are swapped, in place; they have no grid yet."""
-    if not sites.quantizers:
+    if not (sites.quantizers or sites.aliases):
         return module
-    device = next(module.parameters()).device
+    host_name, host = next((name, m) for name, m in module.named_modules() if isinstance(m, QuantizedLayer))
+    holder = nn.Module()
+    host.add_module(HOLDER, holder)
     for path, scheme in sites.quantizers.items():
-        owner, _, name = path.rpartition(".")
-        module.get_submodule(owner).add_module(name, Quantizer(scheme).to(device))
-    for path, other in sites.aliases.items():
-        owner, _, name = path.rpartition(".")
-        module.get_submodule(owner).add_module(name, module.get_submodule(other))
+        holder.add_module(_key(path), Quantizer(scheme).to(host.weight.device))
+    own = {path: other for path, other in sites.aliases.items() if not other.endswith(BIAS)}
+    for path, other in own.items():
+        holder.add_module(_key(path), _quantizer(module, holder, other))
     for layer_name, path in sites.layer_inputs.items():
-        layer, quantizer = module.get_submodule(layer_name), module.get_submodule(path)
-        assert isinstance(layer, QuantizedLayer) and isinstance(quantizer, Quantizer)
-        layer.input_quantizer, layer.input_is_on_grid = quantizer, True
+        layer = module.get_submodule(layer_name)
+        assert isinstance(layer, QuantizedLayer)
+        layer.input_quantizer, layer.input_is_on_grid = _quantizer(module, holder, path), True
     if sites.has_integer_bias:
-        for layer in module.modules():
-            if isinstance(layer, QuantizedLayer):
+        # Of layers that are never called: those whose bias is read as it is. What else is made of it stays float.
+        uncalled = {other.removesuffix(WEIGHT) for other in own.values() if other.endswith(WEIGHT)}
+        uncalled -= {other.removesuffix(BIAS) for other in sites.aliases.values()}
+        for name, layer in module.named_modules():
+            if isinstance(layer, QuantizedLayer) and name not in uncalled:
                 floats = layer.input_quantizer.scheme.is_float or layer.weight_quantizer.scheme.is_float
                 if getattr(layer, "bias", None) is not None and not floats:
                     layer.bias_quantizer = BiasQuantizer()
+    for path in sites.aliases.keys() - own.keys():
+        holder.add_module(_key(path), _BiasOf(module.get_submodule(sites.aliases[path].removesuffix(BIAS))))
+    vars(module)["sites_path"] = f"{host_name}.{HOLDER}".lstrip(".")
     module.__class__ = _with_sites(type(module))  # type: ignore[arg-type]  # mypy: a type is no Hashable
     return module
+
+
+class _BiasOf(nn.Module):
+    """Calls the bias quantizer of a layer whose owner adds its bias."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = (layer,)  # no child: the module tree would have a ring
+
+    def forward(self, bias: Tensor) -> Tensor:
+        (layer,) = self.layer
+        return bias if layer.bias_quantizer is None else layer.bias_quantizer(bias, layer)  # type: ignore[operator]
+
+
+def _key(path: str) -> str:
+    """A child's name has no dots."""
+    return path.replace(".", "/")
+
+
+def _quantizer(module: nn.Module, holder: nn.Module, path: str) -> Quantizer:
+    """The quantizer of a site, or one of a layer: ``layer.weight_quantizer``."""
+    found = holder._modules.get(_key(path)) or module.get_submodule(path)
+    assert isinstance(found, Quantizer)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -137,6 +185,11 @@ def _constants(flow: Dataflow) -> set[int]:
 
 def _path(op: Op, place: str) -> str:
     return f"{op.module}.{op.key}_{place}".lstrip(".")
+
+
+def _adds_bias_of(name: str, op: Op, flow: Dataflow) -> bool:
+    """Whether a product with the layer's weight adds its very bias."""
+    return len(op.inputs) > 2 and f"{name}.bias".lstrip(".") in flow.parameters.get(op.inputs[2], ())
 
 
 def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> dict[str, TensorScheme]:
@@ -165,7 +218,7 @@ def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> dict[str, TensorSc
 
 
 def _held_by_hardware(
-    scheme: Scheme, swap: Swap, flow: Dataflow
+    scheme: Scheme, swap: Swap, flow: Dataflow, uses: Mapping[str, Sequence[Op]]
 ) -> tuple[dict[str, TensorScheme], dict[str, str], dict[str, str]]:
     """Every tensor between operations gets a grid where it is made; operations that only move values hand it on."""
     active, constants = _activations(flow), _constants(flow)
@@ -190,7 +243,8 @@ def _held_by_hardware(
         if op.name in MOVING or (op.name == "relu" and on_grid):
             if on_grid:
                 grids.update(dict.fromkeys(op.outputs, on_grid))
-                if op.name in PADDING and len(op.outputs) == 1:
+                into = {reader.name if reader else "" for number in op.outputs for reader in readers.get(number, [])}
+                if op.name in SPLITTING or (op.name in PADDING and not into <= PRODUCTS):
                     aliases[_path(op, "output")] = on_grid
             continue
         if not op.is_ordinary:
@@ -209,6 +263,7 @@ def _held_by_hardware(
     layer_inputs = {}
     for name, product in layers.items():
         calls = [op for op in flow.ops if product and op.module == name and op.name == product.name]
+        calls += uses.get(name, [])
         paths = {grids.get(next((n for n in op.inputs if n in active), -1)) for op in calls}
         grid = paths.pop() if len(paths) == 1 else None
         if grid is not None and found[grid] == swap.layers[name][1]:
@@ -222,11 +277,13 @@ def _held_by_hardware(
 class _WithSites(nn.Module):
     """Mixed into the class of a network: its forward runs with its sites' quantizers called."""
 
+    sites_path: str
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        quantizer = self._modules.get(INPUT)
-        if quantizer is not None:
-            args, kwargs = _first_tensor_through(quantizer, args, kwargs)
-        with _calling_sites(self):
+        quantizers = self.get_submodule(self.sites_path)._modules
+        if (first := quantizers.get(INPUT)) is not None:
+            args, kwargs = _first_tensor_through(first, args, kwargs)
+        with _calling_sites(self, quantizers):
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
 
 
@@ -246,14 +303,14 @@ def _with_sites(kind: Any) -> Any:
 
 
 @contextmanager
-def _calling_sites(root: nn.Module) -> Iterator[None]:
+def _calling_sites(root: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> Iterator[None]:
     modules = ModuleStack(root)
-    mode = _CallSites(modules)
+    mode = _CallSites(modules, quantizers)
     with modules.following(), mode:
         yield
-    for path, part in modules.parts.items():
-        if SITE.fullmatch(path.rpartition(".")[2]) and identity(part) not in mode.called:
-            owner, _, site = path.rpartition(".")
+    for key in quantizers:
+        if key not in mode.called and key != INPUT:
+            owner, _, site = key.replace("/", ".").rpartition(".")
             operation = re.sub(r"_\d+_(output|softmax|input_\d+)$", "", site)
             raise UserError(
                 f"got a network that did not call {operation} in {owner or 'its own forward'} again, as it did in the "
@@ -266,19 +323,24 @@ def _calling_sites(root: nn.Module) -> Iterator[None]:
 class _CallSites(TorchFunctionMode):
     """Calls the quantizers of an operation's inputs and output. Counts operations as the recording did."""
 
-    def __init__(self, modules: ModuleStack):
+    def __init__(self, modules: ModuleStack, quantizers: Mapping[str, nn.Module | None]):
         super().__init__()
         self.modules = modules
-        self.called: set[int] = set()
+        self.called: set[str] = set()
+        self.of_site: dict[str, dict[str, tuple[str, nn.Module]]] = {}  # "layer1/0/add_1" → place → key, quantizer
+        for key, quantizer in quantizers.items():
+            site, place = re.fullmatch(r"(.*_\d+)_(output|softmax|input_\d+)|.*", key).groups()[:2]  # type: ignore[union-attr]
+            if site is not None and quantizer is not None:
+                self.of_site.setdefault(site, {})[place] = (key, quantizer)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = op_name(func)
-        children = self.modules.stack[-1][1]._modules
-        site = f"{name}_{self.modules.peek(name)}_"
-        mine = {key.removeprefix(site): m for key, m in children.items() if key.startswith(site)}
-        if mine:
-            self.called |= set(map(identity, mine.values()))
+        name, owner = op_name(func), self.modules.stack[-1][0]
+        site = _key(f"{owner}.{name}_{self.modules.peek(name)}".lstrip("."))
+        mine = {}
+        if site in self.of_site:
+            self.called |= {key for key, _ in self.of_site[site].values()}
+            mine = {place: quantizer for place, (_, quantizer) in self.of_site[site].items()}
             args, kwargs = _quantized_inputs(mine, args, kwargs)
         if SOFTMAX in mine:
             result = attention(mine[SOFTMAX], *args, **kwargs)
@@ -287,7 +349,9 @@ class _CallSites(TorchFunctionMode):
         if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:
             self.modules.count(name)
             if "output" in mine:
-                result = mine["output"](result)
+                quantizer = mine["output"]
+                several = isinstance(result, tuple | list)
+                result = type(result)(map(quantizer, result)) if several else quantizer(result)
         return result
 
 

@@ -64,10 +64,21 @@ def names(module: str) -> set[str] | None:
 
 
 def packages(target: str) -> set[str]:
-    """Top-level packages that the module of ``target`` imports, inside functions too, those in a ``try`` left out."""
+    """Top-level packages that the module of ``target`` imports, inside functions too, those in a ``try`` left out.
+
+    So do the private modules beside it that it imports: they are part of it.
+    """
     found = definition(target)
-    source = _source(found[0]) if found else None
-    return source.packages if source else set()
+    waiting, seen, imported = [found[0]] if found else [], set(), set()
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        source = _source(module)
+        names = source.imported if source else set()
+        imported |= {name.split(".")[0] for name in names}
+        private = f"{module.rpartition('.')[0]}._"
+        waiting += [name for name in names if name.startswith(private) and source_path(name) and name not in seen]
+    return imported - set(sys.stdlib_module_names)
 
 
 def definition(target: str) -> tuple[str, ast.stmt] | None:
@@ -113,20 +124,21 @@ class _Source:
     comments: dict[int, str]  # line number -> comment behind the code of that line
 
     @cached_property
-    def packages(self) -> set[str]:
+    def imported(self) -> set[str]:
+        """Dotted names, of modules and of what is taken from them."""
         imported: set[str] = set()
 
         def visit(node: ast.AST) -> None:
             if isinstance(node, ast.Import):
-                imported.update(alias.name.split(".")[0] for alias in node.names)
+                imported.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                imported.add(node.module.split(".")[0])
+                imported.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
             elif not isinstance(node, ast.Try) and not _is_for_type_checkers(node):
                 for child in ast.iter_child_nodes(node):
                     visit(child)
 
         visit(self.tree)
-        return imported - set(sys.stdlib_module_names)
+        return imported
 
 
 def _is_for_type_checkers(node: ast.AST) -> bool:

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from dfq.modules import (
     Swap,
     find_foldable,
     fold_batch_norm,
+    functional_uses,
     quantized_layers,
     share_tied_grids,
     swap_layer,
@@ -42,7 +44,7 @@ from dfq.modules import (
 )
 from dfq.quantization import dequantize, from_groups, pack, quantize, tensor_scale, to_groups, unpack
 from dfq.scheme import Scheme, TensorScheme
-from dfq.sites import Sites, find_sites, place_sites
+from dfq.sites import HOLDER, Sites, find_sites, place_sites
 from dfq.surgery import apply, prepare
 from dfq.teacher import AnyInputSpec, Teacher, hash_tensors, input_spec_from_dict
 
@@ -121,10 +123,10 @@ class Student:
         flow = record_dataflow(module, teacher.example()) if rewrites else teacher.dataflow
         folded = find_foldable(module, flow)
         fold_batch_norm(module, folded)
-        has_sites = scheme.policy == "hardware" or not (scheme.attention.is_float and scheme.softmax.is_float)
-        after = record_dataflow(module, teacher.example()) if has_sites else flow
+        after = record_dataflow(module, teacher.example()) if folded else flow  # without the folded ones' operations
+        functional = functional_uses(module, after)
         swap = swap_layers(module, scheme, flow)
-        sites = find_sites(scheme, swap, after) if has_sites else Sites()
+        sites = find_sites(scheme, swap, after, functional)
         return cls(place_sites(module, sites), scheme, Surgery(rewrites, folded, swap, sites), _describe(teacher))
 
     @property
@@ -266,7 +268,9 @@ class Student:
             student = cls(module, Scheme.from_dict(manifest["scheme"]), surgery, manifest["teacher"])
             for name, (weight_scheme, _) in surgery.swap.layers.items():
                 student._unpack_weight(name, weight_scheme, tensors)
-            missing, unexpected = module.load_state_dict(tensors, strict=False)
+            state = OrderedDict(tensors)
+            state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]  # versions, which some modules ask
+            missing, unexpected = module.load_state_dict(state, strict=False)
             missing = [name for name in missing if name in _once(module)]
             if missing or unexpected:
                 raise KeyError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -307,8 +311,15 @@ class Student:
 
 
 def _once(module: nn.Module) -> set[str]:
-    """Names of parameters and buffers, those that are there twice (shared modules, tied weights) under the first."""
-    return {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    """Names of parameters and buffers, of those that are there twice (shared modules, tied weights) the first one.
+
+    A quantizer that serves a layer and a site goes by the layer's name.
+    """
+    found: dict[int, str] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, tensor in sorted(named, key=lambda pair: HOLDER in pair[0].split(".")):
+        found.setdefault(id(tensor), name)
+    return set(found.values())
 
 
 def _pack_scale(name: str, scheme: TensorScheme, state: dict[str, Tensor]) -> None:

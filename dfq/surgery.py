@@ -328,7 +328,7 @@ def _conv_probes(part: nn.Module) -> list[Tensor]:
 def _noise(shapes: list[tuple[int, ...]], like: Tensor) -> list[Tensor]:
     """Every other one is large: there a function that is linear around zero only gives itself away."""
     rng = torch.Generator().manual_seed(0)
-    return [1000.0 ** (i % 2) * torch.randn(shape, generator=rng).to(like) for i, shape in enumerate(shapes)]
+    return [(1000.0 ** (i % 2) * torch.randn(shape, generator=rng)).to(like) for i, shape in enumerate(shapes)]
 
 
 class _Watch(TorchFunctionMode):

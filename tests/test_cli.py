@@ -4,6 +4,7 @@ What a command does is tested elsewhere; here ``dfq.api`` is a stub that remembe
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import dfq
 from dfq import checks, commands, settings, source
 from dfq.cli import main
 from dfq.errors import UserError
+from dfq.scheme import FLOAT, Scheme, TensorScheme
 
 ROOT = Path(dfq.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -66,6 +68,11 @@ def options(group, name):
     return ", ".join(f"{group}.{option}" for option in commands.group_options(group, name))
 
 
+def parts(where):
+    return ", ".join(f"scheme.{where}.{option}" for option in source.signature("dfq.scheme.TensorScheme"))
+
+
+SCHEME_OPTIONS = ", ".join(f"scheme.{option}" for option in source.signature("dfq.scheme.Scheme"))
 RUN = ", ".join(commands.COMMANDS["run"].options)
 FACTORY = "run teacher=factory teacher.factory=my_networks:load teacher.input_size=[3,8,8]"
 STATS = "teacher.mean=[0,0,0] teacher.std=[1,1,1]"
@@ -127,13 +134,47 @@ MISTAKES = {
     "run generator.iterations=0.5": "got generator.iterations=0.5; allowed: a whole number >= 1",
     "run generator.label_smoothing=2": "got generator.label_smoothing=2; allowed: a number from 0 to 1",
     "run algorithm.flip=1": "got algorithm.flip=1; allowed: true | false",
-    "run scheme.policy=edges": "got scheme.policy='edges'; allowed: all | edges_8bit; did you mean 'edges_8bit'?",
-    "run scheme.polcy=all": (
-        "got scheme.polcy; allowed: scheme.weight, scheme.activation, scheme.policy, scheme.name; "
-        "did you mean 'policy'?"
+    "run scheme.policy=edges": (
+        "got scheme.policy='edges'; allowed: all | edges_8bit | hardware; did you mean 'edges_8bit'?"
+    ),
+    "run scheme.polcy=all": f"got scheme.polcy; allowed: {SCHEME_OPTIONS}; did you mean 'scheme.policy'?",
+    "run scheme.attentoin.num_bits=8": (
+        f"got scheme.attentoin; allowed: {SCHEME_OPTIONS}; did you mean 'scheme.attention'?"
+    ),
+    "run scheme.weight.gird=seq": (
+        f"got scheme.weight.gird; allowed: {parts('weight')}; did you mean 'scheme.weight.grid'?"
+    ),
+    "run scheme.softmax=log2": (
+        f"got scheme.softmax='log2'; allowed: a mapping with {parts('X').replace('scheme.X.', '')}"
     ),
     "run scheme.weight.num_bits=11": (
-        "got scheme.weight.num_bits=11; allowed: a whole number from 2 to 8; give a bit width in that range"
+        "got scheme.weight.num_bits=11; allowed: 1 to 8; or grid=float for float weights"
+    ),
+    "run scheme.weight.num_bits=0": (
+        "got scheme.weight.num_bits=0; allowed: a whole number: weights 1 to 8, activations 2 to 16; "
+        "give a bit width in that range"
+    ),
+    "run scheme=w4a4 scheme.weight.range=7bit": ("got scheme.weight.range=7bit and num_bits=4; allowed: num_bits=8"),
+    "run scheme=w4a16 scheme.policy=hardware": (
+        "got scheme.policy=hardware, scheme.activation.grid=float, granularity=per_tensor and dynamic=false; allowed: "
+        "grid=uniform, granularity=per_tensor and dynamic=false; "
+        "integer runtimes know every activation's grid beforehand; use scheme.policy=all for others"
+    ),
+    "run 'scheme.overrides={head: {wieght: {num_bits: 8}}}'": (
+        "got scheme.overrides['head']={'wieght': {'num_bits': 8}}; allowed: {weight: {num_bits: 8}, activation: {...}}"
+    ),
+    "run 'scheme.overrides={head.*: {weight: {bits: 8}}}'": (
+        "got scheme.overrides['head.*'].weight.bits; allowed: "
+        f"{parts('overrides[' + repr('head.*') + '].weight')}; "  # as python writes it
+        "did you mean 'scheme.overrides['head.*'].weight.num_bits'?"
+    ),
+    "run 'scheme.overrides={head, tail: 8}'": (
+        "got scheme.overrides={head, tail: 8}; allowed: option=value with a plain value, [a,b] or {k: v}; "
+        "quote it for the shell if it holds spaces or brackets"
+    ),
+    "run \"scheme.overrides={'head.*': {weight: {num_bits: 8}}}\"": (
+        "got scheme.overrides={'head.*': {weight: {num_bits: 8}}}; "
+        "allowed: option=value with a plain value, [a,b] or {k: v}; write 'head.*': without the quotes"
     ),
     "run generator._target_=os.system": (
         "got generator._target_='os.system'; allowed: a method of dfq or of an installed package; "
@@ -319,6 +360,73 @@ def test_nothing_heavy_is_imported_for_help_completion_and_mistakes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ schemes
+
+
+W4, A4 = TensorScheme(4, True, "per_channel"), TensorScheme(4)
+HEAD = {"head.*": {"weight": {"num_bits": 8}}}
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("scheme=w4a4 scheme.policy=hardware", Scheme(W4, A4, "hardware")),
+        ("scheme=w4a4 scheme.attention.num_bits=8", Scheme(W4, A4, attention=TensorScheme(8))),
+        ("scheme=w4a4 scheme.softmax.grid=log2", Scheme(W4, A4, softmax=TensorScheme(4, grid="log2"))),
+        ("scheme=w4a4 scheme.weight.grid=seq", Scheme(TensorScheme(4, True, "per_channel", grid="seq"), A4)),
+        ("scheme=w4a4 scheme.weight.grid=ternary", Scheme(TensorScheme(2, True, "per_channel", grid="ternary"), A4)),
+        ("scheme=w8a8 scheme.weight.range=7bit", Scheme(TensorScheme(8, True, "per_channel", range="7bit"))),
+        (
+            "scheme=w4a4 scheme.weight.granularity=per_group scheme.weight.group_size=16",
+            Scheme(TensorScheme(4, True, "per_group", 16), A4),
+        ),
+        (
+            "scheme=w4a16_g128 scheme.weight.group_size=64 scheme.weight.scale_format=e8m0",
+            Scheme(TensorScheme(4, True, "per_group", 64, scale_format="e8m0"), FLOAT),
+        ),
+        ("scheme=w4a4 scheme.activation.granularity=per_token", Scheme(W4, TensorScheme(4, granularity="per_token"))),
+        ("scheme=w4a16 scheme.name=mine", Scheme(W4, FLOAT, name="mine")),
+        ("scheme=w4a4 'scheme.overrides={head.*: {weight: {num_bits: 8}}}'", Scheme(W4, A4, overrides=HEAD)),
+        (
+            "scheme=w4a4 'scheme.overrides={layer1.0.conv*: {weight: {grid: float}}, *: {activation: {num_bits: 8}}}'",
+            Scheme(
+                W4,
+                A4,
+                overrides={"layer1.0.conv*": {"weight": {"grid": "float"}}, "*": {"activation": {"num_bits": 8}}},
+            ),
+        ),
+        ("scheme=w4a4 scheme.overrides.head.weight.num_bits=8", Scheme(W4, A4, overrides={"head": HEAD["head.*"]})),
+        (
+            "scheme=w4a4 'scheme.overrides={0: {weight: {num_bits: 8}}}'",
+            Scheme(W4, A4, overrides={"0": HEAD["head.*"]}),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_what_a_scheme_is_told_on_the_command_line(api, capsys, words, expected):
+    assert answer(capsys, f"quantize dataset_dir=data {words}") == (0, "")
+    [(_, config)] = api.calls
+    found = Scheme.from_dict(config["scheme"])
+    assert found == expected and list(found.overrides) == list(expected.overrides)
+    assert f"_{expected.name}_" in config["output_dir"]
+
+
+def test_the_example_in_the_help_of_overrides_works(api, capsys):
+    example = re.search("'(.*)'", source.signature("dfq.scheme.Scheme")["overrides"].doc)[0]
+    assert answer(capsys, f"quantize dataset_dir=data scheme.overrides={example}") == (0, "")
+    [(_, config)] = api.calls
+    assert config["scheme"]["overrides"] == HEAD
+
+
+def test_a_sweep_over_a_schemes_settings(api, capsys):
+    line = "quantize dataset_dir=data -m scheme=w4a4 scheme.policy=all,hardware scheme.weight.grid=uniform,seq"
+    status, error = answer(capsys, line)  # every combination is checked before the first one runs
+    assert (status, api.calls) == (2, []) and "scheme.policy=hardware, scheme.weight.grid=seq" in error
+    assert answer(capsys, line.replace("hardware", "edges_8bit"))[0] == 0
+    found = [(config["scheme"]["policy"], config["scheme"]["weight"]["grid"]) for _, config in api.calls]
+    assert found == [("all", "uniform"), ("all", "seq"), ("edges_8bit", "uniform"), ("edges_8bit", "seq")]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -571,6 +679,34 @@ def test_help_of_every_command(capsys, name):
             assert " | ".join(settings.choices(groups[option].family)) in text
 
 
+def test_help_shows_all_of_a_scheme(capsys):
+    main(["quantize", "scheme=wternary_a8", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split("=")[0].strip(): line for line in lines if line.startswith("      scheme.")}
+    for part in ("weight", "activation"):
+        for option, parameter in source.signature("dfq.scheme.TensorScheme").items():
+            assert parameter.doc and parameter.doc in shown[f"scheme.{part}.{option}"]
+    for option in ("policy", "name", "overrides"):
+        assert source.signature("dfq.scheme.Scheme")[option].doc in shown[f"scheme.{option}"]
+    # What the yaml sets, what its grid implies, and what it leaves at its default.
+    for value in ("weight.grid=ternary ", "weight.num_bits=2 ", "activation.num_bits=8 ", "weight.range=full "):
+        assert f"scheme.{value}" in "".join(shown.values())
+    assert [name for name in shown if "attention" in name or "softmax" in name] == [
+        "scheme.attention.grid",
+        "scheme.softmax.grid",
+    ]
+    assert "scheme.softmax.grid=float" in shown["scheme.softmax.grid"]
+
+
+def test_help_of_a_scheme_with_quantized_attention(capsys, tmp_path):
+    (tmp_path / "scheme").mkdir()
+    (tmp_path / "scheme" / "mine.yaml").write_text("attention: {num_bits: 6}\n")
+    main(["quantize", "--config-dir", str(tmp_path), "scheme=mine", "--help"])
+    text = capsys.readouterr().out
+    assert "scheme.attention.num_bits=6 " in text and "scheme.attention.dynamic=false " in text
+    assert "scheme.softmax.num_bits" not in text and "scheme.weight.num_bits=8 " in text
+
+
 def test_help_describes_the_groups_that_are_chosen(capsys):
     main(["run", "generator=zeroq", "--help"])
     assert "generator.iterations=50" in (text := capsys.readouterr().out)
@@ -604,9 +740,16 @@ def test_the_groups_and_options_of_the_commands_are_those_of_the_configuration()
         ("dfq run generator=zeroq,gau", ["generator=zeroq,gaussian"]),
         ("dfq run generator.it", ["generator.iterations="]),
         ("dfq run generator=gaussian generator.", ["generator.batch_size="]),
-        ("dfq run weight_quantizer=m", ["weight_quantizer=min_max", "weight_quantizer=mse"]),
+        ("dfq run weight_quantizer=m", [f"weight_quantizer={name}" for name in ("min_max", "moving_average", "mse")]),
+        ("dfq run scheme.weight.g", [f"scheme.weight.{name}=" for name in ("granularity", "group_size", "grid")]),
+        ("dfq run scheme.softmax.grid=l", ["scheme.softmax.grid=log2"]),
+        ("dfq run scheme.weight.range=", [f"scheme.weight.range={name}" for name in ("full", "narrow", "7bit")]),
+        ("dfq run scheme.weight.scale_format=e", [f"scheme.weight.scale_format={name}" for name in ("e8m0", "e4m3")]),
+        ("dfq run scheme.activation.dynamic=t", ["scheme.activation.dynamic=true"]),
+        ("dfq run scheme=wmx", ["scheme=wmxfp4_a16", "scheme=wmxfp4_amxfp4"]),
         ("dfq run seed=1 scheme.pol", ["scheme.policy="]),
         ("dfq run scheme.policy=e", ["scheme.policy=edges_8bit"]),
+        ("dfq run scheme.policy=h", ["scheme.policy=hardware"]),
         ("dfq run algorithm.flip=", ["algorithm.flip=true", "algorithm.flip=false"]),
         ("dfq run device=c", ["device=cpu", "device=cuda"]),
         ("dfq run hydra/launcher=b", ["hydra/launcher=basic"]),

@@ -6,12 +6,14 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, settle
+from conftest import NETS, as_teacher, settle
 from PIL import Image
+from torch import nn
 
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
 from dfq.pipeline import evaluate, export, generate, quantize
+from dfq.quantization import choose_qparams
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import MISSING, choices, load, resolve, signature, to_config
@@ -19,6 +21,10 @@ from dfq.student import Student
 from dfq.teacher import hash_tensors
 
 FAMILIES = ["algorithm", "evaluation", "exporter", "generator", "quantizer", "task"]
+UNIFORM = [TensorScheme(bits, symmetric) for bits in (2, 4, 8) for symmetric in (True, False)]
+OTHER_GRIDS = [TensorScheme(bits, True, grid="seq") for bits in (1, 2, 4)]
+OTHER_GRIDS += [TensorScheme(grid="ternary", symmetric=symmetric) for symmetric in (True, False)]
+OTHER_GRIDS += [TensorScheme(grid=name, symmetric=True) for name in ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1")]
 FAST = {"iterations": 3, "max_steps": 6, "checks": 2, "batch_size": 8, "num_candidates": 10}
 W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
 
@@ -110,7 +116,7 @@ def test_generator_is_resumed_and_extended_bit_for_bit(name, teacher, tmp_path):
 
 
 @every("quantizer")
-@pytest.mark.parametrize("scheme", [TensorScheme(b, s) for b in (2, 4, 8) for s in (True, False)], ids=str)
+@pytest.mark.parametrize("scheme", [*UNIFORM, *OTHER_GRIDS], ids=lambda scheme: f"{scheme.label}-{scheme.symmetric}")
 def test_quantizer(name, scheme):
     quantizer = build("quantizer", name)
     rng = torch.Generator().manual_seed(0)
@@ -119,19 +125,24 @@ def test_quantizer(name, scheme):
     before = observation.values.clone()
     scale, zero_point = quantizer.qparams(observation, scheme)
     assert torch.equal(observation.values, before)
-    assert scale.shape == zero_point.shape == (4,) and scale.dtype == torch.float32 and zero_point.dtype == torch.int32
+    assert scale.shape == zero_point.shape == (4,) and scale.dtype == torch.float32
+    assert zero_point.dtype == (torch.float32 if scheme.has_float_zero_point else torch.int32)
     assert (scale >= torch.finfo(torch.float32).tiny).all() and torch.isfinite(scale).all()
-    assert (zero_point >= scheme.quant_min).all() and (zero_point <= scheme.quant_max).all()
+    if not scheme.has_float_zero_point:
+        assert (zero_point >= scheme.quant_min).all() and (zero_point <= scheme.quant_max).all()
     if scheme.symmetric:
         assert (zero_point == 0).all()
     # A tensor 64 times as large has a scale 64 times as large.
     larger, same = quantizer.qparams(Observation.of_tensor(rows[1:2] * 64, 0), scheme)
     torch.testing.assert_close(larger, scale[1:2] * 64, rtol=1e-5, atol=0)
-    assert torch.equal(same, zero_point[1:2])
+    torch.testing.assert_close(same, zero_point[1:2], rtol=1e-5, atol=1e-6)
     # One channel's range does not depend on its neighbors'.
     alone, _ = quantizer.qparams(Observation.of_tensor(rows[1:2], 0), scheme)
     torch.testing.assert_close(alone, scale[1:2])
     # No wider than everything that was seen.
+    if scheme in OTHER_GRIDS:
+        assert (scale <= choose_qparams(rows.amin(1), rows.amax(1), scheme)[0] * 1.0001).all()
+        return
     widest = rows.abs().amax(1) * 2 / (scheme.quant_max - scheme.quant_min)
     assert (scale[:3] <= widest[:3] * (2.01 if scheme.num_bits == 2 else 1.2)).all()
 
@@ -147,23 +158,37 @@ def test_quantizer_after_a_relu_is_unsigned(name):
 # ------------------------------------------------------------------------------------------------ schemes
 
 
+def wide():
+    """A network whose layers all groups divide."""
+    hidden = [nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(128), *hidden, nn.Linear(128, 10))
+
+
 @every("scheme")
 def test_scheme(name, teacher, make_dataset, tmp_path):
     config = load("scheme", name)
-    scheme = Scheme.from_dict(config, name)
+    scheme = Scheme.from_dict(config)
     assert scheme.name == name and Scheme.from_dict(scheme.to_dict()) == scheme and scheme.policy == "all"
-    assert name == f"w{scheme.weight.num_bits}a{scheme.activation.num_bits}"
-    methods = [resolve("quantizer", "min_max")] * 2
+    if scheme.weight.group_size:
+        with pytest.raises(UserError, match=rf"group_size={scheme.weight.group_size} and layer 0 with 27 values"):
+            Student.from_teacher(teacher, scheme)
+        teacher = as_teacher(wide())
+    methods = [resolve("quantizer", "mse", num_candidates=20)] * 2
     student, path = quantize(
         teacher, make_dataset(teacher), scheme, build("algorithm", "round_to_nearest"), *methods, 0, tmp_path / "s"
     )
     for layer in student.layers.values():
-        values = layer.weight.unique()
-        assert layer.weight_quantizer.scheme == scheme.weight and layer.input_quantizer.scheme == scheme.activation
-        assert all(len(row.unique()) <= 2**scheme.weight.num_bits for row in layer.weight) and len(values) > 1
+        quantizer, bits = layer.weight_quantizer, scheme.weight.num_bits
+        assert quantizer.scheme == scheme.weight and layer.input_quantizer.scheme == scheme.activation
+        rows = quantizer.rows(layer.weight)  # each with a scale of its own
+        assert len(rows) == quantizer.scale.numel() and rows.shape[1] == (scheme.weight.group_size or rows.shape[1])
+        assert all(len(row.unique()) <= 2**bits for row in rows) and len(layer.weight.unique()) > 1
+    assert path.joinpath("student.safetensors").stat().st_size < 4 * sum(p.numel() for p in teacher.module.parameters())
     x = settle_images()
     with torch.no_grad():
-        assert torch.equal(Student.load(path, teacher)(x), student(x))
+        outputs, wanted = student(x), teacher(x)
+        assert torch.equal(Student.load(path, teacher)(x), outputs) and not torch.equal(outputs, wanted)
+        assert float((outputs - wanted).square().sum() / wanted.square().sum()) < (0.1 if bits > 3 else 1)
 
 
 def settle_images():

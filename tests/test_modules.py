@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import NETS, SPEC, Residual, as_teacher, settle
@@ -13,6 +14,7 @@ from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks, record_da
 from dfq.modules import (
     QuantizedConv2d,
     QuantizedLayer,
+    Quantizer,
     can_quantize,
     find_foldable,
     fold_batch_norm,
@@ -21,7 +23,9 @@ from dfq.modules import (
     swap_layers,
     weight_layers,
 )
-from dfq.scheme import Scheme, TensorScheme
+from dfq.quantization import choose_qparams
+from dfq.quantizers.lsq import learn_step
+from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.student import Student
 from dfq.teacher import InputSpec, Teacher
 
@@ -371,7 +375,7 @@ def test_a_quantized_layer_is_the_composition_of_its_parts(mode):
         reference.weight.copy_(weight)
         want = reference(((x / 0.3).round() + 7).clamp(0, 15).sub(7) * torch.tensor(0.3))
     torch.testing.assert_close(conv(x), want)
-    assert type(conv) is QuantizedConv2d and "num_bits=4" in repr(conv)
+    assert type(conv) is QuantizedConv2d and "4 bits, per_channel, axis=0" in repr(conv)
 
 
 def test_edges_are_first_and_last_in_call_order_not_in_definition_order():
@@ -397,11 +401,55 @@ class Conv2dSame(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
+class StandardizedConv2d(nn.Conv2d):
+    """What it multiplies with is computed from its weight."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+@pytest.mark.parametrize("odd", [nn.ConvTranspose2d(3, 3, 3, padding=1), Conv2dSame(3, 3, 3, padding=1)], ids=type)
+def test_other_layers_that_read_their_own_weight_are_quantized(odd):
+    """Sub-classes too: with their own forward around the rounded weight and input."""
+    reference, x = copy.deepcopy(odd), images(3)
+    swap = swapped(Net(lambda net, x: net.conv2(net.odd(net.conv(x))[..., :8, :8]), odd=odd))
+    assert list(swap.layers) == ["conv", "odd", "conv2"] and not swap.kept_float
+    axis = 1 if isinstance(odd, nn.ConvTranspose2d) else 0
+    scale = torch.tensor([0.02, 0.03, 0.05])
+    odd.weight_quantizer.set_qparams(scale, torch.zeros(3, dtype=torch.int32))
+    odd.input_quantizer.set_qparams(torch.tensor(0.3), torch.tensor(7))
+    with torch.no_grad():
+        s = scale.view([-1 if d == axis else 1 for d in range(4)])
+        reference.weight.copy_((reference.weight / s).round().clamp(-8, 7) * s)
+        want = reference(((x / 0.3).round() + 7).clamp(0, 15).sub(7) * torch.tensor(0.3))
+    torch.testing.assert_close(odd(x), want)
+    assert isinstance(odd, type(reference)) and isinstance(odd, QuantizedLayer)
+
+
+def test_an_embedding_has_a_rounded_table_and_indices_as_they_are():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 6, padding_idx=0), nn.Linear(6, 5)
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    net, ids = Words().eval(), torch.tensor([[0, 3, 10], [7, 7, 1]])
+    table = net.table.weight.detach().clone()
+    swap = swap_layers(net, W4A4, record_dataflow(net, ids))
+    assert swap.layers["table"] == (W4A4.weight, FLOAT)
+    scale = net.table.weight.detach().abs().amax(1).clamp(min=1e-3) / 7
+    net.table.weight_quantizer.set_qparams(scale, torch.zeros(11, dtype=torch.int32))
+    want = ((table / scale[:, None]).round().clamp(-8, 7) * scale[:, None])[ids]
+    assert torch.equal(net.table(ids), want)
+
+
 @pytest.mark.parametrize(
     "odd",
     [
-        nn.ConvTranspose2d(3, 3, 3, padding=1),
-        Conv2dSame(3, 3, 3, padding=1),
+        StandardizedConv2d(3, 3, 3, padding=1),
+        nn.Bilinear(8, 8, 8),
         nn.LSTM(8, 8, batch_first=True),
         nn.MultiheadAttention(8, 2, batch_first=True),
     ],
@@ -414,6 +462,8 @@ def test_weight_layers_that_stay_float_are_named(odd):
         y = net.conv(x)
         if isinstance(net.odd, nn.LSTM):
             return net.conv2(net.odd(y.flatten(1, 2))[0].view_as(y))
+        if isinstance(net.odd, nn.Bilinear):
+            return net.conv2(net.odd(y, y))
         if isinstance(net.odd, nn.MultiheadAttention):
             y = y.flatten(1, 2)
             return net.conv2(net.odd(y, y, y, need_weights=False)[0].view_as(x))
@@ -423,27 +473,33 @@ def test_weight_layers_that_stay_float_are_named(odd):
     assert list(swap.layers) == ["conv", "conv2"]
     named = [reason for name, reason in swap.kept_float.items() if name.split(".")[0] == "odd"]
     assert named, swap.kept_float
-    assert type(odd).__name__ in " ".join(named) or "did not run" in " ".join(named)
+    matrices = [name for name, p in odd.named_parameters() if p.dim() >= 2]
+    assert len(named) == (len(matrices) if isinstance(odd, nn.LSTM) else 1) + isinstance(odd, nn.MultiheadAttention)
+    kind = type(odd).__name__.lower()
+    assert all(kind in reason.replace("_", "").lower() or "did not run" in reason for reason in named), named
 
 
-def test_layers_that_do_not_run_are_named_and_embeddings_are_none():
+def test_layers_that_do_not_run_are_named():
     net = Net(lambda net, x: net.conv(x), embedding=nn.Embedding(4, 4))
-    assert swapped(net).kept_float == {"conv2": "did not run in a forward of the network"}
+    reason = "did not run in a forward of the network"
+    assert swapped(net).kept_float == {"conv2": reason, "embedding": reason}
 
 
 def test_a_network_without_weight_layers_is_the_users_mistake():
     with pytest.raises(
-        UserError, match=r"got a network without a layer to quantize \(ReLU\); allowed: Conv1d, Conv2d, Conv3d, Linear"
+        UserError,
+        match=r"^got a network without a layer to quantize \(ReLU\); allowed: Conv1d, Conv2d, Conv3d, ConvTranspose1d, "
+        r"ConvTranspose2d, ConvTranspose3d, Linear, Embedding$",
     ):
         swapped(nn.ReLU())
 
 
-def test_only_the_exact_class_can_be_quantized():
-    assert (
-        can_quantize(nn.Conv2d(1, 1, 1))
-        and not can_quantize(Conv2dSame(1, 1, 1))
-        and not can_quantize(nn.BatchNorm2d(1))
-    )
+def test_a_sub_class_can_be_quantized_once_its_forward_is_known():
+    assert can_quantize(nn.Conv2d(1, 1, 1)) and not can_quantize(nn.BatchNorm2d(1))
+    for kind, possible in ((Conv2dSame, True), (StandardizedConv2d, False)):
+        layer = kind(3, 3, 3).eval()
+        assert not can_quantize(layer)
+        assert can_quantize(layer, "", record_dataflow(layer, images(2))) == possible
 
 
 def test_torchs_fast_path_does_not_go_around_the_quantizers():
@@ -473,6 +529,146 @@ def test_torchs_fast_path_does_not_go_around_the_quantizers():
         with forward_hooks(student.module.named_modules(), before=lambda *a: None):  # hooks switch the fast path off
             slow = student(images())
     torch.testing.assert_close(free, slow)
+
+
+# ------------------------------------------------------------------------------------------------ quantizers
+
+
+def rounded(x, scheme):
+    """The affine grid over the extremes of ``x``, in NumPy."""
+    x = np.asarray(x, dtype=np.float32)
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    if scheme.symmetric:
+        scale, zero = np.float32(max(-low, high)) / np.float32(scheme.quant_max), 0
+    else:
+        levels = np.float32(2**scheme.num_bits - 1)
+        scale = np.float32(high) / levels - np.float32(low) / levels
+        zero = np.clip(np.rint(-low / scale), 0, 2**scheme.num_bits - 1)
+    return (np.clip(np.rint(x / scale) + zero, scheme.quant_min, scheme.quant_max) - zero) * scale
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("axis, shape", [(0, (4, 6, 2, 2)), (1, (6, 4, 2, 2)), (0, (4, 24)), (1, (24, 4))])
+def test_each_group_of_a_weight_has_a_grid_of_its_own(axis, shape, symmetric):
+    """Groups lie along the values of an output channel, in the order in which they are stored."""
+    scheme = TensorScheme(3, symmetric, "per_group", 8)
+    quantizer, weight = Quantizer(scheme, (4, 3), axis), images(1, shape)[0] * 2 + 0.3
+    rows = quantizer.rows(weight)
+    quantizer.set_qparams(*choose_qparams(rows.amin(1), rows.amax(1), scheme))
+    found = np.moveaxis(quantizer(weight).numpy(), axis, 0).reshape(4, 24)
+    values = np.moveaxis(weight.numpy(), axis, 0).reshape(4, 24)
+    for channel in range(4):
+        for group in range(3):
+            part = slice(8 * group, 8 * group + 8)
+            np.testing.assert_allclose(found[channel, part], rounded(values[channel, part], scheme), rtol=1e-5)
+    assert quantizer.scale.shape == quantizer.zero_point.shape == (4, 3)
+
+
+DYNAMIC = [TensorScheme(8, dynamic=True), TensorScheme(4, True, dynamic=True)]
+DYNAMIC += [TensorScheme(8, granularity="per_token"), TensorScheme(4, True, granularity="per_token")]
+DYNAMIC += [TensorScheme(4, symmetric, "per_group", 4, dynamic=True) for symmetric in (True, False)]
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC, ids=lambda scheme: f"{scheme.granularity}-{scheme.symmetric}")
+@pytest.mark.parametrize("layer", ["linear", "conv", "conv1d"])
+def test_dynamic_grids_of_each_slice(scheme, layer):
+    """Of the batch; of a token, which to a convolution is a sample; of a group of the values a layer sums over."""
+    shape, feature_axis = {"linear": ((3, 5, 8), -1), "conv": ((3, 8, 4, 5), 1), "conv1d": ((3, 8, 6), 1)}[layer]
+    x = images(1, shape)[0] * torch.tensor([0.1, 1.0, 20.0]).view(3, *[1] * (len(shape) - 1)) + 0.2
+    quantizer = Quantizer(scheme, feature_axis=feature_axis)
+    assert torch.equal(quantizer(x), x) and quantizer.scale is None  # until it is enabled; nothing to calibrate
+    quantizer.enabled = True
+    values = np.moveaxis(x.numpy(), feature_axis, -1)
+    want = np.empty_like(values)
+    if scheme.granularity == "per_tensor":
+        want = rounded(values, scheme)
+    for index in np.ndindex(values.shape[:-1]):
+        if scheme.granularity == "per_token" and layer == "linear":
+            want[index] = rounded(values[index], scheme)
+        elif scheme.granularity == "per_token":
+            want[index[0]] = rounded(values[index[0]], scheme)
+        elif scheme.granularity == "per_group":
+            for start in (0, 4):
+                want[index][start : start + 4] = rounded(values[index][start : start + 4], scheme)
+    found = np.moveaxis(quantizer(x).numpy(), feature_axis, -1)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+    if scheme.granularity != "per_tensor":  # one sample is rounded alike in any batch
+        assert torch.equal(quantizer(x[:1]), quantizer(x)[:1])
+
+
+def test_a_dynamic_quantizer_hands_gradients_through_and_has_nothing_to_freeze():
+    quantizer = Quantizer(TensorScheme(4, granularity="per_token"))
+    quantizer.enabled = True
+    x = images(2, (3, 8)).requires_grad_()
+    quantizer(x).sum().backward()
+    assert torch.isfinite(x.grad).all() and (x.grad != 0).float().mean() > 0.7
+    quantizer.freeze()
+    assert not quantizer.state_dict() and torch.equal(quantizer(x), quantizer(x.detach()))
+
+
+TRAINED = [
+    (TensorScheme(4), ()),
+    (TensorScheme(3), (4,)),
+    (TensorScheme(4, True), (4,)),
+    (TensorScheme(4, scale_format="e8m0"), (4,)),
+    (TensorScheme(4, False, "per_group", 6), (4, 2)),
+    (TensorScheme(grid="ternary"), (4,)),
+    (TensorScheme(grid="ternary", scale_format="e8m0"), (4,)),
+    (TensorScheme(4, True, "per_group", 6, "fp4_e2m1", scale_format="e4m3"), (4, 2)),
+    (TensorScheme(4, True, "per_group", 6, "fp4_e2m1", scale_format="e8m0"), (4, 2)),
+]
+
+
+@pytest.mark.parametrize("scheme, shape", TRAINED, ids=str)
+def test_freezing_a_trained_grid_changes_no_output(scheme, shape):
+    """What was trained is what is stored: whole zero points inside the grid, scales in their format."""
+    quantizer = Quantizer(scheme, shape, 0 if shape else None)
+    x = images(1, (4, 12))[0] + 0.4
+    rows = quantizer.rows(x)
+    quantizer.set_qparams(*choose_qparams(rows.amin(1), rows.amax(1), scheme))
+    start = quantizer.scale.clone()
+    parameters = learn_step(quantizer, 12, offset=True)
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    for step in range(20):
+        optimizer.zero_grad()
+        (quantizer(x) - x * (1.4 if step % 2 else 1)).square().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        quantizer.scale.abs_().add_(1e-3)
+        if len(parameters) == 2 and not scheme.has_float_zero_point:
+            quantizer.zero_point.add_(0.3)
+            quantizer.zero_point.view(-1)[0] = -2.6  # left of the grid: stored as its end
+    ties = (torch.arange(12) + 0.5) * quantizer.scale.detach().view(-1)[0]
+    with torch.no_grad():
+        before, trained = (quantizer(x), quantizer(ties.expand(4, 12))), quantizer.scale.clone()
+        quantizer.freeze()
+        assert torch.equal(quantizer(x), before[0]) and torch.equal(quantizer(ties.expand(4, 12)), before[1])
+        assert not torch.equal(trained, start)
+        assert torch.equal(quantizer.scale, trained) == (scheme.scale_format == "float32")
+        frozen = {name: value.clone() for name, value in quantizer.state_dict().items()}
+        quantizer.freeze()
+    assert all(torch.equal(value, frozen[name]) for name, value in quantizer.state_dict().items())
+    assert not list(quantizer.parameters()) and quantizer.gradient_scale == 1.0
+    if scheme.has_float_zero_point:
+        assert quantizer.zero_point.dtype == torch.float32
+    else:
+        assert quantizer.zero_point.dtype == torch.int32
+        assert scheme.quant_min <= int(quantizer.zero_point.min())
+        assert int(quantizer.zero_point.max()) <= scheme.quant_max
+
+
+@pytest.mark.parametrize("scale_format, grid", [("e8m0", "uniform"), ("e8m0", "fp4_e2m1"), ("e4m3", "fp4_e2m1")])
+def test_a_scale_is_held_in_its_format(scale_format, grid):
+    quantizer = Quantizer(TensorScheme(4, True, "per_group", 4, grid, scale_format=scale_format), (5, 3), 0)
+    given = torch.rand(15, generator=torch.Generator().manual_seed(0)) * torch.logspace(-5, 0, 15)
+    quantizer.set_qparams(given, torch.zeros(15, dtype=torch.int32))
+    held = quantizer.scale.clone()
+    assert not torch.equal(held.view(-1), given)
+    ratio = (held.view(-1) / given).log2().abs()
+    assert float(ratio[-5:].max()) < (1.01 if scale_format == "e8m0" else 0.1)
+    for _ in range(2):
+        quantizer.freeze()
+        assert torch.equal(quantizer.scale, held)
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -531,7 +727,7 @@ def test_conv1d_and_linear_teachers_of_other_ranks():
     )
     settle_any(net, SPEC.size)
     student = Student.from_teacher(Teacher(net, "classification", InputSpec((3, 8, 8), (0, 0, 0), (1, 1, 1))), W4A4)
-    assert list(student.layers) == ["1", "4"] and student.folded == [("1", "2")]
+    assert list(student.layers) == ["1", "4"] and student.surgery.folded == [("1", "2")]
 
 
 def test_as_teacher_is_deterministic():

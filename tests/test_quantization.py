@@ -453,10 +453,15 @@ def test_e8m0_scales_of_integers_clip_nothing(symmetric):
     exact, _ = choose_qparams(minimum, maximum, plain)
     scale, zero_point = choose_qparams(minimum, maximum, scheme)
     assert torch.equal(torch.frexp(scale)[0], torch.full((500,), 0.5))  # powers of two
+    assert not (zero_point % 2).any()  # runtimes that add it before they round break ties alike
+    assert symmetric or ((minimum / scale + zero_point).abs() <= 1).all()  # of the scale that is used
     assert (scale >= exact).all() and (scale < 2 * exact).all()
     for end in (minimum, maximum):
         error = (fake_quantize(end[:, None], scale, zero_point, scheme, axis=0)[:, 0] - end).abs()
         assert (error <= scale * (0.5 if symmetric else 1.0)).all()
+    if not symmetric:  # all codes are needed, 15 is no even zero point
+        assert choose_qparams(torch.tensor(-15.0), torch.tensor(0.0), scheme)[1] == 14
+        assert choose_qparams(torch.tensor(-5.4), torch.tensor(8.0), scheme)[1] == 6
     power = torch.tensor(4.0)  # stays what it is
     assert float(choose_qparams(-7 * power, 7 * power, TensorScheme(4, True, scale_format="e8m0"))[0]) == 4.0
 
@@ -469,6 +474,11 @@ def test_nvfp4_scales_are_an_fp8_number_times_one_float():
     shared, least = float(tensor_scale(scale)), float(largest.max()) / 6 / 448
     assert least * (1 - 1e-6) <= shared <= least * (1 + 2**-14)
     assert float(tensor_scale(largest / 6)) == shared
+    for seed in range(50):  # a number of 16 bits, and no scale is above 448 times it
+        scales = randn(20, seed=seed).abs()
+        least = float(scales.max()) / 448
+        assert 0 <= float(tensor_scale(scales)) / least - 1 < 2**-14
+        assert (math.frexp(float(tensor_scale(scales)))[0] * 2**16).is_integer()
     small = (scale.double() / shared).float()
     assert torch.equal(small.to(torch.float8_e4m3fn).float(), small)  # an e4m3 number
     assert torch.equal((small.double() * shared).float(), scale) and (small > 0).all()  # and the product is exact

@@ -11,6 +11,7 @@ from torch import nn
 from dfq.algorithms._calibration import calibrate
 from dfq.errors import UserError
 from dfq.modules import Swap
+from dfq.quantization import fake_quantize
 from dfq.quantizers.min_max import MinMax
 from dfq.quantizers.mse import MSE
 from dfq.scheme import Scheme, TensorScheme
@@ -34,7 +35,7 @@ def quantized(teacher, scheme, method=None):
 
 
 class Aliased(nn.Module):
-    """One convolution under two names, a tied weight, a batch norm that cannot be folded, a buffer, an odd layer."""
+    """One convolution under two names, a tied weight, a batch norm that cannot be folded, a buffer, odd layers."""
 
     def __init__(self):
         super().__init__()
@@ -45,11 +46,13 @@ class Aliased(nn.Module):
         self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.b.weight = self.a.weight
         self.register_buffer("gain", torch.tensor(1.7))
+        self.odd = nn.Bilinear(4, 4, 4)
         self.head = nn.Linear(4, 10)
 
     def forward(self, x):
         x = self.up(torch.relu(self.pre(torch.relu(self.same(x)))))
-        return self.head(self.b(torch.relu(self.a(x))).mean((2, 3)) * self.gain)
+        x = self.b(torch.relu(self.a(x))).mean((2, 3)) * self.gain
+        return self.head(self.odd(x, x))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -68,7 +71,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, make_teacher, bits, policy, kind
         again = Student.load(tmp_path / "s", teacher)
         assert torch.equal(again(x), wanted)
     assert again.settings == {"seed": 3} and again.seconds == 1.5 and again.scheme == student.scheme
-    assert again.swap == student.swap and again.folded == [tuple(p) for p in student.folded]
+    assert again.swap == student.swap and again.surgery == student.surgery
     assert again.mean_weight_bits == student.mean_weight_bits and list(again.layers) == list(student.layers)
     assert not any(p.requires_grad for p in again.module.parameters())
     again.save(tmp_path / "again")
@@ -94,6 +97,61 @@ def test_every_weight_grid_survives(tmp_path, make_teacher, symmetric, granulari
         shape = (-1, *[1] * (codes.dim() - 1)) if granularity == "per_channel" else ()
         values = (codes - quantizer.zero_point.view(shape)).float() * quantizer.scale.view(shape)
         assert torch.equal(values, layer.weight)
+
+
+FP4 = {"grid": "fp4_e2m1", "symmetric": True}
+GRIDS = [
+    {"num_bits": 1, "grid": "seq", "symmetric": True},
+    {"num_bits": 5, "grid": "seq", "symmetric": True},
+    {"grid": "ternary", "symmetric": True},
+    {"grid": "ternary"},
+    {"grid": "ternary", "scale_format": "e8m0"},
+    {"num_bits": 3, "scale_format": "e8m0"},
+    {"num_bits": 8, "symmetric": True, "range": "7bit"},
+    {"grid": "fp8_e4m3", "symmetric": True},
+    {"grid": "fp8_e5m2", "symmetric": True, "scale_format": "e8m0"},
+    {"grid": "fp8_e5m2", "symmetric": True, "scale_format": "e4m3"},
+    {**FP4, "scale_format": "e8m0"},
+    {**FP4, "scale_format": "e4m3"},
+    {"grid": "float"},
+]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
+def test_any_weight_grid_survives(tmp_path, grid, granularity):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 4, stride=2), nn.ReLU(), nn.ConvTranspose2d(8, 6, 4), nn.Flatten(), nn.Linear(216, 10)
+    )
+    teacher = as_teacher(net)
+    teacher.module[0].weight.data[2] = 0.0  # a channel, and groups, of nothing
+    size = {"group_size": 8} if granularity == "per_group" else {}
+    weight = TensorScheme(granularity=granularity, **size, **grid)
+    student = quantized(teacher, Scheme(weight, TensorScheme(8), policy="all"))
+    with torch.no_grad():
+        before = student(images(8))
+        student.freeze()
+        assert torch.isfinite(before).all() and torch.equal(student(images(8)), before)
+        again = Student.load(student.save(tmp_path / "s"), teacher)
+        assert torch.equal(again(images(8)), before) and again.scheme == student.scheme
+    tensors = load_file(tmp_path / "s" / "student.safetensors")
+    formats = {"float32": torch.float32, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
+    for name, layer in student.layers.items():
+        if weight.is_float:
+            assert torch.equal(tensors[f"{name}.weight"], teacher.module.get_submodule(name).weight)
+            continue
+        quantizer = layer.weight_quantizer
+        scale = tensors[f"{name}.weight_quantizer.scale"]
+        channels = layer.weight.shape[layer.channel_axis]
+        wanted = {"per_tensor": 1, "per_channel": channels, "per_group": layer.weight.numel() // 8}[granularity]
+        assert scale.dtype == formats[weight.scale_format] and scale.numel() == wanted
+        assert torch.equal(again.integer_weight(name), student.integer_weight(name))
+        # The stored codes are those of the float weights on the stored grid, each row with its own entry of the scale.
+        rows = quantizer.rows(teacher.module.get_submodule(name).weight.detach())
+        s, z = quantizer.scale.reshape(-1), quantizer.zero_point.reshape(-1)
+        values = fake_quantize(rows, s, z, weight, axis=0)
+        assert torch.equal(quantizer.rows(layer.weight), values)
+    assert again.sha256 == student.sha256
 
 
 def test_a_channel_of_zeros_survives(tmp_path):
@@ -132,7 +190,10 @@ def test_a_layer_under_two_names_is_stored_once(tmp_path):
     student = quantized(as_teacher(Aliased()), scheme(4))
     tensors = student.save(tmp_path / "s") and load_file(tmp_path / "s" / "student.safetensors")
     floats = [name for name, t in tensors.items() if t.dim() > 1 and t.is_floating_point()]
-    assert floats == ["up.weight"]  # the one weight that has no quantized class
+    assert floats == ["odd.weight"]  # the one weight that has no quantized class
+    assert [name for name in tensors if name.endswith("weight_codes")] == [
+        f"{name}.weight_codes" for name in ("a", "first", "head", "up")
+    ]
 
 
 def test_mean_weight_bits(make_teacher):
@@ -190,8 +251,8 @@ CHECKSUM = (
             r"student\.json, which can't be read as json \(.*\); allowed: a student folder$",
         ),
         (
-            edited(schema_version=2),
-            r"^got a student of schema version 2; allowed: at most 1; install a newer dfq to read it$",
+            edited(schema_version=3),
+            r"^got a student of schema version 3; allowed: at most 2; install a newer dfq to read it$",
         ),
         (
             edited(format="dfq.synthetic_dataset"),

@@ -8,8 +8,10 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from torch import Tensor
 import dfq
 from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
+from dfq.hooks import tensors_in
 from dfq.settings import to_config
 from dfq.student import Student
 from dfq.teacher import AnyInputSpec
 
 SCHEMA_VERSION = 1
+BATCH_SIZE = 64
 
 
 def check(student: Student, path: Path) -> None:
@@ -110,3 +114,52 @@ def untranslatable(error: Exception, translator: str) -> UserError:
         f"got a network that {translator} can't translate ({lines[0][:300]})",
         do="write that operation differently in the network",
     )
+
+
+# -- against the student in memory ----------------------------------------------------------------------------------
+
+
+def batches_of(inputs: Tensor) -> list[Tensor]:
+    """As a runtime takes them, the first of size 1: images in float32, token ids as they are."""
+    inputs = inputs.cpu()
+    inputs = (inputs.float() if inputs.is_floating_point() else inputs).contiguous()
+    return [inputs[:1], *inputs[1:].split(BATCH_SIZE)] if len(inputs) > 1 else [inputs]
+
+
+def _predictions(outputs: list[Tensor]) -> Tensor:
+    """Argmax of the first output: over dimension 1, of [N, T, V] over the last, of a vector over its only one."""
+    dim = outputs[0].dim()
+    return outputs[0].argmax(1 if dim == 2 or dim > 3 else -1).flatten()
+
+
+@dataclass
+class Comparison:
+    """Outputs of one network against another's, summed over batches: predictions of the first, errors of all."""
+
+    same: int = 0
+    total: int = 0
+    largest: float = 0.0
+    squared_error: float = 0.0
+    squared: float = 0.0
+
+    def add(self, wanted: list[Tensor], found: list[Tensor]) -> None:
+        predictions = _predictions(wanted)
+        self.total += len(predictions)
+        self.same += int((_predictions(found) == predictions).sum())
+        for want, got in zip(wanted, found, strict=True):
+            error = (got.double() - want.double()).abs()
+            self.largest = max(self.largest, float(error.max()))
+            self.squared_error += float(error.square().sum())
+            self.squared += float(want.double().square().sum())
+
+    @property
+    def agreement(self) -> float:
+        return self.same / self.total
+
+    @property
+    def relative_error(self) -> float:
+        return sqrt(self.squared_error / self.squared) if self.squared else self.largest
+
+
+def outputs_of(network: Callable[[Tensor], Any], batch: Tensor) -> list[Tensor]:
+    return [output.cpu() for output in tensors_in(network(batch))]

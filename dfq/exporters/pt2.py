@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
+from dfq.exporters._artifact import Comparison, batches_of, outputs_of
 from dfq.exporters._integer import Flat, integer_network
-from dfq.exporters._runtime import Comparison, batches_of, outputs_of
 from dfq.hooks import record_dataflow
 from dfq.student import Student
 from dfq.teacher import Teacher, TokenSpec

@@ -91,7 +91,8 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         images = batch["images"]
-        if self.flip and torch.rand((), generator=self.rng) < 0.5:
+        # Token ids have an order.
+        if self.flip and images.is_floating_point() and torch.rand((), generator=self.rng) < 0.5:
             images = images.flip(-1)
         with torch.no_grad(), capture_outputs(self._teacher[0].module, self.features) as wanted:
             target = self.task.raw_outputs(self._teacher[0], images)  # on its own copy of the images

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dfq.modules import Quantizer
 from dfq.quantization import choose_qparams, shifted_scale
 from dfq.quantizers._observation import Observation
-from dfq.scheme import TensorScheme
+from dfq.scheme import FLOAT_FORMATS, TensorScheme
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def learn_step(
         names.append("zero_point")
     for name in names:
         start = getattr(quantizer, name).detach().float().clone()
+        if name == "scale" and quantizer.scheme.scale_format == "e8m0" and quantizer.scheme.grid not in FLOAT_FORMATS:
+            start *= 0.5**0.5  # the middle of what is rounded up to this power of two, not its end
         delattr(quantizer, name)
         quantizer.register_parameter(name, nn.Parameter(start))
     quantizer.gradient_scale = (max(num_elements, 1) * _positive_levels(quantizer.scheme)) ** -0.5

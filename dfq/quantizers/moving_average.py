@@ -1,6 +1,6 @@
 """Moving averages of the extremes of each batch (Jacob et al., CVPR 2018, arXiv 1712.05877, section 3.1).
 
-    range <- momentum * range + (1 - momentum) * extremes of the batch, starting from the first batch
+range <- momentum * range + (1 - momentum) * extremes of the batch, starting from the first batch
 """
 
 from __future__ import annotations

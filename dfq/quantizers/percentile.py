@@ -35,7 +35,7 @@ class Percentile:
         cumulative = counts.double().cumsum(1)
         total = cumulative[:, -1:]
         rest, slack = 1 - self.percentile / 100, 1e-9 * total  # 1 - 0.99 is a hair more than 1 / 100
-        positive = observation.minimum >= 0
+        positive = (observation.minimum >= 0) & (not scheme.has_float_zero_point)  # with a shift zero is no end
         above = torch.full_like(total, rest / 2).masked_fill(positive[:, None], rest)
         # The smallest value with at most that share above it, and the largest with at most that share below it.
         high = torch.searchsorted(cumulative, total * (1 - above) - slack)

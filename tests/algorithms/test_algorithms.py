@@ -63,7 +63,7 @@ def test_calibration_sees_the_float_networks_activations(make_teacher):
         values = torch.cat(seen[name])
         low, high = min(float(values.min()), 0), max(float(values.max()), 0)
         assert float(layer.input_quantizer.scale) == pytest.approx((high - low) / 255, rel=1e-4)
-        assert elements[name] == values[0].numel()
+        assert elements[f"{name}.input_quantizer"] == values[0].numel()
         assert layer.input_quantizer.enabled and layer.weight_quantizer.enabled
         if low == 0:
             assert int(layer.input_quantizer.zero_point) == 0
@@ -214,7 +214,7 @@ def test_synthetic_images_never_move_running_statistics(make_dataset, tmp_path):
     teacher = as_teacher(PreActivation())
     want = {k: v.clone() for k, v in teacher.module.bn.named_buffers()}
     student = run(SHORT, teacher, make_dataset(teacher), tmp_path)
-    assert student.folded == []
+    assert student.surgery.folded == []
     for name, value in student.module.bn.named_buffers():
         assert torch.equal(value, want[name]), name
 

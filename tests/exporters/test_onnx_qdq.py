@@ -24,7 +24,7 @@ pytest.importorskip("onnxscript")
 
 from onnx import numpy_helper  # noqa: E402
 
-from dfq.exporters import _runtime, onnx_qdq  # noqa: E402
+from dfq.exporters import _artifact, _runtime, onnx_qdq  # noqa: E402
 from dfq.exporters.onnx_qdq import OnnxQDQ  # noqa: E402
 
 SPEC = InputSpec((3, 8, 8), (0.0,) * 3, (1.0,) * 3)
@@ -167,8 +167,7 @@ def test_activations_saturate_where_the_student_clamps(exported):
     )
     # The first layer reads the images themselves: not one code differs.
     quantizer = exported.student.layers["stem"].input_quantizer
-    limits = scheme.quant_min, scheme.quant_max
-    wanted = quantize(exported.images, quantizer.scale, quantizer.zero_point, *limits) - scheme.quant_min
+    wanted = quantize(exported.images, quantizer.scale, quantizer.zero_point, scheme) - scheme.quant_min
     assert torch.equal(codes[0], wanted)
     assert (wanted == 0).any() and (wanted == 2**scheme.num_bits - 1).any()
     assert max(int(c.max()) for c in codes) == 2**scheme.num_bits - 1
@@ -212,7 +211,7 @@ def test_description(exported):
     assert description["format"] == "dfq.artifact" and description["schema_version"] == 1
     assert description["exporter"] == {
         "_target_": "dfq.exporters.onnx_qdq.OnnxQDQ",
-        "opset": 20,
+        "opset": None,
         "latency": False,
     }
     assert description["sha256"] == file_sha256(exported.path)
@@ -262,7 +261,9 @@ def test_low_agreement_is_said(exported):
     parity = _runtime.parity(other, exported.content, exported.images, onnx_qdq.session_options(other))
     assert parity["argmax_agreement"] < 0.9
     assert parity["warning"].startswith("argmax_agreement and argmax_agreement_default_session")
-    assert "warning" not in exported.description["parity"]
+    # Of a default session's integer kernels there may be one: they saturate on processors without VNNI.
+    warning = exported.description["parity"].get("warning", "argmax_agreement_default_session")
+    assert warning.startswith("argmax_agreement_default_session")
 
 
 def test_export_float_is_the_teacher(compared):
@@ -317,7 +318,7 @@ def test_paths_that_cannot_be_written(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_qdq, "write_atomic", full)
+    monkeypatch.setattr(_artifact, "write_atomic", full)
     with pytest.raises(UserError, match="No space left"):
         OnnxQDQ(latency=False).export(student, tmp_path / "b.onnx", images=images)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -333,7 +334,7 @@ def test_a_student_without_grids():
 def test_a_file_that_onnx_runtime_refuses_is_not_written(tmp_path, monkeypatch):
     _, student, images = quantized(Network)
     monkeypatch.setattr(onnx_qdq, "_to_onnx", lambda *_: onnx.helper.make_model(onnx.helper.make_graph([], "", [], [])))
-    monkeypatch.setattr(onnx_qdq, "_serialize", lambda *_: b"no model")
+    monkeypatch.setattr(onnx_qdq, "serialize", lambda *_: b"no model")
     with pytest.raises(UserError, match=f"onnxruntime {onnxruntime.__version__} does not run"):
         OnnxQDQ(latency=False).export(student, tmp_path / "a.onnx", images=images)
     assert not list(tmp_path.iterdir())

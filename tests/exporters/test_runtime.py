@@ -257,6 +257,25 @@ def test_token_ids_stay_integers_and_every_token_has_a_prediction():
     report = integer_report(content, ids[:1], {})
     assert shares(report) == {"head": 1}
     assert latency_ms(content, content, ids[:1], {}).keys() == {"float", "quantized"}
+    opened = openvino_parity(student, content, [ids[:1], ids[1:]])  # None where it is not installed
+    assert opened is None or opened["argmax_agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong, advice",
+    [
+        ([{}], "session.x64quantprecision=1 makes them exact"),
+        ([{}, _runtime.EXACT_INTEGER_KERNELS], "session.disable_quant_qdq=1 turns them off"),
+        ([{}, _runtime.EXACT_INTEGER_KERNELS, _runtime.FLOAT_KERNELS], "argmax_agreement_float_kernels below 0.99"),
+    ],
+)
+def test_the_warning_says_what_helps(images, monkeypatch, wrong, advice):
+    def answer(options, inputs):
+        return [-network()(inputs) if options in wrong else network()(inputs)]
+
+    monkeypatch.setattr(_runtime, "session", lambda content, options: options)
+    monkeypatch.setattr(_runtime, "run", answer)
+    assert parity(network(), b"", images, _runtime.EXACT_INTEGER_KERNELS)["warning"].endswith(advice)
 
 
 def test_a_file_that_does_not_run(images):
