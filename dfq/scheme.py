@@ -231,6 +231,8 @@ class Scheme:
         implied = {"mxfp4": 32, "nvfp4": 16}.get(weight)
         if self.weight.group_size not in (None, implied):
             name += f"_g{self.weight.group_size}"
+        if self.weight.scale_format == self.activation.scale_format == "e8m0" and self.weight.grid == "uniform":
+            name += "_po2"
         return name
 
     def for_layer(self, is_edge: bool, name: str = "") -> tuple[TensorScheme, TensorScheme]:
@@ -265,7 +267,7 @@ class Scheme:
         """What :meth:`from_dict` reads; parts that are not quantized and empty overrides are left out."""
         values = asdict(self)
         for part in OPERANDS:
-            if getattr(self, part).is_float:
+            if getattr(self, part) == FLOAT:
                 del values[part]
         if not self.overrides:
             del values["overrides"]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, ModuleStack, Op, op_name, tensors_in
@@ -175,12 +176,14 @@ def _activations(flow: Dataflow) -> set[int]:
 
 
 def _constants(flow: Dataflow) -> set[int]:
-    """Numbers of parameters and of what is computed from them alone."""
-    found = set(flow.parameters)
+    """Numbers of parameters and of what is computed from them or from nothing, if a grid can cover it: no masks."""
+    found, without_grid = set(flow.parameters), set()
     for op in flow.ops:
-        if op.inputs and set(op.inputs) <= found:
+        if set(op.inputs) <= found:
             found |= set(op.outputs)
-    return found
+            if not op.is_ordinary:
+                without_grid |= set(op.outputs)
+    return found - without_grid
 
 
 def _path(op: Op, place: str) -> str:
@@ -244,7 +247,8 @@ def _held_by_hardware(
             if on_grid:
                 grids.update(dict.fromkeys(op.outputs, on_grid))
                 into = {reader.name if reader else "" for number in op.outputs for reader in readers.get(number, [])}
-                if op.name in SPLITTING or (op.name in PADDING and not into <= PRODUCTS):
+                # A ReLU is folded into the operation before it, unless that one's result is read elsewhere as well.
+                if op.name in SPLITTING | {"relu"} or (op.name in PADDING and not into <= PRODUCTS):
                     aliases[_path(op, "output")] = on_grid
             continue
         if not op.is_ordinary:
@@ -264,10 +268,15 @@ def _held_by_hardware(
     for name, product in layers.items():
         calls = [op for op in flow.ops if product and op.module == name and op.name == product.name]
         calls += uses.get(name, [])
-        paths = {grids.get(next((n for n in op.inputs if n in active), -1)) for op in calls}
-        grid = paths.pop() if len(paths) == 1 else None
-        if grid is not None and found[grid] == swap.layers[name][1]:
-            layer_inputs[name] = grid
+        paths = list(dict.fromkeys(grids.get(next((n for n in op.inputs if n in active), -1)) for op in calls))
+        if not paths or any(path is None or found[path] != swap.layers[name][1] for path in paths):
+            continue
+        grid = layer_inputs[name] = paths[0]
+        for other in paths[1:]:  # called several times: one bias, so one grid
+            del found[other]
+            aliases = {path: grid if of == other else of for path, of in aliases.items()} | {other: grid}
+            layer_inputs = {layer: grid if of == other else of for layer, of in layer_inputs.items()}
+            grids = {number: grid if of == other else of for number, of in grids.items()}
     return found, aliases, layer_inputs
 
 
@@ -327,6 +336,8 @@ class _CallSites(TorchFunctionMode):
         super().__init__()
         self.modules = modules
         self.called: set[str] = set()
+        # What an operation wrote into, of which its caller may hold on to the object and throw away what came back.
+        self.rounded: Any = WeakTensorKeyDictionary()
         self.of_site: dict[str, dict[str, tuple[str, nn.Module]]] = {}  # "layer1/0/add_1" → place → key, quantizer
         for key, quantizer in quantizers.items():
             site, place = re.fullmatch(r"(.*_\d+)_(output|softmax|input_\d+)|.*", key).groups()[:2]  # type: ignore[union-attr]
@@ -335,6 +346,8 @@ class _CallSites(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.rounded:
+            args, kwargs = _map_tensors(self.last, args), _map_tensors(self.last, kwargs)
         name, owner = op_name(func), self.modules.stack[-1][0]
         site = _key(f"{owner}.{name}_{self.modules.peek(name)}".lstrip("."))
         mine = {}
@@ -351,26 +364,40 @@ class _CallSites(TorchFunctionMode):
             if "output" in mine:
                 quantizer = mine["output"]
                 several = isinstance(result, tuple | list)
-                result = type(result)(map(quantizer, result)) if several else quantizer(result)
+                rounded = type(result)(map(quantizer, result)) if several else quantizer(result)
+                if rounded is not result and any(result is value for value in tensors_in([args, kwargs])):
+                    self.rounded[result] = rounded
+                result = rounded
         return result
+
+    def last(self, tensor: Tensor) -> Tensor:
+        while tensor in self.rounded:
+            tensor = self.rounded[tensor]
+        return tensor
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Each tensor in nested lists, tuples and dicts through ``function``."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(function, item) for item in value)
+    if type(value) is dict:
+        return {key: _map_tensors(function, item) for key, item in value.items()}
+    return value
 
 
 def _quantized_inputs(quantizers: dict[str, nn.Module], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Each tensor among the arguments through the quantizer of its position, in nested lists too."""
     position = -1
 
-    def through(value: Any) -> Any:
+    def through(value: Tensor) -> Tensor:
         nonlocal position
-        if isinstance(value, Tensor):
-            position += 1
-            quantizer = quantizers.get(f"input_{position}")
-            return value if quantizer is None else quantizer(value)
-        if type(value) in (list, tuple):
-            return type(value)(map(through, value))
-        return value
+        position += 1
+        quantizer = quantizers.get(f"input_{position}")
+        return value if quantizer is None else quantizer(value)
 
-    new_args = tuple(map(through, args))
-    return new_args, {key: through(value) for key, value in kwargs.items()}
+    return _map_tensors(through, args), _map_tensors(through, kwargs)
 
 
 def attention(

@@ -14,6 +14,7 @@ from dfq.settings import choices, load
 INT4, INT8 = TensorScheme(4, True, "per_channel"), TensorScheme(8)
 OPTIONS = ["num_bits", "symmetric", "granularity", "group_size", "grid", "dynamic", "scale_format", "range"]
 GROUPS = {"granularity": "per_group", "group_size": 32}
+PO2 = {"scale_format": "e8m0"}
 MXFP4 = {"grid": "fp4_e2m1", "scale_format": "e8m0", **GROUPS}
 NVFP4 = {"grid": "fp4_e2m1", "scale_format": "e4m3", "granularity": "per_group", "group_size": 16}
 
@@ -304,7 +305,7 @@ def test_quotes_of_a_value_stay_what_they_are():
 @pytest.mark.parametrize("name", choices("scheme"))
 def test_a_yaml_is_called_what_it_says(name):
     assert Scheme.from_dict(load("scheme", name)).name == name
-    assert re.fullmatch(r"w[a-z0-9]+(_?a[a-z0-9]+)(_g\d+)?", name)
+    assert re.fullmatch(r"w[a-z0-9]+(_?a[a-z0-9]+)(_g\d+)?(_po2)?", name)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +320,8 @@ def test_a_yaml_is_called_what_it_says(name):
         ({"grid": "ternary", **GROUPS}, {"num_bits": 8}, "wternary_a8_g32"),
         ({"grid": "fp8_e4m3"}, {"grid": "fp8_e5m2"}, "wfp8_afp8e5m2"),
         ({"grid": "fp4_e2m1"}, {"grid": "fp4_e2m1"}, "wfp4_afp4"),
+        ({"num_bits": 4, **PO2}, {"num_bits": 8, **PO2}, "w4a8_po2"),
+        ({"num_bits": 4, **PO2}, {"num_bits": 8}, "w4a8"),
         (MXFP4, {"grid": "float"}, "wmxfp4_a16"),
         ({**MXFP4, "group_size": 64}, {"grid": "float"}, "wmxfp4_a16_g64"),
         (NVFP4, {**MXFP4, "dynamic": True}, "wnvfp4_amxfp4"),

@@ -189,7 +189,7 @@ class Constants(Net):
         self.conv = nn.Conv2d(6, 6, 1)
 
     def body(self, x):
-        x = x + self.position
+        x = x + self.position + torch.linspace(-1, 1, 8)  # that one is made in the forward
         return x + self.layer_scale * self.conv(x)
 
 
@@ -461,3 +461,349 @@ def test_weights_and_steps_train_through_every_site(kind):
         trained = flat(student(x))
         assert trained.square().mean() < loss
         assert torch.equal(flat(student.freeze()(x)), trained)
+
+
+# ------------------------------------------------------------------------------------------------ where they are
+
+SHARED = {
+    # Both layers read the one quantizer; the ReLU behind the stem has the stem's grid, which is why that has none.
+    "TwoReaders": (
+        ["input_0", "relu_0_output", "left.conv2d_0_output", "right.conv2d_0_output", "add_0_output"],
+        {},
+        {"stem": "input_0", "left": "relu_0_output", "right": "relu_0_output", "fc": "mean_0_output"},
+    ),
+    "ReluTwice": (
+        ["input_0", "relu_0_output", "act.relu_0_output", "act.relu_1_output"],
+        {},
+        {"stem": "input_0", "a": "relu_0_output", "b": "act.relu_0_output", "fc": "mean_0_output"},
+    ),
+    # One bias, in steps of one input grid: both inputs of the layer have the same.
+    "LayerTwice": (
+        ["input_0", "relu_0_output", "relu_2_output"],
+        {"relu_1_output": "relu_0_output"},
+        {"stem": "input_0", "conv": "relu_0_output", "fc": "mean_0_output"},
+    ),
+    "Shuffle": (
+        ["input_0", "relu_0_output", "relu_1_output", "cat_0_output"],
+        {"chunk_0_output": "relu_0_output"},
+        {"stem": "input_0", "conv": "relu_0_output", "fc": "mean_0_output"},
+    ),
+    "PadShortcut": (
+        ["input_0", "relu_0_output", "conv.conv2d_0_output", "relu_1_output"],
+        {"pad_0_output": "relu_0_output"},
+        {"stem": "input_0", "conv": "relu_0_output", "fc": "mean_0_output"},
+    ),
+    "Preactivated": (
+        ["input_0", "relu_0_output", "a.conv2d_0_output", "b.conv2d_0_output", "add_0_output"],
+        {"relu_1_output": "a.conv2d_0_output"},
+        {"stem": "input_0", "a": "relu_0_output", "b": "a.conv2d_0_output", "fc": "mean_0_output"},
+    ),
+    "Functional": (
+        ["input_0", "relu_0_output", "linear_0_output"],
+        {"linear_0_input_1": "qkv.weight_quantizer", "linear_0_input_2": "qkv.bias_quantizer"},
+        {"stem": "input_0", "qkv": "relu_0_output", "fc": "mean_0_output"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_tensor_has_one_grid_however_many_read_it(kind):
+    student = Student.from_teacher(teacher_of(kind), HARDWARE)
+    quantizers, aliases, layer_inputs = SHARED[kind]
+    sites = student.surgery.sites
+    assert list(sites.quantizers) == [*quantizers, "mean_0_output", "fc.linear_0_output"]
+    assert set(sites.quantizers.values()) == {ACTIVATION}
+    assert sites.aliases == aliases and sites.layer_inputs == layer_inputs
+    for name, layer in student.layers.items():
+        assert layer.input_is_on_grid and layer.input_quantizer is site(student, layer_inputs[name])
+    for path, other in aliases.items():
+        if not other.endswith("bias_quantizer"):
+            is_weight = other.endswith(".weight_quantizer")
+            assert site(student, path) is (
+                student.module.get_submodule(other) if is_weight else site(student, other)
+            )
+    # As many as there are sites: none is counted twice, none is missing.
+    assert len(student.activation_quantizers) == len(sites.quantizers)
+
+
+def site(student, path):
+    (holder,) = [m for name, m in student.module.named_modules() if name.rpartition(".")[2] == "sites"]
+    return holder._modules[path.replace(".", "/")]
+
+
+def test_a_tensor_that_two_layers_read_is_rounded_once():
+    _, student = quantized("TwoReaders")
+    calls = []
+    shared = student.layers["left"].input_quantizer
+    with forward_hooks([("", shared)], before=lambda *_: calls.append(1)):
+        student(images(2))
+    assert len(calls) == 1
+
+
+def test_no_container_comes_upon_a_quantizer():
+    _, student = quantized("Containers")
+    assert list(student.module.rest[2]) == ["a", "b"]
+    assert [name for name, _ in student.module.rest[1].named_children()] == ["a", "b"]
+    assert len(student.module.rest[0]) == 2 and len(list(student.module.children())) == 3
+
+
+def test_overrides_beside_hardware():
+    scheme = Scheme(
+        WEIGHT,
+        ACTIVATION,
+        policy="hardware",
+        overrides={
+            "block1.conv1": {"activation": {"num_bits": 4}},
+            "block1.conv2": {"weight": {"num_bits": 4}},
+            "block2.conv1": {"weight": {"grid": "float"}},
+            "block2.conv2": {"activation": {"grid": "float"}},
+        },
+    )
+    teacher, student = quantized("Residual", scheme)
+    layers, sites = student.layers, student.surgery.sites
+    # The tensor itself keeps the grid of the scheme, as others read it: the layer rounds it once more.
+    assert layers["block1.conv1"].input_quantizer.scheme.num_bits == 4
+    assert not layers["block1.conv1"].input_is_on_grid and "block1.conv1" not in sites.layer_inputs
+    assert layers["block1.conv2"].input_is_on_grid and layers["block1.conv2"].weight_quantizer.scheme.num_bits == 4
+    # Without both grids there are no steps to count a bias in.
+    has_integer_bias = {name: layer.bias_quantizer is not None for name, layer in layers.items()}
+    assert {name for name, has in has_integer_bias.items() if not has} == {"block2.conv1", "block2.conv2"}
+    fed = [inputs[0] for name, inputs in Watch(student.module).run(student, images(4, seed=2)) if name == "conv2d"]
+    assert is_on(layers["block1.conv1"].input_quantizer, fed[1]) and len(fed[1].unique()) <= 16
+    x = images(4, seed=2)
+    with torch.no_grad():
+        wanted = flat(student.freeze()(x))
+        assert (wanted - flat(teacher(x))).norm() / wanted.norm() < 0.3
+    step = layers["block1.conv1"].input_quantizer.scale * layers["block1.conv1"].weight_quantizer.scale
+    codes = layers["block1.conv1"].bias / step
+    assert (codes - codes.round()).abs().max() < 1e-2
+
+
+class Fickle(Net):
+    def body(self, x):
+        return torch.cat([x, x], 1)[:, :6] if x.shape[0] == 2 else x
+
+
+class FickleInside(Net):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(6, 6, 1), Sometimes())
+
+    def body(self, x):
+        return self.part(x)
+
+
+class Sometimes(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[0] == 2 else x
+
+
+@pytest.mark.parametrize("kind, what", [(Fickle, "cat in its own forward"), (FickleInside, "mul in part.1")])
+def test_a_forward_with_other_operations_is_an_error(kind, what):
+    student = Student.from_teacher(teacher_of(kind), HARDWARE)
+    student(images(2))
+    with pytest.raises(UserError) as error:
+        student(images(3))
+    assert str(error.value) == (
+        f"got a network that did not call {what} again, as it did in the forward by which quantizers were placed; "
+        "allowed: for scheme.policy=hardware and quantized attention: the same operations in every forward; "
+        "use scheme.policy=all, which quantizes weight layers alone"
+    )
+    student(images(2))  # nothing is left behind
+
+
+def test_a_channel_without_weights_keeps_its_bias():
+    teacher = teacher_of("Concat")
+    with torch.no_grad():
+        teacher.module.conv.weight[2] = 0
+        teacher.module.conv.bias[2] = 0.75
+    student = Student.from_teacher(teacher, HARDWARE)
+    calibrate(student, images(), MinMax(), MinMax())
+    student.freeze()
+    layer = student.layers["conv"]
+    codes = layer.bias / BiasQuantizer.step(layer)
+    assert float(layer.bias[2]) == pytest.approx(0.75, rel=1e-6)
+    assert 2**29 < codes[2] < 2**31 and (codes[[0, 1, 3]].abs() < 2**20).all()  # the others keep their steps
+    x = images(2)
+    assert torch.equal(student(x), student(x)) and torch.isfinite(student(x)).all()
+
+
+# ------------------------------------------------------------------------------------------------ integers alone
+
+
+class Integers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.fc(F.avg_pool2d(F.relu(self.conv(x)) + x, 2).flatten(1))
+
+
+def integer_conv(codes, weight):
+    """int64 [N, C, H, W] and [O, C, 3, 3], padded by zeros."""
+    n, _, h, w = codes.shape
+    padded = np.pad(codes, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    total = np.zeros((n, len(weight), h, w), np.int64)
+    for i in range(3):
+        for j in range(3):
+            total += np.einsum("nchw,oc->nohw", padded[:, :, i : i + h, j : j + w], weight[:, :, i, j])
+    return total
+
+
+@pytest.mark.parametrize("weight_bits, activation_bits", [(8, 8), (4, 5)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scale_format", ["e8m0", "float32"])
+def test_integer_arithmetic_alone_gives_the_student_s_outputs(scale_format, symmetric, weight_bits, activation_bits):
+    """Codes, scales, zero points and int32 biases in int64 accumulators; not one float but the rescaling."""
+    weight = TensorScheme(weight_bits, symmetric, "per_channel", scale_format=scale_format)
+    _, student = quantized(
+        Integers, Scheme(weight, TensorScheme(activation_bits, scale_format=scale_format), policy="hardware")
+    )
+    student.freeze()
+
+    def grid(path):
+        quantizer = site(student, path)
+        return float(quantizer.scale), int(quantizer.zero_point)
+
+    def requantized(real, path):
+        scale, zero_point = grid(path)
+        return np.clip(np.rint(real / scale) + zero_point, 0, 2**activation_bits - 1).astype(np.int64) - zero_point
+
+    def layer(name, codes, path, product):
+        quantizer = student.layers[name].weight_quantizer
+        shape = (-1, *[1] * (student.layers[name].weight.dim() - 1))
+        weights = student.integer_weight(name).numpy().astype(np.int64)
+        weights = weights - quantizer.zero_point.numpy().reshape(shape)
+        assert weights.min() >= -(2**weight_bits) and np.abs(weights).max() > 1
+        step = grid(path)[0] * quantizer.scale.double().numpy()
+        bias = np.rint(student.layers[name].bias.double().numpy() / step).astype(np.int64)
+        total = product(codes, weights)
+        shape = (1, -1, *[1] * (total.ndim - 2))
+        total += bias.reshape(shape)
+        assert np.abs(total).max() < 2**31
+        return total * step.reshape(shape)
+
+    x = images(8, seed=5) * 1.5  # some of it clipped
+    codes = requantized(x.double().numpy(), "input_0")
+    hidden = requantized(np.maximum(layer("stem", codes, "input_0", integer_conv), 0), "relu_0_output")
+    other = requantized(np.maximum(layer("conv", hidden, "relu_0_output", integer_conv), 0), "relu_1_output")
+    total = requantized(hidden * grid("relu_0_output")[0] + other * grid("relu_1_output")[0], "add_0_output")
+    pooled = total.reshape(8, 4, 4, 2, 4, 2).sum((3, 5)) * (grid("add_0_output")[0] / 4)
+    pooled = requantized(pooled, "avg_pool2d_0_output").reshape(8, -1)
+    outputs = requantized(layer("fc", pooled, "avg_pool2d_0_output", lambda a, b: a @ b.T), "fc.linear_0_output")
+    found = student(x).double().numpy() / grid("fc.linear_0_output")[0]
+    difference = np.abs(found - outputs)
+    assert len(np.unique(outputs)) > 8
+    if scale_format == "e8m0":
+        assert difference.max() == 0
+    else:  # sums of float32 may fall to the other side of a border between two codes
+        assert difference.max() < 1.01 and (difference > 0.01).mean() <= 0.05
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+QUERY, KEY = (2, 4, 5, 8), (2, 4, 7, 8)
+CAUSAL = torch.ones(5, 7, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scale": 0.2},
+        {"is_causal": True},
+        {"attn_mask": CAUSAL},
+        {"attn_mask": torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(0))},
+        {"attn_mask": torch.zeros(5, 7).masked_fill(~CAUSAL, float("-inf")), "scale": 0.5},
+        {"enable_gqa": True},
+        {"enable_gqa": True, "is_causal": True},
+    ],
+)
+def test_attention_without_a_grid_is_torch_s(settings):
+    rng = torch.Generator().manual_seed(0)
+    heads = 2 if settings.get("enable_gqa") else 4
+    query = torch.randn(QUERY, generator=rng)
+    key, value = (torch.randn(2, heads, 7, 8, generator=rng) for _ in range(2))
+    found = attention(nn.Identity(), query, key, value, **settings)
+    wanted = F.scaled_dot_product_attention(query, key, value, **settings)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+class Attention(nn.Module):
+    """Rows of an image attend to each other; fused or in two products."""
+
+    def __init__(self, fused=True, heads=1, **settings):
+        super().__init__()
+        self.q = nn.Linear(24, 24)
+        self.k, self.v = (nn.Linear(24, 24 // heads) for _ in range(2))
+        self.fused, self.settings = fused, settings
+
+    def forward(self, x):
+        x = x.transpose(1, 2).flatten(2)  # [N, 8, 24]
+        q, k, v = (part(x).unflatten(-1, (-1, 6)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, **self.settings)
+        mask = self.settings.get("attn_mask", torch.zeros(()))
+        return torch.matmul((q @ k.transpose(-2, -1) * self.settings.get("scale", 6**-0.5) + mask).softmax(-1), v)
+
+
+LOG2 = TensorScheme(4, False, grid="log2")
+OPERANDS = [
+    (TensorScheme(8, True), TensorScheme(8)),
+    (TensorScheme(6, True), LOG2),
+    (TensorScheme(8, False, "per_token"), TensorScheme(8)),
+    (TensorScheme(8, True), TensorScheme(16, True, grid="float")),
+    (TensorScheme(16, True, grid="float"), TensorScheme(4)),
+]
+ADDED = torch.zeros(8, 8).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
+NETS = {
+    "fused": lambda: Attention(),
+    "fused, causal": lambda: Attention(is_causal=True),
+    "fused, masked and scaled": lambda: Attention(attn_mask=ADDED, scale=0.7),
+    "fused, grouped": lambda: Attention(heads=2, enable_gqa=True),
+    "two products": lambda: Attention(False),
+    "two products, masked and scaled": lambda: Attention(False, attn_mask=ADDED, scale=0.7),
+}
+
+
+@pytest.mark.parametrize("operands", OPERANDS, ids=lambda pair: f"{pair[0].label}-{pair[1].label}")
+@pytest.mark.parametrize("kind", NETS)
+def test_operands_of_attention_are_rounded(kind, operands):
+    part, probabilities = operands
+    plain = TensorScheme(16, True, grid="float")
+    scheme = Scheme(WEIGHT, plain, attention=part, softmax=probabilities)
+    teacher, student = quantized(NETS[kind], scheme)
+    module, x = student.module, images(3, seed=2)
+    paths = student.surgery.sites.quantizers
+    fused = kind.startswith("fused")
+    if not fused and part.granularity == "per_token":
+        pytest.skip("a token of a key that comes transposed is a column")
+    if fused:
+        where = [f"scaled_dot_product_attention_0_{place}" for place in ("input_0", "input_1", "input_2", "softmax")]
+    else:
+        where = ["matmul_0_input_0", "matmul_0_input_1", "matmul_1_input_1", "matmul_1_input_0"]
+    expected = {path: part for path in where[:3]} | {where[3]: probabilities}
+    assert paths == {path: grid for path, grid in expected.items() if not grid.is_float}
+    # By hand, with the student's layers and the quantizers that it has.
+    rounding = [site(student, path) if path in paths else nn.Identity() for path in where]
+    with torch.no_grad():
+        rows = x.transpose(1, 2).flatten(2)
+        q, k, v = (
+            rounding[i](layer(rows).unflatten(-1, (-1, 6)).transpose(1, 2))
+            for i, layer in enumerate((module.q, module.k, module.v))
+        )
+        if module.settings.get("enable_gqa"):
+            k, v = (t[:, [0, 0, 1, 1]] for t in (k, v))
+        masked = "is_causal" in module.settings or "attn_mask" in module.settings
+        scores = torch.einsum("nhle,nhse->nhls", q, k) * module.settings.get("scale", 6**-0.5) + (ADDED if masked else 0)
+        wanted = torch.einsum("nhls,nhse->nhle", rounding[3](torch.softmax(scores, -1)), v)
+        found = student(x)
+        # Probabilities on the border between two codes may fall to either side.
+        error = (found - wanted).abs()
+        assert error.median() < 1e-6 and (error > 1e-5).float().mean() < 0.05
+        assert 1e-6 < (found - teacher(x)).norm() / found.norm() < 0.35
+        for quantizer in paths:
+            site(student, quantizer).enabled = False
+        assert not torch.equal(student(x), found)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -94,12 +95,12 @@ class OnnxQDQ:
         spec = student.input_spec
         if images is None:
             images = artifact.noise(spec, 16)
-        provenance = artifact.provenance(student)
-        opset = self._opset(student)
+        options, opset = session_options(student), self._opset(student)
+        # In the file itself too: it may travel alone.
+        provenance = artifact.provenance(student) | {"session_options": json.dumps(options)}
         model = _to_onnx(integer_network(student), spec, opset)
         content = serialize(model, provenance, _low_bits(student) if opset >= FOUR_BITS else None)
         float_content = None if teacher is None else export_float(teacher, opset)
-        options = session_options(student)
         measured = parity(student, content, images, options, teacher)
         integer = integer_report(content, images[:1], options)
         measured |= {
