@@ -24,6 +24,7 @@ from dfq.quantization import (
     from_groups,
     round_scale,
     round_through,
+    round_zero_point,
     scale_through,
     to_groups,
 )
@@ -91,7 +92,7 @@ class Quantizer(nn.Module):
         if self.has_qparams:
             scale, zero_point = round_scale(self.scale.detach(), self.scheme), self.zero_point.detach()
             if zero_point.is_floating_point() and not self.scheme.has_float_zero_point:
-                zero_point = zero_point.round().clamp(self.scheme.quant_min, self.scheme.quant_max).to(torch.int32)
+                zero_point = round_zero_point(zero_point, self.scheme).to(torch.int32)
             for name, value in (("scale", scale), ("zero_point", zero_point)):
                 self._parameters.pop(name, None)
                 self.register_buffer(name, value.clone())
@@ -104,8 +105,7 @@ class Quantizer(nn.Module):
             return self._with_the_range_of(x)
         scale, zero_point = scale_through(self.scale, self.scheme), self.zero_point
         if zero_point.requires_grad and not self.scheme.has_float_zero_point:
-            low, high = self.scheme.quant_min, self.scheme.quant_max  # as freeze() will leave it
-            zero_point = zero_point + (zero_point.round().clamp(low, high) - zero_point).detach()
+            zero_point = zero_point + (round_zero_point(zero_point, self.scheme) - zero_point).detach()  # as frozen
         if self.scheme.group_size is None:
             return self._fake_quantize(x, scale, zero_point, self.axis)
         assert self.axis is not None

@@ -96,12 +96,17 @@ def _qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tuple[Te
     scale = (high / levels - low / levels).clamp(min=tiny)
     if scheme.scale_format != "float32":
         scale = round_scale(scale, scheme)  # the zero point belongs to the scale that will be used
-    zero_point = (scheme.quant_min - torch.round(low / scale)).clamp(scheme.quant_min, scheme.quant_max)
-    if scheme.scale_format == "e8m0":
-        # Sums of powers of two often end exactly between two codes. Runtimes round before or after they add the zero
-        # point, which comes to the same if it is even. The nearest even one: each end is off by one step at most.
-        zero_point = (-2 * torch.round(low / scale / 2)).clamp(max=scheme.quant_max - 1)
-    return scale, zero_point.to(torch.int32)
+    return scale, round_zero_point(scheme.quant_min - low / scale, scheme).to(torch.int32)
+
+
+def round_zero_point(zero_point: Tensor, scheme: TensorScheme) -> Tensor:
+    """The nearest code that may stand for zero; with scales that are powers of two the nearest even one.
+
+    Sums of powers of two often end exactly between two codes. Runtimes round before or after they add the zero point,
+    which comes to the same if it is even.
+    """
+    step = 2 if scheme.scale_format == "e8m0" else 1
+    return (torch.round(zero_point / step) * step).clamp(scheme.quant_min, scheme.quant_max // step * step)
 
 
 def shifted_scale(scale: Tensor, shift: Tensor, scheme: TensorScheme) -> Tensor:

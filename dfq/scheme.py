@@ -240,8 +240,8 @@ class Scheme:
         weight, activation = self.weight, self.activation
         if self.policy == "edges_8bit" and is_edge:
             weight, activation = (
-                part if part.is_float else replace(part, num_bits=8, grid="uniform", scale_format="float32")
-                for part in (weight, activation)
+                part if part.num_bits >= 8 else replace(part, num_bits=8, grid="uniform", scale_format="float32")
+                for part in (weight, activation)  # float ones have 16
             )
         return self._overridden(weight, activation, [p for p in self.overrides if fnmatchcase(name, p)])
 
