@@ -268,8 +268,8 @@ def _held_by_hardware(
     for name, product in layers.items():
         calls = [op for op in flow.ops if product and op.module == name and op.name == product.name]
         calls += uses.get(name, [])
-        paths = list(dict.fromkeys(grids.get(next((n for n in op.inputs if n in active), -1)) for op in calls))
-        if not paths or any(path is None or found[path] != swap.layers[name][1] for path in paths):
+        paths = list(dict.fromkeys(grids.get(next((n for n in op.inputs if n in active), -1), "") for op in calls))
+        if not paths or any(found.get(path) != swap.layers[name][1] for path in paths):
             continue
         grid = layer_inputs[name] = paths[0]
         for other in paths[1:]:  # called several times: one bias, so one grid

@@ -93,7 +93,7 @@ def _take_four_bits(graph: Any, codes_name: str, group_size: int | None) -> None
         users = readers[path[-1].output[0]]
         kinds = [inner.op_type for inner in path[1:]]
         channels = _channels(graph, tensors, path)
-        by_channel = [array.reshape(channels, -1) for array in (codes, scale, zero_point)]
+        by_channel = [array.reshape(channels, -1) for array in (codes, scale, zero_point)] if channels else []
         product = users[0] if len(users) == 1 and channels and len(node.output) == 1 else None
         if product is not None and product.op_type == "MatMul" and kinds == ["Reshape", "Transpose"]:
             arrays, axis, last = [array.T for array in by_channel], 0, path[-1].output[0]

@@ -16,6 +16,7 @@ from dfq.errors import UserError
 from dfq.hooks import tensors_in
 from dfq.modules import BiasQuantizer, QuantizedLayer, Quantizer
 from dfq.quantization import from_groups, round_to_grid, to_groups
+from dfq.scheme import TensorScheme
 from dfq.student import Student
 
 
@@ -101,6 +102,10 @@ class _IntegerBias(nn.Module):
         )
 
 
+def has_integer_form(scheme: TensorScheme) -> bool:
+    return scheme.has_integer_codes or (scheme.grid == "seq" and scheme.num_bits < 8)
+
+
 def integer_form(student: Student, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
     """Codes, scale and zero point with weight = (codes - zero point) * scale, all whole; None if there are none.
 
@@ -110,7 +115,7 @@ def integer_form(student: Student, name: str) -> tuple[Tensor, Tensor, Tensor] |
     scheme = quantizer.scheme
     if scheme.has_integer_codes:
         return student.integer_weight(name).cpu(), quantizer.scale.cpu(), quantizer.zero_point.cpu()
-    if scheme.grid == "seq" and scheme.num_bits < 8:
+    if has_integer_form(scheme):
         return 2 * student.integer_weight(name).cpu() + 1, quantizer.scale.cpu() / 2, quantizer.zero_point.cpu()
     return None
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
 from dfq.exporters._graph import INTEGERS, serialize
-from dfq.exporters._integer import Flat, integer_form, integer_network
+from dfq.exporters._integer import Flat, has_integer_form, integer_form, integer_network
 from dfq.exporters._runtime import (
     EXACT_INTEGER_KERNELS,
     EXACT_PRODUCTS,
@@ -127,7 +127,9 @@ def _low_bits(student: Student) -> dict[str, int | None]:
     for name, (scheme, _) in student.swap.layers.items():
         form = integer_form(student, name)
         if form is not None and int(form[0].max()) <= (7 if scheme.symmetric else 15) and int(form[0].min()) >= -8:
-            found[name] = scheme.group_size
+            # A group that is a whole channel leaves no trace of groups in the graph.
+            is_channel = student.layers[name].weight_quantizer.scale.shape[-1:] == (1,)
+            found[name] = None if is_channel else scheme.group_size
     return found
 
 
@@ -137,16 +139,17 @@ def session_options(student: Student) -> dict[str, str]:
     ONNX Runtime has integer kernels for activations of 8 bits; they need an option to be exact, unless weights stay
     within 7 bits, whose pairs of products fit 16 bits. Below 8 bits, weights had better be made float once than in
     every forward (ResNet-20 at w4a4: 1.2 instead of 1.9 times the time of the float network). Float activations it
-    would round to int8 in products with 4-bit weights, unless it is told not to.
+    would round to int8 in products with 4-bit weights, unless it is told not to. And float weights, those of small
+    floats too, it would round to int8 between two activations of 8 bits.
     """
     grids = [q.scheme for q in student.activation_quantizers.values() if not q.scheme.is_float]
     if not grids:
         return EXACT_PRODUCTS
-    if any(grid.num_bits != 8 or grid.dynamic for grid in grids):
-        return FLOAT_KERNELS
     weights = [weight for weight, _ in student.swap.layers.values()]
-    small = all(weight.quant_min >= -64 and weight.quant_max <= 64 for weight in weights if not weight.is_float)
-    return {} if small else EXACT_INTEGER_KERNELS
+    if any(grid.num_bits != 8 or grid.dynamic for grid in grids) or not all(map(has_integer_form, weights)):
+        return FLOAT_KERNELS
+    largest = [(2 if weight.grid == "seq" else 1) * max(-weight.quant_min, weight.quant_max) for weight in weights]
+    return {} if max(largest) <= 64 else EXACT_INTEGER_KERNELS
 
 
 def export_float(teacher: Teacher, opset: int = 20) -> bytes:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -19,7 +21,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from dfq.exporters import _runtime  # noqa: E402
+from dfq.exporters import _openvino, _runtime  # noqa: E402
 from dfq.exporters._runtime import integer_report, latency_ms, openvino_parity, parity  # noqa: E402
 
 SIZE = (3, 8, 8)
@@ -338,8 +340,17 @@ def test_without_openvino(images, monkeypatch):
 
 @needs_openvino
 def test_openvino_is_imported_without_its_telemetry():
-    _runtime._import_openvino().Core()
+    _openvino.import_openvino().Core()
     assert not [name for name in sys.modules if name.startswith("openvino_telemetry")]
+
+
+@needs_openvino
+def test_openvino_may_end_its_process(images, monkeypatch):
+    """It has: a segmentation fault in its CPU plugin."""
+    crash = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **settings: run(crash, **settings))
+    assert openvino_parity(network(), convnet(), [images])["error"] == f"its process ended with {-signal.SIGSEGV}"
 
 
 # ------------------------------------------------------------------------------------------------ shown
