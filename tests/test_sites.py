@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from dfq.algorithms._calibration import calibrate
 from dfq.errors import UserError
 from dfq.hooks import forward_hooks, tensors_in
-from dfq.modules import BiasQuantizer, QuantizedLayer, Quantizer
+from dfq.modules import BiasQuantizer, Quantizer
 from dfq.quantizers.lsq import learn_step
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import Scheme, TensorScheme
@@ -274,7 +274,9 @@ class Masked(Net):
 class Fused(Masked):
     def body(self, x):
         x = x.mean(2).transpose(1, 2)
-        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), is_causal=True).transpose(1, 2)[..., None]
+        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), is_causal=True).transpose(1, 2)[
+            ..., None
+        ]
 
 
 class Unet(Net):
@@ -420,7 +422,9 @@ def test_biases_are_whole_steps_and_weights_whole_codes_once_frozen(kind):
         assert layer.bias is not None and isinstance(layer.bias_quantizer, BiasQuantizer), name
         codes = layer.bias.double() / (layer.input_quantizer.scale.double() * layer.weight_quantizer.scale.double())
         assert (codes - codes.round()).abs().max() < 1e-2 and 0 < codes.abs().max() < 2**31, name
-        scale = layer.weight_quantizer.scale.view([-1 if d == layer.channel_axis else 1 for d in range(layer.weight.dim())])
+        scale = layer.weight_quantizer.scale.view(
+            [-1 if d == layer.channel_axis else 1 for d in range(layer.weight.dim())]
+        )
         weights = layer.weight / scale
         assert (weights - weights.round()).abs().max() < 1e-3, name
 
@@ -519,9 +523,7 @@ def test_a_tensor_has_one_grid_however_many_read_it(kind):
     for path, other in aliases.items():
         if not other.endswith("bias_quantizer"):
             is_weight = other.endswith(".weight_quantizer")
-            assert site(student, path) is (
-                student.module.get_submodule(other) if is_weight else site(student, other)
-            )
+            assert site(student, path) is (student.module.get_submodule(other) if is_weight else site(student, other))
     # As many as there are sites: none is counted twice, none is missing.
     assert len(student.activation_quantizers) == len(sites.quantizers)
 
@@ -797,7 +799,9 @@ def test_operands_of_attention_are_rounded(kind, operands):
         if module.settings.get("enable_gqa"):
             k, v = (t[:, [0, 0, 1, 1]] for t in (k, v))
         masked = "is_causal" in module.settings or "attn_mask" in module.settings
-        scores = torch.einsum("nhle,nhse->nhls", q, k) * module.settings.get("scale", 6**-0.5) + (ADDED if masked else 0)
+        scores = torch.einsum("nhle,nhse->nhls", q, k) * module.settings.get("scale", 6**-0.5) + (
+            ADDED if masked else 0
+        )
         wanted = torch.einsum("nhls,nhse->nhle", rounding[3](torch.softmax(scores, -1)), v)
         found = student(x)
         # Probabilities on the border between two codes may fall to either side.

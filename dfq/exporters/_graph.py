@@ -97,9 +97,9 @@ def _take_four_bits(graph: Any, codes_name: str, group_size: int | None) -> None
         product = users[0] if len(users) == 1 and channels and len(node.output) == 1 else None
         if product is not None and product.op_type == "MatMul" and kinds == ["Reshape", "Transpose"]:
             arrays, axis, last = [array.T for array in by_channel], 0, path[-1].output[0]
-        elif product is not None and product.op_type == "Gemm" and kinds == ["Reshape"]:
+        elif product is not None and _is_linear(product, tensors) and kinds == ["Reshape"]:
             arrays, axis, last = [array.T for array in by_channel], 0, path[-1].output[0]
-            _gemm_to_matmul(graph, product)
+            _gemm_to_matmul(graph, tensors, product)
         elif channels and kinds[:1] == ["Reshape"]:  # a convolution: [O, I K K] in blocks, then its shape
             arrays, axis, last = by_channel, 1, node.output[0]
         else:
@@ -129,16 +129,26 @@ def _channels(graph: Any, tensors: Mapping[str, Any], path: list[Any]) -> int:
     return 0 if shape is None else int(numpy_helper.to_array(shape)[0])
 
 
-def _gemm_to_matmul(graph: Any, gemm: Any) -> None:
-    """x W^T + b as MatMul and Add; W comes transposed from now on."""
-    from onnx import helper
+def _is_linear(node: Any, tensors: Mapping[str, Any]) -> bool:
+    """A Gemm whose bias, if it has one, is a constant."""
+    return node.op_type == "Gemm" and all(name in tensors for name in list(node.input)[2:])
+
+
+def _gemm_to_matmul(graph: Any, tensors: Mapping[str, Any], gemm: Any) -> None:
+    """x W^T + b as MatMul and Sub of -b; W comes transposed from now on.
+
+    Not Add: ONNX Runtime would make a Gemm of it again before it looks for products with weights of few bits.
+    """
+    from onnx import helper, numpy_helper
 
     position = list(graph.node).index(gemm)
     output, inputs = gemm.output[0], list(gemm.input)
     product = f"{output}_product" if len(inputs) > 2 else output
     nodes = [helper.make_node("MatMul", inputs[:2], [product])]
     if len(inputs) > 2:
-        nodes.append(helper.make_node("Add", [product, inputs[2]], [output]))
+        bias = -numpy_helper.to_array(tensors[inputs[2]])
+        negative = _add(graph, numpy_helper.from_array(bias, f"{output}_negative_bias"))
+        nodes.append(helper.make_node("Sub", [product, negative], [output]))
     graph.node.remove(gemm)
     for node in reversed(nodes):
         graph.node.insert(position, node)

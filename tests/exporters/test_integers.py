@@ -1,4 +1,4 @@
-"""Files of integers alone: policy=hardware, int4 and blocks, grids that are no integers, torch.export, a language model.
+"""Files of integers: policy=hardware, int4 and blocks, grids that are no integers, torch.export, a language model.
 
 An export takes seconds: few files, many questions.
 """
@@ -29,7 +29,7 @@ KEEP = {"activation": {"grid": "float"}}  # of an override, beside float activat
 
 
 class Residual(nn.Module):
-    """Batch norm, a strided block with ResNet-20's shortcut, one tensor into a ReLU and past it, a layer called twice."""
+    """Batch norm, ResNet-20's strided block and shortcut, a layer called twice, one tensor into a ReLU and past it."""
 
     def __init__(self):
         super().__init__()
@@ -41,8 +41,8 @@ class Residual(nn.Module):
     def forward(self, x):
         x = F.relu(self.bn(self.stem(x)))
         x = F.relu(self.conv2(F.relu(self.conv1(x))) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
-        x = self.pre(x)
-        x = x + self.twice(F.relu(self.twice(F.relu(x))))
+        x = self.pre(F.relu(self.twice(F.relu(self.twice(x)))))
+        x = x + F.relu(x)
         return self.fc(torch.flatten(self.pool(x), 1))
 
 
@@ -85,7 +85,11 @@ def images(num_samples=16, seed=1):
 
 def quantized(network, scheme, spec=SPEC):
     torch.manual_seed(0)
-    teacher = Teacher(network(), "classification", spec, name="tiny")
+    module = network()
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.bias)
+    teacher = Teacher(module, "classification", spec, name="tiny")
     student = Student.from_teacher(teacher, scheme)
     calibrate(student, images() if spec is SPEC else teacher.example(16), MinMax(), MinMax())
     return teacher, student.freeze()
@@ -209,12 +213,7 @@ def test_groups_are_blocks_next_to_a_product(blocks):
         if "block_size" in settings:
             found[tuple(codes.dims)] = settings["axis"], settings["block_size"], tuple(scale.dims)
     size = blocks.size
-    assert found == {
-        (32, 16): (1, size, (32, 1)),  # a convolution: [O, I], then its shape
-        (2048, 64): (0, size, (2048 // size, 64)),  # linear layers lie as [I, O]
-        (64, 32): (0, size, (64 // size, 32)),
-        (32, 16, 0)[:2]: (0, size, (2, 16)),
-    } or found.keys() == {(2048, 64), (64, 32), (32, 16)}
+    assert found.keys() == {(2048, 64), (64, 32), (32, 16)}  # the convolution's and the last layer's look alike
     for name in ("wide", "plain", "tokens"):
         out, inside = blocks.student.layers[name].weight.shape
         assert found[inside, out] == (0, size, (inside // size, out))
@@ -224,7 +223,8 @@ def test_blocks_hold_the_student_s_weights_at_half_a_byte_each(blocks):
     """Packed and unpacked by hand: the file's own codes, scales and zero points give the weight."""
     tensors = {tensor.name: tensor for tensor in blocks.graph.initializer}
     weight = blocks.student.layers["wide"].weight
-    (node,) = [n for n in blocks.graph.node if n.input and list(getattr(tensors.get(n.input[0]), "dims", [])) == [2048, 64]]
+    dims = {name: list(tensor.dims) for name, tensor in tensors.items()}
+    (node,) = [node for node in blocks.graph.node if node.input and dims.get(node.input[0]) == [2048, 64]]
 
     def unpacked(tensor):
         raw = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.uint8).int()
@@ -290,11 +290,12 @@ def test_weights_without_integers_are_exact_floats(kind):
     values = [torch.tensor(numpy_helper.to_array(t)) for t in onnx.load_from_string(content).graph.initializer]
     for name, layer in student.layers.items():
         weight = layer.weight
-        assert any(v.shape == w.shape and torch.equal(v, w) for v in values for w in (weight, weight.T)), name
+        assert any(v.shape == w.shape and torch.equal(v, w) for v in values for w in (weight, weight.mT)), name
     # ONNX Runtime would round them to int8 between activations of 8 bits.
     options = session_options(student)
-    assert options == _runtime.FLOAT_KERNELS if kind != "nvfp4" else _runtime.EXACT_PRODUCTS
-    assert largest_error(student, content, options) < 1e-5
+    assert options == (_runtime.EXACT_PRODUCTS if kind == "nvfp4" else _runtime.FLOAT_KERNELS)
+    # With 8-bit activations a sum on the border between two codes may fall to either side.
+    assert largest_error(student, content, options) < (1e-5 if kind == "nvfp4" else 1e-2)
 
 
 ACTIVATIONS = {
@@ -392,7 +393,7 @@ def test_the_program_runs_without_dfq_and_is_the_student(tmp_path, kind):
     assert count < len(content) < (count * 2 if kind == "groups" else count + 150_000)
     home = str(Path(dfq.__file__).parents[1]).encode()
     assert home not in content and str(Path(torch.__file__).parent).encode() not in content
-    assert b"test_integers" not in content and str(tmp_path).encode() not in content
+    assert str(Path(__file__).parent).encode() not in content and str(tmp_path).encode() not in content
 
 
 class Untranslatable(nn.Module):
@@ -407,7 +408,9 @@ class Untranslatable(nn.Module):
 
 def test_a_program_that_cannot_be_made_is_not_written(tmp_path, capfd):
     _, student = quantized(Untranslatable, Scheme())
-    with pytest.raises(UserError, match=r"^got a network that torch\.export can't translate \(.*\); write that") as error:
+    with pytest.raises(
+        UserError, match=r"^got a network that torch\.export can't translate \(.*\); write that"
+    ) as error:
         PT2().export(student, tmp_path / "a.pt2")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
     assert "Traceback" not in capfd.readouterr().err
