@@ -182,7 +182,7 @@ class BiasQuantizer(nn.Module):
         assert layer.bias is not None
         least = layer.bias.abs() / LARGEST_BIAS / layer.input_quantizer.scale
         least = least.max() if scale.dim() == 0 else least.view(-1, len(scale)).amax(0)
-        scale.copy_(torch.maximum(scale, least))
+        scale.copy_(round_scale(torch.maximum(scale, least), layer.weight_quantizer.scheme))
 
 
 class QuantizedConv1d(QuantizedLayer, nn.Conv1d):

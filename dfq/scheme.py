@@ -306,6 +306,8 @@ def _replace(scheme: TensorScheme, changes: Mapping[str, Any]) -> TensorScheme:
     A granularity without groups drops the group size, other bits a grid that has bits of its own, a grid the range and
     the format of scales that it does not have.
     """
+    if not changes:
+        return scheme
     values: dict[str, Any] = dict(changes)
     if "granularity" in values and values["granularity"] != "per_group":
         values.setdefault("group_size", None)

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +28,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dfq.errors import UserError
-from dfq.hooks import Dataflow, ModuleStack, Op, op_name, tensors_in
+from dfq.hooks import Dataflow, Op, each_once, op_name, tensors_in
 from dfq.modules import LOOKUPS, PRODUCTS, BiasQuantizer, QuantizedLayer, Quantizer, Swap, product_of
 from dfq.scheme import Scheme, TensorScheme
 
 HOLDER = "sites"
+SITE = re.compile(
+    r"(?P<module>(.*/)?)(?P<operation>\w+)_(?P<index>\d+)_(?P<place>output|softmax|input_\d+)"
+)  # of a key
 INPUT = "input_0"  # of the network: a quantizer of the root module
 SOFTMAX = "softmax"
 WEIGHT, BIAS = ".weight_quantizer", ".bias_quantizer"  # of a layer
@@ -135,6 +137,11 @@ def place_sites(module: nn.Module, sites: Sites) -> nn.Module:
     for path in sites.aliases.keys() - own.keys():
         holder.add_module(_key(path), _BiasOf(module.get_submodule(sites.aliases[path].removesuffix(BIAS))))
     vars(module)["sites_path"] = f"{host_name}.{HOLDER}".lstrip(".")
+    running = vars(module)["running"] = _Running()
+    for name, part in each_once(module).items():
+        if name and part is not holder:
+            part.register_forward_pre_hook(_Enter(running, name))
+            part.register_forward_hook(_Leave(running))
     module.__class__ = _with_sites(type(module))  # type: ignore[arg-type]  # mypy: a type is no Hashable
     return module
 
@@ -287,13 +294,45 @@ class _WithSites(nn.Module):
     """Mixed into the class of a network: its forward runs with its sites' quantizers called."""
 
     sites_path: str
+    running: _Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         quantizers = self.get_submodule(self.sites_path)._modules
         if (first := quantizers.get(INPUT)) is not None:
             args, kwargs = _first_tensor_through(first, args, kwargs)
-        with _calling_sites(self, quantizers):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
+        self.running.names[:] = [""]  # whatever a forward that failed has left there
+        mode = _CallSites(self.running, quantizers)
+        with mode:
+            outputs = super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
+        mode.check()
+        return outputs
+
+
+class _Running:
+    """Names of the sub-modules that run now, the innermost last.
+
+    Hooks that stay on the modules keep it: to add and to remove them takes longer than a small network's forward. They
+    are objects, not functions, so that a copy of the network has hooks of its own.
+    """
+
+    def __init__(self) -> None:
+        self.names = [""]
+
+
+class _Enter:
+    def __init__(self, running: _Running, name: str):
+        self.running, self.name = running, name
+
+    def __call__(self, *_: Any) -> None:
+        self.running.names.append(self.name)
+
+
+class _Leave:
+    def __init__(self, running: _Running):
+        self.running = running
+
+    def __call__(self, *_: Any) -> None:
+        self.running.names.pop()
 
 
 def _first_tensor_through(quantizer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -311,56 +350,42 @@ def _with_sites(kind: Any) -> Any:
     return type(kind.__name__, (_WithSites, kind), {"__module__": kind.__module__})
 
 
-@contextmanager
-def _calling_sites(root: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> Iterator[None]:
-    modules = ModuleStack(root)
-    mode = _CallSites(modules, quantizers)
-    with modules.following(), mode:
-        yield
-    for key in quantizers:
-        if key not in mode.called and key != INPUT:
-            owner, _, site = key.replace("/", ".").rpartition(".")
-            operation = re.sub(r"_\d+_(output|softmax|input_\d+)$", "", site)
-            raise UserError(
-                f"got a network that did not call {operation} in {owner or 'its own forward'} again, as it did in the "
-                "forward by which quantizers were placed",
-                "for scheme.policy=hardware and quantized attention: the same operations in every forward",
-                "use scheme.policy=all, which quantizes weight layers alone",
-            )
-
-
 class _CallSites(TorchFunctionMode):
     """Calls the quantizers of an operation's inputs and output. Counts operations as the recording did."""
 
-    def __init__(self, modules: ModuleStack, quantizers: Mapping[str, nn.Module | None]):
+    def __init__(self, running: _Running, quantizers: Mapping[str, nn.Module | None]):
         super().__init__()
-        self.modules = modules
+        self.running, self.quantizers = running, quantizers
         self.called: set[str] = set()
+        self.counts: dict[tuple[str, str], int] = {}
         # What an operation wrote into, of which its caller may hold on to the object and throw away what came back.
         self.rounded: Any = WeakTensorKeyDictionary()
-        self.of_site: dict[str, dict[str, tuple[str, nn.Module]]] = {}  # "layer1/0/add_1" → place → key, quantizer
-        for key, quantizer in quantizers.items():
-            site, place = re.fullmatch(r"(.*_\d+)_(output|softmax|input_\d+)|.*", key).groups()[:2]  # type: ignore[union-attr]
-            if site is not None and quantizer is not None:
-                self.of_site.setdefault(site, {})[place] = (key, quantizer)
+        # (module, operation) → the how many'th → place → key
+        self.sites: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+        for key in quantizers:
+            if found := SITE.fullmatch(key):
+                pair = (found["module"].rstrip("/").replace("/", "."), found["operation"])
+                self.sites.setdefault(pair, {}).setdefault(int(found["index"]), {})[found["place"]] = key
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.rounded:
             args, kwargs = _map_tensors(self.last, args), _map_tensors(self.last, kwargs)
-        name, owner = op_name(func), self.modules.stack[-1][0]
-        site = _key(f"{owner}.{name}_{self.modules.peek(name)}".lstrip("."))
-        mine = {}
-        if site in self.of_site:
-            self.called |= {key for key, _ in self.of_site[site].values()}
-            mine = {place: quantizer for place, (_, quantizer) in self.of_site[site].items()}
+        pair = (self.running.names[-1], op_name(func))
+        if pair not in self.sites:
+            return func(*args, **kwargs)
+        index = self.counts.get(pair, 0)
+        keys = self.sites[pair].get(index, {})
+        self.called |= set(keys.values())
+        mine: dict[str, Any] = {place: self.quantizers[key] for place, key in keys.items()}
+        if mine:
             args, kwargs = _quantized_inputs(mine, args, kwargs)
         if SOFTMAX in mine:
             result = attention(mine[SOFTMAX], *args, **kwargs)
         else:
             result = func(*args, **kwargs)
         if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:
-            self.modules.count(name)
+            self.counts[pair] = index + 1
             if "output" in mine:
                 quantizer = mine["output"]
                 several = isinstance(result, tuple | list)
@@ -369,6 +394,19 @@ class _CallSites(TorchFunctionMode):
                     self.rounded[result] = rounded
                 result = rounded
         return result
+
+    def check(self) -> None:
+        """A UserError if the forward did not come by every site."""
+        for key in self.quantizers:
+            found = SITE.fullmatch(key)
+            if found and key not in self.called:
+                where = found["module"].rstrip("/").replace("/", ".") or "its own forward"
+                raise UserError(
+                    f"got a network that did not call {found['operation']} in {where} again, as it did in the forward by "
+                    "which quantizers were placed",
+                    "for scheme.policy=hardware and quantized attention: the same operations in every forward",
+                    "use scheme.policy=all, which quantizes weight layers alone",
+                )
 
     def last(self, tensor: Tensor) -> Tensor:
         while tensor in self.rounded:

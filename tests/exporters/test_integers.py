@@ -25,7 +25,6 @@ from dfq.student import Student
 from dfq.teacher import InputSpec, Teacher, TokenSpec
 
 SPEC = InputSpec((3, 8, 8), (0.0,) * 3, (1.0,) * 3)
-KEEP = {"activation": {"grid": "float"}}  # of an override, beside float activations
 
 
 class Residual(nn.Module):
@@ -102,7 +101,7 @@ def weights(num_bits, **settings):
 def groups(num_bits, group_size=16, symmetric=True, activation=FLOAT, **settings):
     """A scheme with groups but for the first layer, whose 27 values they do not divide."""
     grid = weights(num_bits, granularity="per_group", group_size=group_size, symmetric=symmetric, **settings)
-    return Scheme(grid, activation, overrides={"conv": {"weight": {"granularity": "per_channel"}, **KEEP}})
+    return Scheme(grid, activation, overrides={"conv": {"weight": {"granularity": "per_channel"}}})
 
 
 # ------------------------------------------------------------------------------------------------ ONNX
@@ -265,7 +264,7 @@ def test_channels_of_four_bits_and_groups_that_are_channels():
         Scheme(
             weights(4, symmetric=False, granularity="per_group", group_size=32),
             FLOAT,
-            overrides={name: {"weight": {"granularity": "per_channel"}, **KEEP} for name in ("conv", "mid")},
+            overrides={name: {"weight": {"granularity": "per_channel"}} for name in ("conv", "mid")},
         ),
     )
     content = onnx_of(student)
