@@ -402,8 +402,8 @@ class _CallSites(TorchFunctionMode):
             if found and key not in self.called:
                 where = found["module"].rstrip("/").replace("/", ".") or "its own forward"
                 raise UserError(
-                    f"got a network that did not call {found['operation']} in {where} again, as it did in the forward by "
-                    "which quantizers were placed",
+                    f"got a network that did not call {found['operation']} in {where} again, as it did in the forward "
+                    "by which quantizers were placed",
                     "for scheme.policy=hardware and quantized attention: the same operations in every forward",
                     "use scheme.policy=all, which quantizes weight layers alone",
                 )

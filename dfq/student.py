@@ -204,7 +204,8 @@ class Student:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored: packed codes for quantized weights, every other entry of the state as it is, each once."""
-        state = {name: t.detach().cpu() for name, t in self.module.state_dict().items() if name in _once(self.module)}
+        names = _once(self.module)
+        state = {name: t.detach().cpu() for name, t in self.module.state_dict().items() if name in names}
         for name, (weight_scheme, _) in self.swap.layers.items():
             layer = self.layers[name]
             if not (layer.weight_quantizer.enabled and layer.input_quantizer.enabled):
@@ -271,7 +272,8 @@ class Student:
             state = OrderedDict(tensors)
             state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]  # versions, which some modules ask
             missing, unexpected = module.load_state_dict(state, strict=False)
-            missing = [name for name in missing if name in _once(module)]
+            names = _once(module)
+            missing = [name for name in missing if name in names]
             if missing or unexpected:
                 raise KeyError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
         except (AttributeError, KeyError, RuntimeError, ValueError) as error:
