@@ -353,7 +353,7 @@ def language_model(name: str, wanted: dict[str, Scheme]) -> Row:
 ALL, HARDWARE, EXACT = "policy=all", "onnx, policy=hardware", "onnx, policy=hardware, w8a8_po2"
 COLUMNS = (
     "network", "source", "input", "parameters", "quantized / float", "swap → calibrate → save → load bit exact",
-    "size ratio", "MACs on integers", "ONNX Runtime, w8a8", "ONNX Runtime, w8a8_po2", "seconds",
+    "size ratio", "MACs on integers", "ONNX Runtime, w8a8", "ONNX Runtime, w8a8_po2",
 )  # fmt: skip
 
 
@@ -371,7 +371,6 @@ def cells(row: Row) -> list[str]:
         integers[0] if integers else "",
         row.exports[first[0]].cell() if first else "",
         row.exports[EXACT].cell() if EXACT in row.exports else "",
-        f"{row.seconds:.0f}",
     ]
 
 
@@ -450,7 +449,7 @@ def main() -> None:
             network = next(network for network in (*NETWORKS, *MORE) if network.name == name)
             row = classifier(network, chains if arguments.no_export or network in MORE else schemes)
         rows.append(row)
-        print(" | ".join(cells(row)), flush=True)
+        print(" | ".join(cells(row)), f"| {row.seconds:.0f} s", flush=True)
         for what, text in [*row.steps.items(), *((label, found.error) for label, found in row.exports.items())]:
             if text not in ("ok", ""):
                 print(f"    {what}: {text}", flush=True)

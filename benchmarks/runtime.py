@@ -32,8 +32,11 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SCHEMES = {
     "w8a8": Scheme(policy="hardware"),
     "w8a8, 7-bit weights": Scheme(TensorScheme(8, True, "per_channel", range="7bit"), policy="hardware"),
+    "w8a8_po2": Scheme(
+        TensorScheme(8, True, "per_channel", scale_format="e8m0"), TensorScheme(8, scale_format="e8m0"), "hardware"
+    ),
 }
-ROUNDS, SECONDS = 9, 1.0
+ROUNDS, SECONDS = 7, 0.5
 
 
 def resnet18() -> Teacher:
