@@ -174,9 +174,6 @@ class ModuleStack:
         self.counts[key] = index + 1
         return index
 
-    def peek(self, name: str) -> int:
-        return self.counts.get((identity(self.stack[-1][1]), name), 0)
-
 
 class _Record(TorchFunctionMode):
     """Writes down every operation. Shape queries and the like give no tensor: not counted."""
