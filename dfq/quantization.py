@@ -361,15 +361,16 @@ def scale_through(scale: Tensor, scheme: TensorScheme) -> Tensor:
 
 
 def soft_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, scheme: TensorScheme, logits: Tensor, axis: int | None = None
+    base: Tensor, scale: Tensor, zero_point: Tensor, scheme: TensorScheme, logits: Tensor, axis: int | None = None
 ) -> Tensor:
-    """AdaRound's soft rounding on a uniform grid: floor(x / scale) + h(logits) instead of the nearest code.
+    """AdaRound's soft rounding on a uniform grid: base + h(logits) instead of the nearest code, base = floor(x / scale).
 
     h(V) = clamp(sigmoid(V) (zeta - gamma) + gamma, 0, 1), zeta = 1.1, gamma = -0.1 (Nagel et al., ICML 2020, arXiv
-    2004.10568, eq. 22-23). Differentiable with respect to ``logits`` and ``scale``, not to ``x``.
+    2004.10568, eq. 22-23). Differentiable with respect to ``logits`` and ``scale``, which may be trained together
+    because ``base`` stays what it is (Genie, CVPR 2023, arXiv 2212.04780, section 3.2).
     """
-    scale, zero_point = broadcast(scale, x, axis), broadcast(zero_point, x, axis)
-    codes = torch.floor((x / scale).detach()) + soft_rounding(logits) + zero_point
+    scale, zero_point = broadcast(scale, base, axis), broadcast(zero_point, base, axis)
+    codes = base + soft_rounding(logits) + zero_point
     return (codes.clamp(scheme.quant_min, scheme.quant_max) - zero_point) * scale
 
 

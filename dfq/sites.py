@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -335,6 +336,17 @@ class _Leave:
         self.running.names.pop()
 
 
+@contextmanager
+def sites_of(network: nn.Module) -> Iterator[None]:
+    """For a forward of a part of ``network``: the quantizers between that part's operations are called in it."""
+    if not isinstance(network, _WithSites):
+        yield
+        return
+    network.running.names[:] = [""]
+    with _CallSites(network.running, network.get_submodule(network.sites_path)._modules):
+        yield
+
+
 def _first_tensor_through(quantizer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     for position, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -370,7 +382,7 @@ class _CallSites(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.rounded:
-            args, kwargs = _map_tensors(self.last, args), _map_tensors(self.last, kwargs)
+            args, kwargs = map_tensors(self.last, args), map_tensors(self.last, kwargs)
         pair = (self.running.names[-1], op_name(func))
         if pair not in self.sites:
             return func(*args, **kwargs)
@@ -414,14 +426,14 @@ class _CallSites(TorchFunctionMode):
         return tensor
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Each tensor in nested lists, tuples and dicts through ``function``."""
     if isinstance(value, Tensor):
         return function(value)
     if type(value) in (list, tuple):
-        return type(value)(_map_tensors(function, item) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     if type(value) is dict:
-        return {key: _map_tensors(function, item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     return value
 
 
@@ -435,7 +447,7 @@ def _quantized_inputs(quantizers: dict[str, nn.Module], args: tuple, kwargs: dic
         quantizer = quantizers.get(f"input_{position}")
         return value if quantizer is None else quantizer(value)
 
-    return _map_tensors(through, args), _map_tensors(through, kwargs)
+    return map_tensors(through, args), map_tensors(through, kwargs)
 
 
 def attention(

@@ -151,6 +151,12 @@ class Student:
         return {name: found[name] for name in self.swap.layers}
 
     @property
+    def has_grids(self) -> bool:
+        """Whether an algorithm has given every quantizer its grid."""
+        parts = [part for part in self.module.modules() if isinstance(part, Quantizer)]
+        return all(part.enabled for part in parts)
+
+    @property
     def input_spec(self) -> AnyInputSpec:
         return input_spec_from_dict(self.teacher["input_spec"])
 

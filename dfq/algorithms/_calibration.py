@@ -20,6 +20,23 @@ def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
     return dataset.tensors(indices[:num_samples][-1] + 1)["images"][indices[:num_samples]]
 
 
+def ensure_calibrated(
+    student: Student, images: Tensor, weight_quantizer: Any, activation_quantizer: Any
+) -> dict[str, int]:
+    """:func:`calibrate`, unless an algorithm before this one has given the student its grids; the same result."""
+    if not student.has_grids:
+        return calibrate(student, images, weight_quantizer, activation_quantizer)
+    elements: dict[str, int] = {}
+    quantizers = student.activation_quantizers
+
+    def look(name: str, _module: nn.Module, inputs: tuple) -> None:
+        elements[name] = elements.get(name, 0) + (inputs[0].numel() if quantizers[name].has_qparams else 0)
+
+    with torch.no_grad(), forward_hooks(quantizers.items(), before=look):
+        student(images[:1])
+    return {name: elements.get(name, 0) for name in quantizers}
+
+
 @torch.no_grad()
 def calibrate(
     student: Student, images: Tensor, weight_quantizer: Any, activation_quantizer: Any, batch_size: int = 64

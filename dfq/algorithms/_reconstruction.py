@@ -1,0 +1,358 @@
+"""Block reconstruction: fit each block's output to the float network's, by choosing how every weight is rounded.
+
+The pieces that AdaRound, BRECQ, QDrop, Genie-M and ``reconstruction`` share; each of those files says which it uses.
+
+For a block with input x (float) and x_q (with everything before it quantized), in the order blocks run::
+
+    minimize    C |f_q(x') - f(x)|^2 / |f(x)|^2  +  lambda sum_i 1 - |2 h(V_i) - 1|^beta        (AdaRound, eq. 21, 24)
+    weights     s (clamp(B + h(V) + z, quant_min, quant_max) - z),  B = floor(w / s_0)           (Genie-M, eq. 7)
+    x'          x_q, or element by element x or x_q with probability ``drop``                    (QDrop, eq. 8)
+
+h(V) is AdaRound's stretched sigmoid, beta falls from 20 to 2 after a warm-up without the second term, s is trained with
+V where ``weight_step_lr`` is above zero (Genie-M keeps B constant for it), activation steps have LSQ's gradient.
+The error is relative and counted per channel (C of them), so lambda and the learning rates mean the same in every block
+of every network; the papers' absolute errors do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dfq.algorithms._calibration import calibration_images, ensure_calibrated
+from dfq.blocks import Block, Captured, capture, find_blocks, run_block
+from dfq.dataset import SyntheticDataset
+from dfq.hooks import forward_hooks, record_dataflow
+from dfq.modules import QuantizedLayer, Quantizer
+from dfq.progress import progress_bar
+from dfq.quantization import (
+    broadcast,
+    from_groups,
+    soft_quantize,
+    soft_rounding,
+    soft_rounding_logits,
+    to_groups,
+)
+from dfq.quantizers.lsq import learn_step
+from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, resolve
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+FIRST_BETA, LAST_BETA = 20.0, 2.0
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    """What all methods have; a method's file sets its own defaults."""
+
+    iterations: PositiveInt = 1000  # steps a block
+    batch_size: PositiveInt = 32  # samples a step
+    num_samples: PositiveInt = 1024  # synthetic samples that blocks are fitted on
+    rounding_lr: PositiveFloat = 1e-2  # Adam on the rounding logits V
+    weight_step_lr: NonNegativeFloat = 0.0  # Adam on weight steps, relative to each; 0: they stay
+    activation_step_lr: NonNegativeFloat = 0.0  # Adam on activation steps, relative to each; 0: they stay
+    bias_lr: NonNegativeFloat = 0.0  # Adam on biases, in units of their mean magnitude; 0: they stay
+    drop: Fraction = 0.0  # share of inputs, and of activations inside, that stay float during training (QDrop)
+    rounding_weight: NonNegativeFloat = 0.05  # lambda
+    warm_up: Fraction = 0.2  # share of the steps before lambda sets in
+    sensitivity: bool = False  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
+    time_limit_s: PositiveFloat | None = None  # seconds for all blocks; null: no limit (the same seed, the same bits)
+    memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
+    single_layers: ClassVar[bool] = False
+
+    def quantize(
+        self,
+        student: Student,
+        teacher: Teacher,
+        dataset: SyntheticDataset,
+        weight_quantizer: Any,
+        activation_quantizer: Any,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        """Fit ``student`` in place, block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
+        images = calibration_images(dataset, self.num_samples)
+        reference = float_copy(student)
+        elements = ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
+        student.module.requires_grad_(False)
+        flow = record_dataflow(reference, teacher.example())
+        blocks = find_blocks(reference, flow, student.layers, self.single_layers)
+        done = _Done(work_dir)
+        for index, block in enumerate(blocks):  # what an interrupted run had finished
+            done.load(index, student, block)
+        deadline = time.perf_counter() + (self.time_limit_s or math.inf)
+        with progress_bar("reconstruct", len(blocks) * self.iterations, "steps") as advance:
+            for index, block in enumerate(blocks):
+                if done.has(index):
+                    advance(self.iterations)
+                    continue
+                rng = torch.Generator().manual_seed(seed * 100_003 + index)
+                captured = capture(
+                    student.module, reference, block, images, 4 * self.batch_size, work_dir, self.memory_bytes
+                )
+                weights = self._sensitivity(reference, teacher, block, images, rng) if self.sensitivity else None
+                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index)
+                _Fit(self, student, captured, elements, weights, rng, limit_s).run(advance)
+                done.save(index, student, block)
+                for file in work_dir.glob("*.activations"):
+                    file.unlink()
+        student.module.requires_grad_(True)
+
+    def _sensitivity(
+        self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
+    ) -> Tensor:
+        """Squared gradients [N, ...] of log p(label) at the block's output (BRECQ, eq. 10), divided by their mean.
+
+        The label of a sample is drawn from what the teacher says of it.
+        """
+        task = resolve("task", teacher.task)
+        last = reference.get_submodule(block.modules[-1])
+        parts: list[Tensor] = []
+        for batch in images.split(4 * self.batch_size):
+            kept: list[Tensor] = []
+
+            def keep(_name: str, _module: nn.Module, _inputs: tuple, output: Any, kept: list = kept) -> Tensor:
+                kept.append(output.detach().requires_grad_())
+                return kept[-1]
+
+            with forward_hooks([(block.name, last)], after=keep):
+                logits = task.raw_outputs(reference, batch.to(teacher.device))
+            log_p = logits.flatten(0, -2).log_softmax(-1)
+            labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=rng).to(log_p.device)
+            (gradient,) = torch.autograd.grad(log_p.gather(1, labels).sum(), kept[0])
+            parts.append(gradient.square().cpu())
+        squares = torch.cat(parts)
+        return squares / squares.mean().clamp(min=1e-30)
+
+
+def float_copy(student: Student) -> nn.Module:
+    """The student's module tree as it is now, computing in float."""
+    reference = copy.deepcopy(student.module).requires_grad_(False)
+    for part in reference.modules():
+        if isinstance(part, Quantizer):
+            part.enabled = False
+    return reference
+
+
+class SoftQuantizer(nn.Module):
+    """In the place of a weight quantizer while a block is fitted: a weight between two codes, and a trained step."""
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor, learn_step: bool):
+        super().__init__()
+        self.scheme, self.axis, self.enabled = quantizer.scheme, quantizer.axis, True
+        self.shape = weight.shape
+        scale, zero_point = self._shaped(quantizer.scale.detach()), self._shaped(quantizer.zero_point)
+        values = self._grouped(weight.detach())
+        self.base = torch.floor(values / scale)
+        self.logits = nn.Parameter(soft_rounding_logits(values, scale))
+        self.step = nn.Parameter(scale.clone(), requires_grad=learn_step)
+        self.zero_point, self.smallest = zero_point, scale * 1e-2
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        size = self.scheme.group_size
+        return weight if size is None else to_groups(weight, self.axis or 0, size)
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        """A grid's scale, to broadcast against the weight (in groups)."""
+        if self.scheme.group_size is not None:
+            return values[..., None]
+        return broadcast(values, torch.empty(self.shape, device="meta"), self.axis)
+
+    @property
+    def scale(self) -> Tensor:
+        """As :class:`~dfq.modules.Quantizer` has it: a layer's integer bias asks for it."""
+        scale = torch.maximum(self.step, self.smallest)
+        return scale[..., 0] if self.scheme.group_size is not None else scale.flatten() if scale.dim() else scale
+
+    def _weight(self, logits: Tensor) -> Tensor:
+        step = torch.maximum(self.step, self.smallest)
+        found = soft_quantize(self.base, step, self.zero_point, self.scheme, logits)
+        return found if self.scheme.group_size is None else from_groups(found, self.axis or 0, self.shape)
+
+    def forward(self, _weight: Tensor) -> Tensor:
+        return self._weight(self.logits)
+
+    def regularizer(self, beta: float) -> Tensor:
+        """Sum of 1 - |2 h(V) - 1|^beta: zero where every rounding is decided."""
+        return (1 - (2 * soft_rounding(self.logits) - 1).abs().pow(beta)).sum()
+
+    @torch.no_grad()
+    def hardened(self) -> Tensor:
+        """The weight with every rounding decided."""
+        return self._weight(torch.where(self.logits >= 0, torch.inf, -torch.inf))
+
+
+class _Fit:
+    """One block's optimization."""
+
+    def __init__(
+        self,
+        settings: BlockReconstruction,
+        student: Student,
+        captured: Captured,
+        elements: dict[str, int],
+        sensitivity: Tensor | None,
+        rng: torch.Generator,
+        limit_s: float,
+    ):
+        self.limit_s = max(limit_s, 1e-3)
+        self.settings, self.network, self.captured, self.sensitivity = settings, student.module, captured, sensitivity
+        self.rng, self.device = rng, student.device
+        found = student.layers
+        self.layers: list[QuantizedLayer] = [found[name] for name in captured.block.layers]
+        # A layer whose weight another block has (tied) keeps the grid and the values that it has got there.
+        ours = [layer for layer in self.layers if isinstance(layer.weight_quantizer, Quantizer)]
+        self.hard = {layer: layer.weight_quantizer for layer in ours}
+        self.soft = {
+            layer: SoftQuantizer(layer.weight_quantizer, layer.weight, settings.weight_step_lr > 0)
+            for layer in ours
+            if layer.weight_quantizer.scheme.has_integer_codes and _is_off_grid(layer)
+        }
+        self.activations = self._activation_quantizers(student)
+        self.elements = {student.activation_quantizers[name]: count for name, count in elements.items()}
+
+    def _activation_quantizers(self, student: Student) -> list[Quantizer]:
+        """Those that run in the block; one that serves a layer outside as well stays as it is."""
+        ran: list[Quantizer] = []
+        every = student.activation_quantizers
+
+        def note(name: str, module: nn.Module, _inputs: tuple) -> None:
+            if isinstance(module, Quantizer) and module not in ran:
+                ran.append(module)
+
+        x = self.captured.inputs[:2].to(self.device)
+        with torch.no_grad(), forward_hooks(every.items(), before=note):
+            run_block(self.network, self.captured.block, x, self.captured.arguments)
+        return [quantizer for quantizer in ran if quantizer.has_qparams]
+
+    def run(self, advance: Any) -> None:
+        s = self.settings
+        groups: list[dict[str, Any]] = [{"params": [q.logits for q in self.soft.values()], "lr": s.rounding_lr}]
+        if s.weight_step_lr > 0:
+            groups += [
+                {"params": [q.step], "lr": s.weight_step_lr * float(q.step.detach().mean()), "decay": True}
+                for q in self.soft.values()
+            ]
+        if s.activation_step_lr > 0:
+            for quantizer in self.activations:
+                for parameter in learn_step(quantizer, self.elements.get(quantizer, 1)):
+                    # Adam does not see the scale of a gradient.
+                    lr = s.activation_step_lr * float(parameter.detach().abs().mean())
+                    groups.append({"params": [parameter], "lr": lr, "decay": True})
+        if s.bias_lr > 0:
+            for layer in self.layers:
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(True)
+                    lr = s.bias_lr * float(layer.bias.detach().abs().mean())
+                    groups.append({"params": [layer.bias], "lr": lr, "decay": True})
+        groups = [group for group in groups if group["params"]]
+        if groups:
+            self._train(groups, advance)
+        else:
+            advance(s.iterations)
+        for layer, soft in self.soft.items():
+            layer.weight_quantizer = self.hard[layer]
+            layer.weight.data.copy_(soft.hardened())
+            layer.weight_quantizer.set_qparams(soft.scale.detach(), layer.weight_quantizer.zero_point)
+        for quantizer in self.activations:
+            quantizer.freeze()
+        for layer in self.layers:
+            if layer.bias is not None:
+                layer.bias.requires_grad_(False)
+
+    def _train(self, groups: list[dict[str, Any]], advance: Any) -> None:
+        s, c = self.settings, self.captured
+        for layer, soft in self.soft.items():
+            layer.weight_quantizer = soft  # type: ignore[assignment]  # quacks like one
+        optimizer = torch.optim.Adam(groups, fused=self.device.type != "mps")
+        first = [group["lr"] for group in optimizer.param_groups]
+        smallest = {q: q.scale.detach() * 1e-2 for q in self.activations}
+        channels = c.float_outputs.shape[1 if c.float_outputs.dim() == 4 else -1]
+        # One size for all batches: a batch of its own would weigh samples with small outputs up.
+        size = c.float_outputs.square().mean(dtype=torch.float64).item() or 1.0
+        start = time.perf_counter()
+        with self._drop():
+            for step in range(s.iterations):
+                done = max(step / s.iterations, (time.perf_counter() - start) / self.limit_s)
+                if done >= 1:
+                    advance(s.iterations - step)
+                    break
+                chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
+                x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
+                if s.drop > 0:
+                    keep = torch.rand(x.shape, generator=self.rng).to(self.device) < s.drop
+                    x = torch.where(keep, c.float_inputs[chosen].to(self.device), x)
+                error = (run_block(self.network, c.block, x, c.arguments) - wanted).square()
+                if self.sensitivity is not None:
+                    error = error * self.sensitivity[chosen].to(self.device)
+                loss = channels * error.mean() / size
+                if done >= s.warm_up and s.rounding_weight > 0 and self.soft:
+                    beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (done - s.warm_up) / (1 - s.warm_up)
+                    loss = (
+                        loss + s.rounding_weight * torch.stack([q.regularizer(beta) for q in self.soft.values()]).sum()
+                    )
+                for group, lr in zip(optimizer.param_groups, first, strict=True):
+                    if "decay" in group:
+                        group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for quantizer, least in smallest.items():
+                        quantizer.scale.clamp_(min=least)
+                advance(1)
+
+    @contextmanager
+    def _drop(self) -> Iterator[None]:
+        """QDrop inside the block: some activations pass their quantizer by."""
+        p = self.settings.drop
+
+        def mix(_name: str, _module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            keep = torch.rand(output.shape, generator=self.rng).to(output.device) < p
+            return torch.where(keep, inputs[0], output)
+
+        with forward_hooks([("", q) for q in self.activations] if p > 0 else [], after=mix):
+            yield
+
+
+def _is_off_grid(layer: QuantizedLayer) -> bool:
+    """Whether rounding the weight would change it: what is on its grid (an embedding tied to a head) stays."""
+    with torch.no_grad():
+        return not torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
+
+
+class _Done:
+    """Finished blocks on disk, so that an interrupted run goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block_{index:04d}.pt"
+
+    def has(self, index: int) -> bool:
+        return self._path(index).exists()
+
+    def save(self, index: int, student: Student, block: Block) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._path(index).with_suffix(".tmp")
+        torch.save(student.module.state_dict(), temporary)
+        temporary.replace(self._path(index))
+        if self.has(index - 1):
+            # The last one has it all; the others only say that they are done.
+            torch.save({}, self._path(index - 1))
+
+    def load(self, index: int, student: Student, block: Block) -> None:
+        if self.has(index):
+            state = torch.load(self._path(index), map_location=student.device, weights_only=True)
+            if state:
+                student.module.load_state_dict(state)

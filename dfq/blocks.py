@@ -1,0 +1,281 @@
+"""Blocks: the units of reconstruction, found by following values through one forward, and run on their own.
+
+A block is a sub-module (or a few in a row) with weight layers, into which one activation goes and out of which one
+comes. Which sub-modules those are follows from the dataflow, never from class names:
+
+- a sub-module whose layers lie on one path, up to four of them, is a block (a depthwise layer and the pointwise one
+  behind it);
+- one with a path around some of its layers (a residual block, an inverted residual, an attention block) is a block,
+  unless its children with layers lie on one path themselves (a stage of residual blocks), which are looked at instead;
+- what has several inputs or outputs (a decoder with skip connections) is looked into;
+- a depthwise convolution that is left alone goes with the layer that reads it and nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.hooks import Dataflow, Op, evaluation_mode, forward_hooks, tensors_in
+from dfq.modules import product_of
+from dfq.sites import map_tensors, sites_of
+
+LONGEST_CHAIN = 4  # layers of a block without branches
+LARGEST_BLOCK = 32  # layers of a block with branches; what has more is looked into
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sub-modules that run one after the other, each on what the one before gave, and the weight layers in them."""
+
+    modules: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.modules[0] if len(self.modules) == 1 else f"{self.modules[0]}..{self.modules[-1]}"
+
+
+def find_blocks(module: nn.Module, flow: Dataflow, layers: Iterable[str], single_layers: bool = False) -> list[Block]:
+    """The blocks of a network in the order they run.
+
+    Args:
+        flow: one forward of ``module``.
+        layers: names of the weight layers to cover. Those that run more than once or that nobody calls (their owner
+            reads their weight) are in no block unless it is one around their owner.
+        single_layers: every layer a block of its own.
+    """
+    return _Finder(module, flow, list(layers), single_layers).blocks()
+
+
+class _Finder:
+    def __init__(self, module: nn.Module, flow: Dataflow, layers: list[str], single_layers: bool):
+        self.module, self.flow, self.layers, self.single_layers = module, flow, layers, single_layers
+        self.active = set(flow.inputs)
+        for op in flow.ops:
+            if self.active & set(op.inputs):
+                self.active |= set(op.outputs)
+
+    def blocks(self) -> list[Block]:
+        found = list(self._visit("", self.module))
+        first = {block: self._first_op(block) for block in found}
+        found.sort(key=lambda block: first[block])
+        return found if self.single_layers else list(self._joined(found))
+
+    def _visit(self, name: str, module: nn.Module) -> Iterator[Block]:
+        inside = [layer for layer in self.layers if layer == name or layer.startswith(f"{name}.") or not name]
+        if not inside:
+            return
+        if name in self.layers:
+            if self._ends(name) and not isinstance(module, nn.Embedding):
+                yield Block((name,), (name,))
+            return
+        if name and not self.single_layers and self._is_block(name, module, inside):
+            yield Block((name,), tuple(inside))
+            return
+        for child_name, child in module.named_children():
+            yield from self._visit(f"{name}.{child_name}".lstrip("."), child)
+
+    def _is_block(self, name: str, module: nn.Module, inside: list[str]) -> bool:
+        if self._ends(name) is None:
+            return False
+        if not any(self._bypassed(name, layer) for layer in inside):
+            return len(inside) <= LONGEST_CHAIN
+        children = [f"{name}.{child}" for child, _ in module.named_children()]
+        children = [child for child in children if any(f"{layer}.".startswith(f"{child}.") for layer in inside)]
+        is_chain = len(children) > 1 or children == inside
+        is_chain = is_chain and all(self._ends(c) is not None and not self._bypassed(name, c) for c in children)
+        # One child that has it all: the block is the child or lies in it.
+        alone = len(children) == 1 and self._ends(children[0]) is not None and children[0] not in self.layers
+        alone = alone and not self._bypassed(name, children[0])
+        return not is_chain and not alone and len(inside) <= LARGEST_BLOCK
+
+    def _ops(self, name: str) -> list[Op]:
+        return [op for op in self.flow.ops if op.module == name or op.module.startswith(f"{name}.")]
+
+    def _ends(self, name: str) -> tuple[int, int] | None:
+        """Numbers of the one activation that goes into a sub-module and the one that comes out; None: not so."""
+        if len(self.flow.calls_of(name)) != 1:
+            return None
+        inside = self._ops(name)
+        made = {number for op in inside for number in op.outputs}
+        entering = {number for op in inside for number in op.inputs if number in self.active and number not in made}
+        own = {id(op) for op in inside}
+        read = {number for op in self.flow.ops if id(op) not in own for number in op.inputs} | set(self.flow.outputs)
+        leaving = made & read & self.active
+        return (entering.pop(), leaving.pop()) if len(entering) == len(leaving) == 1 else None
+
+    def _bypassed(self, name: str, part: str) -> bool:
+        """Whether there is a way from the input to the output of ``name`` around ``part``."""
+        ends = self._ends(name)
+        assert ends is not None
+        reached = {ends[0]}
+        for op in self._ops(name):
+            if op.module != part and not op.module.startswith(f"{part}.") and reached & set(op.inputs):
+                reached |= set(op.outputs)
+        return ends[1] in reached
+
+    def _first_op(self, block: Block) -> int:
+        names = block.modules
+        return next(
+            i
+            for i, op in enumerate(self.flow.ops)
+            if any(op.module == name or op.module.startswith(f"{name}.") for name in names)
+        )
+
+    def _joined(self, blocks: list[Block]) -> Iterator[Block]:
+        """Depthwise convolutions together with the layer behind them."""
+        waiting: Block | None = None
+        for block in blocks:
+            if waiting is not None and self._follows(waiting, block):
+                block = Block(waiting.modules + block.modules, waiting.layers + block.layers)
+                waiting = None
+            if waiting is not None:
+                yield waiting
+            waiting = block if len(block.layers) == 1 and self._is_depthwise(block.layers[0]) else None
+            if waiting is None:
+                yield block
+        if waiting is not None:
+            yield waiting
+
+    def _is_depthwise(self, name: str) -> bool:
+        layer = self.module.get_submodule(name)
+        return getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0) > 1
+
+    def _follows(self, first: Block, second: Block) -> bool:
+        before, after = self._ends(first.modules[-1]), self._ends(second.modules[0])
+        if before is None or after is None or before[1] != after[0]:
+            return False
+        product = product_of(second.layers[0], self.flow)
+        readers = [op for op in self.flow.ops if before[1] in op.inputs]
+        return len(second.layers) == 1 and product is not None and readers == [product]
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+class _Stop(Exception):
+    """Ends a forward that has seen enough."""
+
+
+@dataclass
+class Arguments:
+    """What a block's first module was called with; its activation is replaced in every run."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def with_activation(self, x: Tensor) -> tuple[tuple, dict[str, Any]]:
+        """With ``x`` in the place of the first tensor."""
+        first = self.activation
+        args, kwargs = map_tensors(lambda value: x if value is first else value, (self.args, self.kwargs))
+        return args, kwargs
+
+    @property
+    def activation(self) -> Tensor:
+        return next(tensors_in([*self.args, *self.kwargs.values()]))
+
+
+def call_arguments(network: nn.Module, name: str, images: Tensor) -> Arguments:
+    """What ``name`` is called with in a forward of ``network``, which ends there."""
+    found: list[Arguments] = []
+
+    def stop(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(Arguments(args, kwargs))
+        raise _Stop
+
+    handle = network.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluation_mode(network):
+            network(images.clone())  # some networks write into their input
+    except _Stop:
+        return found[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{name} was not called")
+
+
+def run_block(network: nn.Module, block: Block, x: Tensor, arguments: Arguments) -> Tensor:
+    """The output of ``block`` for its input ``x`` [N, ...]; quantizers between its layers are called too."""
+    with evaluation_mode(network), sites_of(network):
+        for position, name in enumerate(block.modules):
+            args, kwargs = arguments.with_activation(x) if position == 0 else ((x,), {})
+            x = next(tensors_in(network.get_submodule(name)(*args, **kwargs)))
+    return x
+
+
+@contextmanager
+def layer_inputs(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """A dict that holds the last input of each named layer while the context is open."""
+    captured: dict[str, Tensor] = {}
+
+    def keep(name: str, _module: nn.Module, inputs: tuple) -> None:
+        captured[name] = inputs[0].detach()
+
+    with forward_hooks([(name, network.get_submodule(name)) for name in names], before=keep):
+        yield captured
+
+
+def allocate(shape: tuple[int, ...], like: Tensor, limit_bytes: int, folder: Path, name: str) -> Tensor:
+    """An uninitialized tensor on the CPU; above ``limit_bytes`` one that lives in a file of ``folder``."""
+    size = torch.Size(shape).numel()
+    if size * like.element_size() <= limit_bytes:
+        return torch.empty(shape, dtype=like.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(folder / f"{name}.activations"), shared=True, size=size, dtype=like.dtype).view(shape)
+
+
+@dataclass
+class Captured:
+    """A block with what goes into it and what should come out of it, for all samples.
+
+    Attributes:
+        arguments: of the block's first module in the student.
+        inputs: [N, ...] in the student, whose earlier blocks are quantized already.
+        float_inputs, float_outputs: [N, ...] in the float network.
+    """
+
+    block: Block
+    arguments: Arguments
+    inputs: Tensor
+    float_inputs: Tensor
+    float_outputs: Tensor
+
+
+def capture(
+    student: nn.Module,
+    reference: nn.Module,
+    block: Block,
+    images: Tensor,
+    batch_size: int,
+    folder: Path,
+    limit_bytes: int = 2**31,
+) -> Captured:
+    """Inputs and outputs of one block for ``images`` [N, ...], in bounded memory.
+
+    Args:
+        student, reference: the network with quantizers, and the same module tree that computes in float.
+        folder: for what does not fit into ``limit_bytes`` a tensor; the caller removes it.
+    """
+    device = next(student.parameters()).device
+    stores: dict[str, Tensor] = {}
+    arguments: Arguments | None = None
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].to(device)
+        mine = call_arguments(student, block.modules[0], batch)
+        theirs = call_arguments(reference, block.modules[0], batch)
+        with torch.no_grad():
+            outputs = run_block(reference, block, theirs.activation, theirs)
+        for key, value in (("inputs", mine.activation), ("float_inputs", theirs.activation), ("outputs", outputs)):
+            if key not in stores:
+                stores[key] = allocate((len(images), *value.shape[1:]), value, limit_bytes, folder, key)
+            stores[key][start : start + len(batch)].copy_(value)
+        arguments = arguments or mine
+    assert arguments is not None
+    return Captured(block, arguments, stores["inputs"], stores["float_inputs"], stores["outputs"])

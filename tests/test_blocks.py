@@ -1,0 +1,194 @@
+"""Blocks: found in networks of every shape, run on their own exactly as inside the network, captured in bounded memory."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dfq.blocks import Block, call_arguments, capture, find_blocks, layer_inputs, run_block
+from dfq.hooks import record_dataflow
+from dfq.modules import weight_layers
+from dfq.scheme import Scheme, TensorScheme
+from dfq.settings import resolve
+from dfq.student import Student
+from tests.conftest import NETS, as_teacher
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def conv(i, o, k=3, **kwargs):
+    return nn.Conv2d(i, o, k, padding=k // 2, **kwargs)
+
+
+class Basic(nn.Module):
+    def __init__(self, i, o, shortcut=False):
+        super().__init__()
+        self.conv1, self.conv2 = conv(i, o), conv(o, o)
+        self.shortcut = conv(i, o, 1) if shortcut else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+
+
+class Net(nn.Module):
+    """A stem, two stages of residual blocks, a depthwise pair in two lists, a head; functional calls in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 8)
+        self.stage1 = nn.Sequential(Basic(8, 8), Basic(8, 8))
+        self.stage2 = nn.ModuleList([Basic(8, 12, shortcut=True), Basic(12, 12)])
+        self.depthwise, self.pointwise = nn.ModuleList([conv(12, 12, groups=12)]), nn.ModuleList([conv(12, 16, 1)])
+        self.inverted = nn.Sequential(conv(16, 24, 1), nn.ReLU6(), conv(24, 24, groups=24), nn.ReLU6(), conv(24, 16, 1))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        x = self.stage1(x)
+        for block in self.stage2:
+            x = block(x)
+        for spatial, mix in zip(self.depthwise, self.pointwise, strict=True):
+            x = F.relu(mix(spatial(x)))
+        return self.head(self.inverted(x).mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """What goes down is read again on the way up."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.bottom, self.up = conv(3, 4), nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 4)), conv(8, 4)
+
+    def forward(self, x):
+        down = self.down(x)
+        return self.up(torch.cat([down, self.bottom(F.relu(down))], 1)).flatten(1)
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, and one whose owner reads the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.own = conv(3, 4), conv(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.shared(self.shared(self.first(x)))
+        return F.linear(x.mean((2, 3)), self.own.weight, self.own.bias)
+
+
+def blocks_of(net, single_layers=False):
+    net.eval()
+    return find_blocks(net, record_dataflow(net, IMAGES[:2]), weight_layers(net), single_layers)
+
+
+def test_blocks_follow_the_dataflow():
+    assert [(b.modules, len(b.layers)) for b in blocks_of(Net())] == [
+        (("stem",), 1),
+        (("stage1.0",), 2),
+        (("stage1.1",), 2),
+        (("stage2.0",), 3),
+        (("stage2.1",), 2),
+        (("depthwise.0", "pointwise.0"), 2),
+        (("inverted",), 3),
+        (("head",), 1),
+    ]
+    assert [b.name for b in blocks_of(Net())][5] == "depthwise.0..pointwise.0"
+
+
+def test_every_layer_a_block_of_its_own():
+    net = Net()
+    found = blocks_of(net, single_layers=True)
+    assert all(b.modules == b.layers and len(b.layers) == 1 for b in found)
+    assert {b.layers[0] for b in found} == set(weight_layers(net))
+
+
+def test_what_has_skip_connections_is_looked_into():
+    assert [b.layers for b in blocks_of(UNet())] == [("down",), ("bottom.0", "bottom.2"), ("up",)]
+
+
+def test_layers_that_run_twice_or_are_never_called_are_in_no_block():
+    assert [b.layers for b in blocks_of(Twice())] == [("first",)]
+
+
+@pytest.mark.parametrize("make", [Net, UNet, *NETS.values()], ids=lambda make: make.__name__)
+def test_each_layer_is_in_one_block_at_most_and_blocks_come_in_order(make):
+    net = make()
+    found = blocks_of(net)
+    layers = [name for block in found for name in block.layers]
+    assert len(layers) == len(set(layers)) and set(layers) == set(weight_layers(net))
+    order = [op.module for op in record_dataflow(net.eval(), IMAGES[:2]).ops]
+    firsts = [order.index(block.layers[0]) for block in found]
+    assert firsts == sorted(firsts)
+
+
+@pytest.mark.parametrize("policy", ["all", "hardware"])
+@pytest.mark.parametrize("make", [Net, UNet], ids=lambda make: make.__name__)
+def test_a_block_alone_computes_what_it_computes_inside(make, policy, make_dataset):
+    """With its quantizers, also those between operations: same input, same bits."""
+    teacher = as_teacher(make())
+    scheme = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(4), policy=policy)
+    student = Student.from_teacher(teacher, scheme)
+    quantizer = resolve("quantizer", "min_max")
+    resolve("algorithm", "round_to_nearest").quantize(
+        student, teacher, make_dataset(teacher), quantizer, quantizer, 0, None
+    )
+    found = find_blocks(student.module, record_dataflow(student.module, IMAGES[:2]), student.layers)
+    assert len(found) > 2
+    for block in found:
+        kept = {}
+        handle = student.module.get_submodule(block.modules[-1]).register_forward_hook(
+            lambda m, i, o, kept=kept: kept.update(out=o)
+        )
+        student(IMAGES)
+        handle.remove()
+        arguments = call_arguments(student.module, block.modules[0], IMAGES)
+        with torch.no_grad():
+            alone = run_block(student.module, block, arguments.activation, arguments)
+        assert torch.equal(alone, kept["out"])
+    assert torch.equal(student(IMAGES), student(IMAGES))  # nothing is left behind
+
+
+def test_a_block_takes_keyword_and_other_arguments():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, mask, *, hidden, factor=1.0):
+            return hidden + self.b(F.relu(self.a(hidden))) * factor * (1 if mask is None else mask)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = Inner(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.inner(None, hidden=x.mean(1), factor=2.0).mean(1))
+
+    net = Outer().eval()
+    blocks = blocks_of(net)
+    assert [b.layers for b in blocks] == [("inner.a", "inner.b"), ("head",)]
+    arguments = call_arguments(net, "inner", IMAGES)
+    x = torch.randn(4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(run_block(net, blocks[0], x, arguments), net.inner(None, hidden=x, factor=2.0))
+
+
+@pytest.mark.parametrize("limit", [2**31, 100])
+def test_captured_tensors_are_those_of_a_whole_forward_in_memory_or_in_a_file(limit, tmp_path):
+    net = Net().eval()
+    reference = copy.deepcopy(net)
+    with torch.no_grad():
+        net.stem.weight.mul_(1.5)  # as if it were quantized
+    block = blocks_of(net)[1]
+    assert block == Block(("stage1.0",), ("stage1.0.conv1", "stage1.0.conv2"))
+    found = capture(net, reference, block, IMAGES, 4, tmp_path, limit)  # 6 samples: the last batch is shorter
+    for network, inputs in ((net, found.inputs), (reference, found.float_inputs)):
+        with layer_inputs(network, ["stage1.0"]) as seen, torch.no_grad():
+            network(IMAGES)
+        torch.testing.assert_close(inputs, seen["stage1.0"])
+    torch.testing.assert_close(found.float_outputs, reference.stage1[0](found.float_inputs).detach())
+    assert not torch.allclose(found.inputs, found.float_inputs)
+    assert len(list(tmp_path.glob("*.activations"))) == (0 if limit > 1000 else 3)
