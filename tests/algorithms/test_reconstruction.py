@@ -1,0 +1,237 @@
+"""Block reconstruction: its equations, what is trained and what is not, and a run that is killed and goes on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dfq.algorithms import _reconstruction
+from dfq.algorithms._reconstruction import SoftQuantizer, float_copy
+from dfq.algorithms.reconstruction import Reconstruction
+from dfq.modules import Quantizer
+from dfq.pipeline import quantize
+from dfq.scheme import Scheme, TensorScheme
+from dfq.settings import resolve
+from dfq.student import Student
+
+W3A4 = Scheme(TensorScheme(3, True, "per_channel"), TensorScheme(4))
+METHODS = ["reconstruction", "adaround", "brecq", "qdrop", "genie_m"]
+GRIDS = {
+    "per_tensor": TensorScheme(3, True),
+    "per_channel": TensorScheme(3, True, "per_channel"),
+    "asymmetric": TensorScheme(2, False, "per_channel"),
+    "per_group": TensorScheme(3, True, "per_group", 9),
+    "ternary": TensorScheme(2, True, "per_channel", grid="ternary"),
+}
+
+
+def made(teacher, dataset, scheme=W3A4, name="reconstruction", seed=0, work_dir=Path(), **settings):
+    student = Student.from_teacher(teacher, scheme)
+    settings = {"iterations": 60, "batch_size": 8} | settings
+    quantizer = resolve("quantizer", "mse")
+    resolve("algorithm", name, **settings).quantize(student, teacher, dataset, quantizer, quantizer, seed, work_dir)
+    return student
+
+
+@pytest.fixture
+def parts(make_teacher, make_dataset, tmp_path):
+    teacher = make_teacher("residual")
+    return teacher, make_dataset(teacher, 64), tmp_path / "work"
+
+
+def nearest(teacher, dataset, scheme=W3A4):
+    student = Student.from_teacher(teacher, scheme)
+    quantizer = resolve("quantizer", "mse")
+    resolve("algorithm", "round_to_nearest").quantize(student, teacher, dataset, quantizer, quantizer, 0, Path())
+    return student
+
+
+def error(student, teacher, images):
+    with torch.no_grad():
+        return float((student(images) - teacher(images)).square().mean() / teacher(images).square().mean())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_soft_weight_starts_as_the_float_weight_and_ends_on_the_grid(name):
+    scheme, rng = GRIDS[name], torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 3, 3, 3, generator=rng) * 0.1
+    axis, shape = (None, ()) if scheme.granularity == "per_tensor" else (0, (6,))
+    if scheme.group_size:
+        shape = (6, 3)
+    quantizer = Quantizer(scheme, shape, axis)
+    zero_point = torch.full(shape, 2 if name == "asymmetric" else 0, dtype=torch.int32)
+    quantizer.set_qparams(torch.rand(shape, generator=rng) * 0.02 + 0.05, zero_point)
+    soft = SoftQuantizer(quantizer, weight, True)
+    inside = quantizer.scale.min() * 0.9
+    small = weight.abs() < inside  # not clipped
+    assert small.any()
+    torch.testing.assert_close(soft(weight)[small], weight[small], atol=1e-6, rtol=0)
+    with torch.no_grad():
+        soft.logits.add_(torch.randn(soft.logits.shape, generator=rng))
+    hard = soft.hardened()
+    torch.testing.assert_close(quantizer(hard), hard, atol=1e-7, rtol=0)
+    # Every rounding is one of the two neighbors.
+    scale = torch.as_tensor(soft.step.detach())
+    grouped = hard if not scheme.group_size else hard.reshape(6, 3, 9)
+    values = weight if not scheme.group_size else weight.reshape(6, 3, 9)
+    codes = torch.round(grouped / scale)
+    floor = torch.floor(values / scale)
+    low, high = scheme.quant_min - int(zero_point.max()), scheme.quant_max - int(zero_point.max())
+    assert ((codes == floor.clamp(low, high)) | (codes == (floor + 1).clamp(low, high))).all()
+
+
+def test_the_regularizer_is_adarounds():
+    quantizer = Quantizer(TensorScheme(4, True), (), None)
+    quantizer.set_qparams(torch.tensor(0.1), torch.tensor(0, dtype=torch.int32))
+    soft = SoftQuantizer(quantizer, torch.randn(40, generator=torch.Generator().manual_seed(0)) * 0.3, False)
+    v = soft.logits.detach().double().numpy()
+    h = np.clip(1 / (1 + np.exp(-v)) * 1.2 - 0.1, 0, 1)
+    for beta in (20.0, 7.0, 2.0):
+        want = (1 - np.abs(2 * h - 1) ** beta).sum()
+        assert float(soft.regularizer(beta).detach()) == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_beats_rounding_to_nearest(name, parts):
+    teacher, dataset, work_dir = parts
+    images = dataset.tensors()["images"]
+    found = made(teacher, dataset, name=name, work_dir=work_dir, iterations=100)
+    assert error(found, teacher, images) < 0.8 * error(nearest(teacher, dataset), teacher, images)
+
+
+def test_roundings_are_decided_and_the_student_is_saved_bit_for_bit(parts, tmp_path):
+    teacher, dataset, work_dir = parts
+    student = made(teacher, dataset, work_dir=work_dir)
+    images = dataset.tensors()["images"]
+    with torch.no_grad():
+        before = student(images)
+        weights = {name: layer.weight.clone() for name, layer in student.layers.items()}
+    for name, layer in student.freeze().layers.items():
+        torch.testing.assert_close(layer.weight, weights[name], atol=1e-6, rtol=1e-6)
+    assert (student(images) - before).abs().max() < 1e-3 * before.abs().max()
+    student.settings = {"algorithm": {}}
+    kept = student(images)
+    assert torch.equal(Student.load(student.save(tmp_path / "s"), teacher)(images), kept)
+
+
+def test_what_a_method_does_not_train_stays(parts):
+    teacher, dataset, work_dir = parts
+    start, found = nearest(teacher, dataset), made(teacher, dataset, name="adaround", work_dir=work_dir)
+    for name, layer in found.layers.items():
+        other = start.layers[name]
+        assert torch.equal(layer.weight_quantizer.scale, other.weight_quantizer.scale)
+        assert torch.equal(layer.input_quantizer.scale, other.input_quantizer.scale)
+        assert layer.bias is None or torch.equal(layer.bias, other.bias)
+        assert not torch.equal(layer.weight, other.weight)
+    trained = made(teacher, dataset, work_dir=work_dir.with_name("other"))
+    for name, layer in trained.layers.items():
+        other = start.layers[name]
+        assert not torch.equal(layer.weight_quantizer.scale, other.weight_quantizer.scale)
+        assert not torch.equal(layer.input_quantizer.scale, other.input_quantizer.scale)
+        assert layer.bias is None or not torch.equal(layer.bias, other.bias)
+        assert (layer.weight_quantizer.scale > 0).all() and (layer.input_quantizer.scale > 0).all()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8), policy="hardware"),
+        Scheme(TensorScheme(2, True, "per_channel", grid="ternary"), TensorScheme(8)),
+        Scheme(TensorScheme(2, True, "per_channel", grid="seq"), TensorScheme(8)),
+        Scheme(TensorScheme(3, True, "per_channel"), TensorScheme(8, granularity="per_token")),
+        Scheme(TensorScheme(3, True, "per_channel"), TensorScheme(16, True, grid="float")),
+    ],
+    ids=["hardware", "ternary", "seq", "per_token", "float"],
+)
+def test_other_schemes(scheme, parts, tmp_path):
+    teacher, dataset, work_dir = parts
+    images = dataset.tensors()["images"]
+    found = made(teacher, dataset, scheme, work_dir=work_dir).freeze()
+    assert error(found, teacher, images) < 1.2 * error(nearest(teacher, dataset, scheme).freeze(), teacher, images)
+    found.settings = {"algorithm": {}}
+    assert torch.equal(Student.load(found.save(tmp_path / "s"), teacher)(images), found(images))
+
+
+@pytest.mark.parametrize("kind", ["plain", "mlp", "bare"])
+def test_other_networks(kind, make_teacher, make_dataset, tmp_path):
+    teacher = make_teacher(kind)
+    dataset = make_dataset(teacher, 64)
+    images = dataset.tensors()["images"]
+    found = made(teacher, dataset, work_dir=tmp_path / "w", iterations=100)
+    assert error(found, teacher, images) < error(nearest(teacher, dataset), teacher, images)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(parts):
+    teacher, dataset, work_dir = parts
+    hashes = [
+        made(teacher, dataset, seed=s, work_dir=work_dir / str(i)).freeze().sha256 for i, s in enumerate((0, 0, 1))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_activations_beyond_the_memory_limit_change_nothing(parts):
+    teacher, dataset, work_dir = parts
+    here = made(teacher, dataset, work_dir=work_dir / "a", iterations=5).freeze()
+    there = made(teacher, dataset, work_dir=work_dir / "b", iterations=5, memory_bytes=1000).freeze()
+    assert here.sha256 == there.sha256
+    assert not list(work_dir.rglob("*.activations"))
+
+
+def test_a_killed_run_goes_on_with_the_block_it_was_at(parts, monkeypatch):
+    teacher, dataset, work_dir = parts
+    whole = made(teacher, dataset, work_dir=work_dir / "whole").freeze()
+    captured, real = [], _reconstruction.capture
+
+    def kill(student, reference, block, *rest):
+        captured.append(block.name)
+        if len(captured) == 3:
+            raise KeyboardInterrupt
+        return real(student, reference, block, *rest)
+
+    monkeypatch.setattr(_reconstruction, "capture", kill)
+    with pytest.raises(KeyboardInterrupt):
+        made(teacher, dataset, work_dir=work_dir / "killed")
+    assert captured[:2] != captured[1:]
+    resumed = made(teacher, dataset, work_dir=work_dir / "killed").freeze()
+    assert len(captured) == 4 and captured[3] == captured[2]
+    assert resumed.sha256 == whole.sha256
+
+
+def test_the_time_limit_ends_a_run_with_all_roundings_decided(parts):
+    import time
+
+    teacher, dataset, work_dir = parts
+    start = time.perf_counter()
+    found = made(teacher, dataset, work_dir=work_dir, iterations=10**6, time_limit_s=2.0)
+    assert time.perf_counter() - start < 10
+    images = dataset.tensors()["images"]
+    assert error(found.freeze(), teacher, images) < error(nearest(teacher, dataset), teacher, images)
+
+
+def test_sensitivities_are_squared_gradients_of_the_log_likelihood(parts):
+    teacher, dataset, _ = parts
+    student = nearest(teacher, dataset)
+    reference = float_copy(student)
+    from dfq.blocks import find_blocks
+    from dfq.hooks import record_dataflow
+
+    block = find_blocks(reference, record_dataflow(reference, teacher.example()), student.layers)[-1]
+    images = dataset.tensors()["images"][:16]
+    found = Reconstruction(batch_size=4)._sensitivity(
+        reference, teacher, block, images, torch.Generator().manual_seed(0)
+    )
+    # At the logits the gradient of log p(y) is onehot(y) - p.
+    p = teacher(images).detach().softmax(1)
+    labels = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    want = (nn.functional.one_hot(labels, p.shape[1]) - p).square()
+    torch.testing.assert_close(found, want / want.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_through_the_pipeline_nothing_is_left_in_the_folder(parts, tmp_path):
+    teacher, dataset, _ = parts
+    algorithm = Reconstruction(iterations=3, batch_size=8)
+    quantizer = resolve("quantizer", "mse")
+    _, path = quantize(teacher, dataset, W3A4, algorithm, quantizer, quantizer, 0, tmp_path / "s")
+    assert sorted(file.name for file in path.iterdir()) == ["student.json", "student.safetensors"]
