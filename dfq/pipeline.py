@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -171,9 +172,7 @@ def quantize(
         "dataset": {"path": str(dataset.path), "num_samples": len(dataset), "provenance": dataset.provenance},
     }
     student.save(path)
-    for leftover in work_dir.iterdir():
-        leftover.unlink()
-    work_dir.rmdir()
+    shutil.rmtree(work_dir)
     return student, path
 
 

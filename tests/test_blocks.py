@@ -1,9 +1,10 @@
-"""Blocks: found in networks of every shape, run on their own exactly as inside the network, captured in bounded memory."""
+"""Blocks: found in networks of every shape, run alone exactly as inside the network, captured in bounded memory."""
 
 import copy
 
 import pytest
 import torch
+from conftest import NETS, as_teacher
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from dfq.modules import weight_layers
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student
-from tests.conftest import NETS, as_teacher
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

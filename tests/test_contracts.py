@@ -25,7 +25,8 @@ UNIFORM = [TensorScheme(bits, symmetric) for bits in (2, 4, 8) for symmetric in 
 OTHER_GRIDS = [TensorScheme(bits, True, grid="seq") for bits in (1, 2, 4)]
 OTHER_GRIDS += [TensorScheme(grid="ternary", symmetric=symmetric) for symmetric in (True, False)]
 OTHER_GRIDS += [TensorScheme(grid=name, symmetric=True) for name in ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1")]
-FAST = {"iterations": 3, "max_steps": 6, "checks": 2, "batch_size": 8, "num_candidates": 10}
+FAST = {"iterations": 3, "finish_iterations": 2, "max_steps": 6, "checks": 2, "batch_size": 8, "num_candidates": 10}
+FAST["rungs"] = ["round_to_nearest", {**load("algorithm", "reconstruction"), "iterations": 3, "finish_iterations": 2}]
 W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
 
 

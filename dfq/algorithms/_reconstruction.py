@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from dfq.quantization import (
     to_groups,
 )
 from dfq.quantizers.lsq import learn_step
-from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, resolve
+from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -64,6 +64,7 @@ class BlockReconstruction:
     drop: Fraction = 0.0  # share of inputs, and of activations inside, that stay float during training (QDrop)
     rounding_weight: NonNegativeFloat = 0.05  # lambda
     warm_up: Fraction = 0.2  # share of the steps before lambda sets in
+    finish_iterations: NonNegativeInt = 0  # steps at the end that train steps and biases on the teacher's outputs
     sensitivity: bool = False  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
     time_limit_s: PositiveFloat | None = None  # seconds for all blocks; null: no limit (the same seed, the same bits)
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
@@ -82,7 +83,8 @@ class BlockReconstruction:
         """Fit ``student`` in place, block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
         images = calibration_images(dataset, self.num_samples)
         reference = float_copy(student)
-        elements = ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
+        counts = ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
+        elements = {student.activation_quantizers[name]: count for name, count in counts.items()}
         student.module.requires_grad_(False)
         flow = record_dataflow(reference, teacher.example())
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
@@ -100,12 +102,38 @@ class BlockReconstruction:
                     student.module, reference, block, images, 4 * self.batch_size, work_dir, self.memory_bytes
                 )
                 weights = self._sensitivity(reference, teacher, block, images, rng) if self.sensitivity else None
-                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index)
-                _Fit(self, student, captured, elements, weights, rng, limit_s).run(advance)
+                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + (self.finish_iterations > 0))
+                _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
                 done.save(index, student, block)
                 for file in work_dir.glob("*.activations"):
                     file.unlink()
+        if self.finish_iterations:
+            self._finish(student, teacher, images, elements, seed, deadline - time.perf_counter())
         student.module.requires_grad_(True)
+
+    def _finish(
+        self,
+        student: Student,
+        teacher: Teacher,
+        images: Tensor,
+        elements: dict[Quantizer, int],
+        seed: int,
+        limit_s: float,
+    ) -> None:
+        """Train steps and biases, not the codes, on the teacher's outputs: blocks were fitted one by one."""
+        task, rng = resolve("task", teacher.task), torch.Generator().manual_seed(seed)
+        activations = [quantizer for quantizer in elements if quantizer.has_qparams]
+        trainable = _Trainable(self, student.layers.values(), activations, elements, False)
+
+        def loss(_done: float) -> Tensor:
+            chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
+            batch = images[chosen]
+            with torch.no_grad():
+                wanted = task.raw_outputs(teacher, batch)
+            return task.distillation_loss(task.raw_outputs(student, batch), wanted)
+
+        with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
+            _descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
 
     def _sensitivity(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
@@ -122,7 +150,7 @@ class BlockReconstruction:
 
             def keep(_name: str, _module: nn.Module, _inputs: tuple, output: Any, kept: list = kept) -> Tensor:
                 kept.append(output.detach().requires_grad_())
-                return kept[-1]
+                return kept[-1].clone()  # the next operation may write into it
 
             with forward_hooks([(block.name, last)], after=keep):
                 logits = task.raw_outputs(reference, batch.to(teacher.device))
@@ -185,80 +213,73 @@ class SoftQuantizer(nn.Module):
         """Sum of 1 - |2 h(V) - 1|^beta: zero where every rounding is decided."""
         return (1 - (2 * soft_rounding(self.logits) - 1).abs().pow(beta)).sum()
 
+    def decide(self) -> None:
+        """Round every weight to the nearer code, for good."""
+        self.logits = nn.Parameter(torch.where(self.logits >= 0, torch.inf, -torch.inf), requires_grad=False)
+
     @torch.no_grad()
     def hardened(self) -> Tensor:
         """The weight with every rounding decided."""
         return self._weight(torch.where(self.logits >= 0, torch.inf, -torch.inf))
 
 
-class _Fit:
-    """One block's optimization."""
+class _Trainable:
+    """What is trained of some layers: in place while the context is open, rounded and frozen where it ends.
+
+    Args:
+        activations: quantizers whose steps are trained.
+        elements: of each activation quantizer, that it rounds in one sample.
+        roundings: train the roundings too; else only what is not an integer in the artifact.
+    """
 
     def __init__(
         self,
         settings: BlockReconstruction,
-        student: Student,
-        captured: Captured,
-        elements: dict[str, int],
-        sensitivity: Tensor | None,
-        rng: torch.Generator,
-        limit_s: float,
+        layers: Iterable[QuantizedLayer],
+        activations: list[Quantizer],
+        elements: dict[Quantizer, int],
+        roundings: bool,
     ):
-        self.limit_s = max(limit_s, 1e-3)
-        self.settings, self.network, self.captured, self.sensitivity = settings, student.module, captured, sensitivity
-        self.rng, self.device = rng, student.device
-        found = student.layers
-        self.layers: list[QuantizedLayer] = [found[name] for name in captured.block.layers]
-        # A layer whose weight another block has (tied) keeps the grid and the values that it has got there.
-        ours = [layer for layer in self.layers if isinstance(layer.weight_quantizer, Quantizer)]
-        self.hard = {layer: layer.weight_quantizer for layer in ours}
+        self.settings, self.layers, self.activations, self.elements = settings, list(layers), activations, elements
+        self.roundings = roundings
+        self.hard = {layer: layer.weight_quantizer for layer in self.layers}
+        # A weight that is on its grid already (tied to a layer of an earlier block) keeps its codes.
         self.soft = {
             layer: SoftQuantizer(layer.weight_quantizer, layer.weight, settings.weight_step_lr > 0)
-            for layer in ours
-            if layer.weight_quantizer.scheme.has_integer_codes and _is_off_grid(layer)
+            for layer in self.layers
+            if layer.weight_quantizer.scheme.has_integer_codes
+            and (_is_off_grid(layer) if roundings else settings.weight_step_lr > 0)
         }
-        self.activations = self._activation_quantizers(student)
-        self.elements = {student.activation_quantizers[name]: count for name, count in elements.items()}
 
-    def _activation_quantizers(self, student: Student) -> list[Quantizer]:
-        """Those that run in the block; one that serves a layer outside as well stays as it is."""
-        ran: list[Quantizer] = []
-        every = student.activation_quantizers
-
-        def note(name: str, module: nn.Module, _inputs: tuple) -> None:
-            if isinstance(module, Quantizer) and module not in ran:
-                ran.append(module)
-
-        x = self.captured.inputs[:2].to(self.device)
-        with torch.no_grad(), forward_hooks(every.items(), before=note):
-            run_block(self.network, self.captured.block, x, self.captured.arguments)
-        return [quantizer for quantizer in ran if quantizer.has_qparams]
-
-    def run(self, advance: Any) -> None:
-        s = self.settings
-        groups: list[dict[str, Any]] = [{"params": [q.logits for q in self.soft.values()], "lr": s.rounding_lr}]
-        if s.weight_step_lr > 0:
-            groups += [
-                {"params": [q.step], "lr": s.weight_step_lr * float(q.step.detach().mean()), "decay": True}
-                for q in self.soft.values()
-            ]
+    def __enter__(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer; those whose rate decays say so."""
+        s, groups = self.settings, []
+        for layer, soft in self.soft.items():
+            layer.weight_quantizer = soft  # type: ignore[assignment]  # quacks like one
+            if self.roundings:
+                groups.append({"params": [soft.logits], "lr": s.rounding_lr, "decays": False})
+            else:
+                soft.decide()
+            if s.weight_step_lr > 0:
+                groups.append(self._group(soft.step, s.weight_step_lr))
         if s.activation_step_lr > 0:
             for quantizer in self.activations:
-                for parameter in learn_step(quantizer, self.elements.get(quantizer, 1)):
-                    # Adam does not see the scale of a gradient.
-                    lr = s.activation_step_lr * float(parameter.detach().abs().mean())
-                    groups.append({"params": [parameter], "lr": lr, "decay": True})
+                steps = learn_step(quantizer, self.elements.get(quantizer, 1))
+                groups += [self._group(step, s.activation_step_lr) for step in steps]
         if s.bias_lr > 0:
             for layer in self.layers:
                 if layer.bias is not None:
                     layer.bias.requires_grad_(True)
-                    lr = s.bias_lr * float(layer.bias.detach().abs().mean())
-                    groups.append({"params": [layer.bias], "lr": lr, "decay": True})
-        groups = [group for group in groups if group["params"]]
-        if groups:
-            self._train(groups, advance)
-        else:
-            advance(s.iterations)
+                    groups.append(self._group(layer.bias, s.bias_lr))
+        self.smallest = {quantizer: quantizer.scale.detach() * 1e-2 for quantizer in self.activations}
+        return groups
+
+    @staticmethod
+    def _group(parameter: Tensor, lr: float) -> dict[str, Any]:
+        # Adam does not see how large a gradient is: the rate has to know how large the parameter is.
+        return {"params": [parameter], "lr": lr * float(parameter.detach().abs().mean()), "decays": True}
+
+    def __exit__(self, *_: Any) -> None:
         for layer, soft in self.soft.items():
             layer.weight_quantizer = self.hard[layer]
             layer.weight.data.copy_(soft.hardened())
@@ -269,47 +290,102 @@ class _Fit:
             if layer.bias is not None:
                 layer.bias.requires_grad_(False)
 
-    def _train(self, groups: list[dict[str, Any]], advance: Any) -> None:
-        s, c = self.settings, self.captured
-        for layer, soft in self.soft.items():
-            layer.weight_quantizer = soft  # type: ignore[assignment]  # quacks like one
-        optimizer = torch.optim.Adam(groups, fused=self.device.type != "mps")
+    @torch.no_grad()
+    def keep_steps_positive(self) -> None:
+        """A step that crossed zero would flip the sign of its whole tensor."""
+        for quantizer, smallest in self.smallest.items():
+            quantizer.scale.clamp_(min=smallest)
+
+
+def _descend(
+    groups: list[dict[str, Any]],
+    loss: Callable[[float], Tensor],
+    after: Callable[[], None],
+    iterations: int,
+    limit_s: float,
+    advance: Any,
+) -> None:
+    """Adam on ``groups`` for ``iterations`` steps or ``limit_s`` seconds; ``loss`` is told the share that is done."""
+    groups = [group for group in groups if group["lr"] > 0]
+    start, step = time.perf_counter(), 0
+    if groups:
+        optimizer = torch.optim.Adam(groups, fused=groups[0]["params"][0].device.type != "mps")
         first = [group["lr"] for group in optimizer.param_groups]
-        smallest = {q: q.scale.detach() * 1e-2 for q in self.activations}
-        channels = c.float_outputs.shape[1 if c.float_outputs.dim() == 4 else -1]
+        while (done := max(step / iterations, (time.perf_counter() - start) / limit_s)) < 1:
+            for group, lr in zip(optimizer.param_groups, first, strict=True):
+                if group["decays"]:
+                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
+            optimizer.zero_grad(set_to_none=True)
+            loss(done).backward()
+            optimizer.step()
+            after()
+            step += 1
+            advance(1)
+    advance(iterations - step)
+
+
+class _Fit:
+    """One block's optimization."""
+
+    def __init__(
+        self,
+        settings: BlockReconstruction,
+        student: Student,
+        captured: Captured,
+        elements: dict[Quantizer, int],
+        sensitivity: Tensor | None,
+        rng: torch.Generator,
+    ):
+        self.settings, self.captured, self.sensitivity, self.rng = settings, captured, sensitivity, rng
+        self.network, self.device = student.module, student.device
+        found = student.layers
+        layers = [found[name] for name in captured.block.layers]
+        self.trainable = _Trainable(settings, layers, self._activation_quantizers(student), elements, True)
+        outputs = captured.float_outputs
+        self.channels = outputs.shape[1 if outputs.dim() == 4 else -1]
         # One size for all batches: a batch of its own would weigh samples with small outputs up.
-        size = c.float_outputs.square().mean(dtype=torch.float64).item() or 1.0
-        start = time.perf_counter()
-        with self._drop():
-            for step in range(s.iterations):
-                done = max(step / s.iterations, (time.perf_counter() - start) / self.limit_s)
-                if done >= 1:
-                    advance(s.iterations - step)
-                    break
-                chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
-                x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
-                if s.drop > 0:
-                    keep = torch.rand(x.shape, generator=self.rng).to(self.device) < s.drop
-                    x = torch.where(keep, c.float_inputs[chosen].to(self.device), x)
-                error = (run_block(self.network, c.block, x, c.arguments) - wanted).square()
-                if self.sensitivity is not None:
-                    error = error * self.sensitivity[chosen].to(self.device)
-                loss = channels * error.mean() / size
-                if done >= s.warm_up and s.rounding_weight > 0 and self.soft:
-                    beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (done - s.warm_up) / (1 - s.warm_up)
-                    loss = (
-                        loss + s.rounding_weight * torch.stack([q.regularizer(beta) for q in self.soft.values()]).sum()
-                    )
-                for group, lr in zip(optimizer.param_groups, first, strict=True):
-                    if "decay" in group:
-                        group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * done))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                with torch.no_grad():
-                    for quantizer, least in smallest.items():
-                        quantizer.scale.clamp_(min=least)
-                advance(1)
+        self.size = outputs.square().mean(dtype=torch.float64).item() or 1.0
+
+    def _activation_quantizers(self, student: Student) -> list[Quantizer]:
+        """Those that run in the block and have a grid."""
+        ran: dict[Quantizer, None] = {}
+
+        def note(_name: str, module: nn.Module, _inputs: tuple) -> None:
+            assert isinstance(module, Quantizer)
+            ran[module] = None
+
+        x = self.captured.inputs[:2].to(self.device)
+        with torch.no_grad(), forward_hooks(student.activation_quantizers.items(), before=note):
+            run_block(self.network, self.captured.block, x, self.captured.arguments)
+        return [quantizer for quantizer in ran if quantizer.has_qparams]
+
+    def run(self, limit_s: float, advance: Any) -> None:
+        with self.trainable as groups, self._drop():
+            _descend(
+                groups,
+                self._loss,
+                self.trainable.keep_steps_positive,
+                self.settings.iterations,
+                max(limit_s, 1e-3),
+                advance,
+            )
+
+    def _loss(self, done: float) -> Tensor:
+        s, c = self.settings, self.captured
+        chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
+        x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
+        if s.drop > 0:
+            keep = torch.rand(x.shape, generator=self.rng).to(self.device) < s.drop
+            x = torch.where(keep, c.float_inputs[chosen].to(self.device), x)
+        error = (run_block(self.network, c.block, x, c.arguments) - wanted).square()
+        if self.sensitivity is not None:
+            error = error * self.sensitivity[chosen].to(self.device)
+        loss = self.channels * error.mean() / self.size
+        if done >= s.warm_up and s.rounding_weight > 0 and self.trainable.soft:
+            beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (done - s.warm_up) / (1 - s.warm_up)
+            undecided = torch.stack([soft.regularizer(beta) for soft in self.trainable.soft.values()]).sum()
+            loss = loss + s.rounding_weight * undecided
+        return loss
 
     @contextmanager
     def _drop(self) -> Iterator[None]:
@@ -320,7 +396,7 @@ class _Fit:
             keep = torch.rand(output.shape, generator=self.rng).to(output.device) < p
             return torch.where(keep, inputs[0], output)
 
-        with forward_hooks([("", q) for q in self.activations] if p > 0 else [], after=mix):
+        with forward_hooks([("", q) for q in self.trainable.activations] if p > 0 else [], after=mix):
             yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dfq.algorithms._calibration import calibrate, calibration_images
 from dfq.dataset import SyntheticDataset
@@ -18,6 +18,7 @@ class RoundToNearest:
     """Seconds; enough at 8 bits on most networks."""
 
     num_calibration_samples: PositiveInt = 512  # samples whose activations are looked at
+    weights_stay_float: ClassVar[bool] = True  # until the student is frozen: another algorithm may round them better
 
     def quantize(
         self,
