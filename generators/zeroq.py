@@ -7,28 +7,41 @@ Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020, arXiv 
 bn_loss is :func:`dfq.losses.batch_norm_statistics.batch_norm_distance`, averaged over channels and over layers.
 
 Differences from the paper: statistics are those of the whole batch at each batch norm's own input, taken by hooks on
-the batch norms themselves (the paper pairs convolutions with batch norms by order and uses per-image statistics); the
-loss is normalized by the running deviation per channel and averaged per layer, so its weights depend neither on the
-batch nor on the resolution; the step decays to zero along a cosine, so some tens of iterations do what took 500;
-pixels stay legal (Sony MCT), so that a range calibrated on the images is not wider than any real
-image; optional class targets (DeepInversion, arXiv 1912.08795), balanced and smoothed.
+the batch norms themselves (the paper pairs convolutions with batch norms by order and takes the statistics of each
+image, which ``statistics: image`` does too); the loss is normalized by the running deviation per channel and averaged
+per layer, so its weights depend neither on the batch nor on the resolution; the step decays to zero along a cosine, so
+some tens of iterations do what took 500; pixels stay legal (Sony MCT), so that a range calibrated on the images is not
+wider than any real image.
+
+Options from other methods, off unless asked for:
+
+- ``class_weight``, ``label_smoothing``: class targets, balanced and smoothed (DeepInversion, Yin et al., CVPR 2020,
+  arXiv 1912.08795);
+- ``min_confidence``: an image is pulled to its class only up to a confidence of its own, drawn from [min_confidence, 1]
+  (as IntraQ's soft inception loss draws it, Zhong et al., CVPR 2022, arXiv 2111.09136, which also pulls down what lies
+  above), because images of which the teacher is certain teach a student little;
+- ``blur``, ``flip``, ``shift``: smoothing and augmentation in every step (DGH in Sony MCT, WACV 2025, arXiv 2410.22110,
+  with a 3x3 kernel, and crops from larger images in place of a shift with reflection); one draw for the whole batch;
+- ``low_pass``: the finished images without their finest detail (SynQ, Kim et al., ICLR 2025);
+- ``start: pink``: noise with the spectrum of photographs;
+- ``keep_best``: the iterate with the lowest loss instead of the last.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfq.errors import UserError
 from dfq.generators._base import Generator
-from dfq.hooks import evaluation_mode, forward_hooks
-from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics
+from dfq.generators._filters import gaussian_blur, pink_noise, shift_reflecting
+from dfq.generators._statistics import Statistics, check_batch_norms, cosine, finish, match_statistics
 from dfq.progress import Advance
-from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, choices, load, resolve
+from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
 from dfq.teacher import InputSpec, Teacher
 
 
@@ -39,63 +52,87 @@ class ZeroQ(Generator):
     iterations: PositiveInt = 50  # steps per batch
     learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the input's standard deviation
     clip: bool = True  # keep pixels between black and white
+    statistics: Statistics = "batch"  # batch norms see the statistics of the whole batch, or of each image alone
+    start: Literal["white", "pink"] = "white"  # noise to start from; pink: amplitudes fall as 1 / frequency
+    blur: NonNegativeFloat = 0.0  # standard deviation in pixels of a blur in every step and at the end; 0: none
+    flip: bool = False  # show the images mirrored left to right in half of the steps
+    shift: NonNegativeInt = 0  # show the images moved by up to so many pixels in every step
+    low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    keep_best: bool = False  # keep the iterate with the lowest loss instead of the last
     class_weight: NonNegativeFloat = 0.0  # weight of the class targets; 0: statistics alone
     label_smoothing: Fraction = 0.3  # share of a class target spread over all classes
+    min_confidence: Fraction = 1.0  # an image is pulled to its class up to a confidence between this and 1; 1: always
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
-        norms = teacher.batch_norms
-        if not norms:
+        check_batch_norms(teacher, "zeroq")
+        spec = teacher.input_spec
+        assert isinstance(spec, InputSpec)  # the pipeline sees to it
+        if self.shift >= min(spec.size[1:]):
             raise UserError(
-                f"got a network without batch norm ({teacher.name}), and zeroq matches batch-norm statistics",
-                " | ".join(f"generator={name}" for name in _without_batch_norm()),
+                f"got generator.shift={self.shift} and images of {spec.size[1]}x{spec.size[2]} pixels",
+                f"a whole number from 0 to {min(spec.size[1:]) - 1}",
             )
-        assert isinstance(teacher.input_spec, InputSpec)  # the pipeline sees to it
-        task = resolve("task", teacher.task)
-        images = torch.randn(num_samples, *teacher.input_spec.size, generator=rng)
-        images = images.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
-        limits = teacher.input_spec.limits(teacher.device)
-        targets = None
-        if self.class_weight > 0:
-            with torch.no_grad():
-                num_classes = task.num_outputs(task.raw_outputs(teacher, images[:1]))
-            targets = task.synthesis_targets(num_samples, num_classes, rng, self.label_smoothing).to(teacher.device)
-        optimizer = torch.optim.Adam([images], lr=self.learning_rate, betas=(0.9, 0.9))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / self.iterations))
+        shape = (num_samples, *spec.size)
+        noise = torch.randn(shape, generator=rng) if self.start == "white" else pink_noise(shape, rng)
+        pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
+        blur = gaussian_blur((spec.size[1], spec.size[2]), self.blur, teacher.device)
+        limits = spec.limits(teacher.device)
+        best = _Best(pixels) if self.keep_best else None
+        optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.9, 0.9))
+        match_statistics(
+            teacher,
+            lambda: self._augment(blur(pixels), rng),
+            [cosine(optimizer, self.iterations)],
+            self.iterations,
+            advance,
+            self.statistics,
+            penalty=self._class_penalty(teacher, num_samples, rng) if self.class_weight > 0 else None,
+            observe=best.observe if best else lambda loss: None,
+            after_step=lambda: pixels.clamp_(*limits) if self.clip else None,
         )
-        distances: list[Tensor] = []
+        found = best.images if best else pixels.detach()
+        return finish(blur(found), spec, self.low_pass, self.clip)
 
-        def measure(_name: str, norm: nn.Module, inputs: tuple) -> None:
-            mean, variance = channel_statistics(inputs[0])
-            distances.append(batch_norm_distance(mean, variance, norm.running_mean, norm.running_var, norm.eps).mean())
+    def _augment(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """``images`` [N, C, H, W] as they are shown this time: random numbers on the CPU, so nothing waits."""
+        if self.flip and torch.rand((), generator=rng) < 0.5:
+            images = images.flip(-1)
+        if self.shift:
+            down, right = torch.randint(-self.shift, self.shift + 1, (2,), generator=rng).tolist()
+            images = shift_reflecting(shift_reflecting(images, down, -2), right, -1)
+        return images
 
-        with evaluation_mode(teacher.module), forward_hooks(norms.items(), before=measure):
-            for _ in range(self.iterations):
-                distances.clear()
-                outputs = teacher.module(images.clone())  # some networks write into their input
-                loss = torch.stack(distances).mean()
-                if targets is not None:
-                    logits = task.raw_outputs(lambda _, outputs=outputs: outputs, images)
-                    loss = loss + self.class_weight * task.synthesis_loss(logits, targets)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                if self.clip:
-                    with torch.no_grad():
-                        images.clamp_(*limits)
-                advance(num_samples / self.iterations)
-        return images.detach()
+    def _class_penalty(
+        self, teacher: Teacher, num_samples: int, rng: torch.Generator
+    ) -> Callable[[Tensor, Any], Tensor]:
+        """The pull of each image to a class of its own, as :func:`match_statistics` calls it."""
+        task = resolve("task", teacher.task)
+        with torch.no_grad():
+            num_classes = task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
+        targets = task.synthesis_targets(num_samples, num_classes, rng, self.label_smoothing).to(teacher.device)
+        labels, far_enough = targets.argmax(1, keepdim=True), None
+        if self.min_confidence < 1:
+            drawn = torch.rand(num_samples, 1, generator=rng)
+            far_enough = (self.min_confidence + (1 - self.min_confidence) * drawn).to(teacher.device)
+
+        def penalty(images: Tensor, outputs: Any) -> Tensor:
+            logits = task.raw_outputs(lambda _: outputs, images)
+            if far_enough is not None:  # what is certain enough counts without pulling
+                reached = logits.detach().softmax(1).gather(1, labels) >= far_enough
+                logits = torch.where(reached, logits.detach(), logits)
+            return self.class_weight * task.synthesis_loss(logits, targets)
+
+        return penalty
 
 
-def _without_batch_norm() -> list[str]:
-    """Names of the generators that work on any network."""
-    from importlib import import_module
+class _Best:
+    """The iterate with the lowest loss so far; compared where the tensors are."""
 
-    names = []
-    for name in choices("generator"):
-        module, _, attribute = load("generator", name)["_target_"].rpartition(".")
-        if not getattr(import_module(module), attribute).needs_batch_norm:
-            names.append(name)
-    return names
+    def __init__(self, pixels: Tensor):
+        self.pixels, self.images = pixels, pixels.detach().clone()
+        self.loss = torch.full((), torch.inf, device=pixels.device)
+
+    def observe(self, loss: Tensor) -> None:
+        self.images = torch.where(loss < self.loss, self.pixels.detach(), self.images)
+        self.loss = torch.minimum(loss, self.loss)

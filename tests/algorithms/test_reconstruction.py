@@ -235,3 +235,19 @@ def test_through_the_pipeline_nothing_is_left_in_the_folder(parts, tmp_path):
     quantizer = resolve("quantizer", "mse")
     _, path = quantize(teacher, dataset, W3A4, algorithm, quantizer, quantizer, 0, tmp_path / "s")
     assert sorted(file.name for file in path.iterdir()) == ["student.json", "student.safetensors"]
+
+
+def test_the_finish_moves_steps_and_biases_toward_the_teachers_outputs_and_no_code(parts):
+    teacher, dataset, work_dir = parts
+    images, task = dataset.tensors()["images"], resolve("task", "classification")
+    found = [
+        made(teacher, dataset, work_dir=work_dir / str(n), finish_iterations=n, weight_step_lr=1e-2, bias_lr=1e-2)
+        for n in (0, 80)
+    ]
+    kl = [float(task.distillation_loss(s(images).detach(), teacher(images))) for s in found]
+    assert kl[1] < 0.9 * kl[0]
+    for name, layer in found[0].freeze().layers.items():
+        other = found[1].freeze().layers[name]
+        assert torch.equal(found[0].integer_weight(name), found[1].integer_weight(name))
+        assert not torch.equal(layer.weight_quantizer.scale, other.weight_quantizer.scale)
+        assert not torch.equal(layer.input_quantizer.scale, other.input_quantizer.scale)

@@ -1,0 +1,434 @@
+"""Layer by layer rounding on second moments of inputs: what GPTQ, COMQ and QuantEase share.
+
+Blocks run in order, and layers in order inside a block, so that a layer's input X_q [I, n] holds the rounding of all
+that comes before it and of its own input quantizer. A solver then looks for Q on the layer's weight grid with
+
+    minimize  tr((W* - Q) H (W* - Q)^T),     H = 2/n X_q X_q^T + damping mean(diag) I.
+
+What a solver does not see is done here, the same for all:
+
+- **Columns.** Of a convolution X holds its im2col columns; a convolution with P groups has P such problems, which are
+  solved side by side. H needs I^2 memory and n passes by: no activations of more than one block are kept.
+- **QEP** (Quantization Error Propagation, Arai & Ichikawa 2025, arXiv 2504.09629): a weight that makes up for what its
+  input has lost. With the float network's input X_f to the same layer,
+
+      W* = W + alpha W (X_f - X_q) X_q^T (X_q X_q^T + damping)^-1                                     (``propagate``)
+
+  which for alpha = 1 is the least-squares solution of W X_f = W* X_q.
+- **Bias.** Where ``correct_bias``, the bias takes over the mean of what is left, b + W mean(X_f) - Q mean(X_q), and H
+  and W* are those of X_q and X_f without their means: least squares with a constant term.
+
+Grids stay what calibration made them (COMQ may change scales). Layers without such a problem of their own keep nearest
+rounding: those outside of blocks, those whose weight several operations or its owner read, embeddings, transposed
+convolutions.
+
+Differences from the QEP paper: its damping is the mean of the diagonal, here a setting of its own; it skips some
+layers of language models to save time, here none; grids are not made anew for W*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dfq.algorithms._calibration import calibration_images, ensure_calibrated
+from dfq.algorithms._reconstruction import float_copy
+from dfq.blocks import Arguments, Block, Captured, capture, find_blocks, run_block
+from dfq.dataset import SyntheticDataset
+from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
+from dfq.modules import QuantizedLayer
+from dfq.progress import progress_bar
+from dfq.quantization import round_to_grid
+from dfq.scheme import TensorScheme
+from dfq.settings import Fraction, NonNegativeFloat, PositiveInt
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+PRODUCT_ARGUMENTS = {
+    "linear": ("input", "weight", "bias"),
+    "conv1d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "conv3d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+}
+LARGEST_COLUMNS = 2**24  # entries of im2col columns held at a time
+
+
+# ------------------------------------------------------------------------------------------------ the problem
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight's grid, column by column.
+
+    Shapes: ``scale`` and ``zero_point`` [P, O, I] (per group), [P, O, 1] (per channel) or [1, 1, 1] (per tensor).
+    """
+
+    scheme: TensorScheme
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def of(cls, layer: QuantizedLayer, num_problems: int) -> Grid:
+        """The grid of a layer whose output channels lie along dimension 0 of its weight."""
+        quantizer, channels = layer.weight_quantizer, layer.weight.shape[0]
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach()
+        if scale.dim() == 0:
+            return cls(quantizer.scheme, scale.view(1, 1, 1), zero_point.view(1, 1, 1))
+        size = quantizer.scheme.group_size or 1
+        shape = (num_problems, channels // num_problems, -1)
+        return cls(
+            quantizer.scheme,
+            scale.view(shape).repeat_interleave(size, -1),
+            zero_point.view(shape).repeat_interleave(size, -1),
+        )
+
+    def nearest(self, values: Tensor, columns: int | Tensor | None = None) -> Tensor:
+        """The nearest levels to ``values`` [P, O, J].
+
+        Args:
+            columns: which columns these are: one (J is 1), [P, O, J], or all.
+        """
+        scale, zero_point = self._at(self.scale, columns), self._at(self.zero_point, columns)
+        return round_to_grid(values, scale, zero_point, self.scheme)
+
+    @staticmethod
+    def _at(entries: Tensor, columns: int | Tensor | None) -> Tensor:
+        if columns is None or entries.shape[-1] == 1:
+            return entries
+        if isinstance(columns, Tensor):
+            return entries.gather(-1, columns)
+        return entries[..., columns : columns + 1]
+
+    def permuted(self, order: Tensor) -> Grid:
+        """With columns in ``order`` [P, I]."""
+        if self.scale.shape[-1] == 1:
+            return self
+        index = order[:, None].expand_as(self.scale)
+        return replace(self, scale=self.scale.gather(-1, index), zero_point=self.zero_point.gather(-1, index))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer: Q on ``grid`` that minimizes tr((W - Q) H (W - Q)^T), for each of P groups of a convolution.
+
+    Shapes: ``weight`` [P, O, I], ``hessian`` [P, I, I], positive definite.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    grid: Grid
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[P, I]."""
+        return self.hessian.diagonal(dim1=-2, dim2=-1)
+
+    def objective(self, values: Tensor) -> Tensor:
+        """(w - q) H (w - q)^T of each row [P, O]."""
+        error = self.weight - values
+        return ((error @ self.hessian) * error).sum(-1)
+
+    def by_activation(self) -> tuple[Problem, Tensor]:
+        """The same with columns in falling order of their diagonal, and the permutation [P, 1, I] that undoes it."""
+        order = self.diagonal.argsort(dim=-1, descending=True, stable=True)
+        rows = self.hessian.gather(1, order[:, :, None].expand_as(self.hessian))
+        hessian = rows.gather(2, order[:, None, :].expand_as(rows))
+        weight = self.weight.gather(-1, order[:, None].expand_as(self.weight))
+        return Problem(weight, hessian, self.grid.permuted(order)), order.argsort(-1)[:, None]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Levels Q [P, O, I], and another scale (shaped like the weight quantizer's, flat) if the solver changed it."""
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping mean(diag) I, positive where an input is always zero: what cannot be seen is rounded to nearest."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    unit = torch.where(mean > 0, mean, 1.0)
+    extra = damping * unit + torch.where(diagonal > 0, 0.0, unit)
+    return hessian + torch.diag_embed(extra)
+
+
+def cholesky(hessian: Tensor) -> Tensor:
+    """The lower factor [P, I, I]; more is added to the diagonal where rounding errors have made H indefinite."""
+    unit = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    for extra in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        added = torch.diag_embed((extra * unit)[:, None].expand(hessian.shape[:2]))
+        factor, failed = torch.linalg.cholesky_ex(hessian + added)
+        if not failed.any():
+            return factor
+    raise RuntimeError("a second moment that is not finite")
+
+
+# ------------------------------------------------------------------------------------------------ moments
+
+
+class Moments:
+    """Running means over input columns: of X_q X_q^T, X_f X_q^T, X_q and X_f. Shapes [P, I, I] and [P, I]."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.second: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.mean: Tensor | None = None
+        self.float_mean: Tensor | None = None
+
+    def add(self, x: Tensor, float_x: Tensor | None = None, with_cross: bool = True) -> None:
+        """Columns [P, I, n] of the student, and of the float network at the same places."""
+        before, self.count = self.count, self.count + x.shape[-1]
+        share = 1 / self.count
+
+        def averaged(old: Tensor | None, added: Tensor) -> Tensor:
+            return added * share if old is None else old * (before * share) + added * share
+
+        self.second = averaged(self.second, x @ x.mT)
+        self.mean = averaged(self.mean, x.sum(-1))
+        if float_x is not None:
+            self.float_mean = averaged(self.float_mean, float_x.sum(-1))
+            if with_cross:
+                self.cross = averaged(self.cross, float_x @ x.mT)
+
+    def hessian(self, centered: bool = False) -> Tensor:
+        """2/n X_q X_q^T; ``centered``: of X_q without its mean."""
+        assert self.second is not None and self.mean is not None
+        return 2 * (self.second - self.mean[:, :, None] * self.mean[:, None]) if centered else 2 * self.second
+
+    def cross_hessian(self, centered: bool = False) -> Tensor:
+        """2/n X_f X_q^T."""
+        assert self.cross is not None and self.mean is not None and self.float_mean is not None
+        return 2 * (self.cross - self.float_mean[:, :, None] * self.mean[:, None]) if centered else 2 * self.cross
+
+
+def propagated(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float, damping: float) -> Tensor:
+    """QEP: W + alpha W (C - H) (H + damping)^-1 with C = 2/n X_f X_q^T. Shapes: ``weight`` [P, O, I]."""
+    right = weight @ (cross - hessian)
+    return weight + alpha * torch.cholesky_solve(right.mT, cholesky(damped(hessian, damping))).mT
+
+
+@dataclass(frozen=True)
+class Product:
+    """The operation with which a layer uses its weight: its name and its arguments."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    @property
+    def num_problems(self) -> int:
+        return self.arguments.get("groups", 1)
+
+    def places(self, x: Tensor) -> tuple[int, ...]:
+        """The output positions [H_out, W_out] (tokens [T]) of inputs ``x`` [N, ...]."""
+        if self.name == "linear":
+            return (x[0].numel() // x.shape[-1],)
+        return tuple(self._patches(x).shape[2 + len(self._kernel) :])
+
+    def columns(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What the rows of the weight are multiplied with [N, P, I, L], at ``positions`` [L] of the flat output."""
+        if self.name == "linear":
+            return x.reshape(len(x), -1, x.shape[-1])[:, positions].mT[:, None]
+        where: tuple[Any, ...] = (..., *torch.unravel_index(positions, self.places(x)))
+        return self._patches(x)[where].reshape(len(x), self.num_problems, -1, len(positions))
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        return tuple(self.arguments["weight"].shape[2:])
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """A view [N, C, H_kernel, W_kernel, H_out, W_out] of a convolution's padded input, nothing copied."""
+        kernel = self._kernel
+        stride, dilation = (self._numbers(name, 1) for name in ("stride", "dilation"))
+        padding = self.arguments.get("padding", 0)
+        if padding == "same":  # what is odd goes to the right
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            sides = [side for n in reversed(total) for side in (n // 2, n - n // 2)]
+        else:
+            sides = [side for n in reversed(self._numbers("padding", 0)) for side in (n, n)]
+        x = F.pad(x, sides)
+        steps = x.stride()[2:]
+        sizes = [
+            (n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)
+        ]
+        inside = [n * d for n, d in zip(steps, dilation, strict=True)]
+        across = [n * s for n, s in zip(steps, stride, strict=True)]
+        return x.as_strided((*x.shape[:2], *kernel, *sizes), (*x.stride()[:2], *inside, *across))
+
+    def _numbers(self, name: str, default: int) -> tuple[int, ...]:
+        """A setting of the convolution, one number for each dimension."""
+        value, length = self.arguments.get(name, default), len(self._kernel)
+        value = 0 if value == "valid" else value
+        return (value,) * length if isinstance(value, int) else tuple(value) * (length // len(value))
+
+
+class _Reached(Exception):
+    """Ends a block's forward at the layer that was waited for."""
+
+
+class _ProductOf(TorchFunctionMode):
+    """Ends a forward at the product of one layer. Its input is then what is multiplied: quantized, padded, and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = False
+        self.found: Product | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        names = PRODUCT_ARGUMENTS.get(op_name(func))
+        if self.inside and names is not None:
+            self.found = Product(op_name(func), {**dict(zip(names, args, strict=False)), **kwargs})
+            raise _Reached
+        return func(*args, **kwargs)
+
+
+def product_in(network: nn.Module, block: Block, name: str, x: Tensor, arguments: Arguments) -> Product:
+    """The product of the layer ``name`` when ``block`` runs on ``x`` [N, ...]."""
+    mode = _ProductOf()
+
+    def enter(_name: str, _module: nn.Module, _inputs: tuple) -> None:
+        mode.inside = True
+
+    try:
+        with forward_hooks([(name, network.get_submodule(name))], before=enter), mode:
+            run_block(network, block, x, arguments)
+    except _Reached:
+        pass
+    assert mode.found is not None, f"{name} did not run"
+    return mode.found
+
+
+# ------------------------------------------------------------------------------------------------ the algorithm
+
+
+@dataclass(frozen=True)
+class LayerwiseRounding:
+    """What the methods have in common; each gives :meth:`solve` and settings of its own."""
+
+    num_samples: PositiveInt = 256  # synthetic samples whose activations are looked at
+    num_positions: PositiveInt | None = 256  # positions (tokens) of a sample that count, drawn by the seed; null: all
+    batch_size: PositiveInt = 64  # samples a forward
+    damping: NonNegativeFloat = 0.01  # added to the diagonal of H, in units of its mean
+    propagate: Fraction = 0.5  # alpha of QEP: share of the inputs' error that a weight makes up for; 0: off
+    propagate_damping: NonNegativeFloat = 0.01  # added to the diagonal for QEP, in units of its mean
+    correct_bias: bool = True  # the bias takes over the mean of what is left
+    memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
+
+    def solve(self, problem: Problem) -> Solution:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        student: Student,
+        teacher: Teacher,
+        dataset: SyntheticDataset,
+        weight_quantizer: Any,
+        activation_quantizer: Any,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        """Round the weights of ``student`` in place; ``work_dir`` holds activations while a block is looked at."""
+        images = calibration_images(dataset, self.num_samples)
+        reference = float_copy(student)
+        ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
+        flow = record_dataflow(reference, teacher.example())
+        wanted = solvable(student, flow)
+        rng = torch.Generator().manual_seed(seed)
+        with progress_bar(type(self).__name__, len(wanted), "layers") as advance:
+            for block in find_blocks(reference, flow, student.layers):
+                names = [name for name in block.layers if name in wanted]
+                if not names:
+                    continue
+                captured = capture(
+                    student.module, reference, block, images, self.batch_size, work_dir, self.memory_bytes
+                )
+                for name in names:
+                    self._round(student, reference, captured, name, rng)
+                    advance(1)
+                for file in work_dir.glob("*.activations"):
+                    file.unlink()
+
+    def _round(
+        self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator
+    ) -> None:
+        """One layer: its weight is then on its grid."""
+        layer = student.layers[name]
+        moments = self._moments(student, reference, captured, name, rng)
+        assert moments.mean is not None
+        centered = self.correct_bias and layer.bias is not None
+        hessian = moments.hessian(centered)
+        weight = layer.weight.detach().float().view(len(hessian), -1, hessian.shape[-1])
+        target = weight
+        if self.propagate > 0:
+            cross = moments.cross_hessian(centered)
+            target = propagated(weight, hessian, cross, self.propagate, self.propagate_damping)
+        solution = self.solve(Problem(target, damped(hessian, self.damping), Grid.of(layer, len(hessian))))
+        if solution.scale is not None:
+            layer.weight_quantizer.set_qparams(solution.scale, layer.weight_quantizer.zero_point)
+        if layer.bias_quantizer is not None and layer.bias is not None:
+            layer.bias_quantizer.make_room(layer)
+        rounded = layer.weight_quantizer(solution.values.view_as(layer.weight).to(layer.weight.dtype))
+        if centered:
+            assert moments.float_mean is not None and layer.bias is not None
+            means = torch.stack([moments.float_mean, moments.mean], -1)  # [P, I, 2]
+            left = (weight @ means)[..., 0] - (rounded.float().view_as(weight) @ means)[..., 1]
+            layer.bias += left.flatten().to(layer.bias.dtype)
+        layer.weight.copy_(rounded)
+
+    def _moments(
+        self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator
+    ) -> Moments:
+        """Over all samples of the block."""
+        moments, device = Moments(), student.device
+        needs_float = self.propagate > 0 or self.correct_bias
+        for start in range(0, len(captured.inputs), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            x = captured.inputs[batch].to(device)
+            mine = product_in(student.module, captured.block, name, x, captured.arguments)
+            inputs = [mine.arguments["input"]]
+            if needs_float:
+                x = captured.float_inputs[batch].to(device)
+                theirs = product_in(reference, captured.block, name, x, captured.arguments)
+                inputs.append(theirs.arguments["input"])
+            for columns in self._columns(mine, inputs, rng):
+                moments.add(columns[0], columns[1] if needs_float else None, self.propagate > 0)
+        return moments
+
+    def _columns(self, product: Product, inputs: list[Tensor], rng: torch.Generator) -> Iterator[list[Tensor]]:
+        """Columns [P, I, n] of each of ``inputs`` [N, ...] at the same places, a few samples at a time."""
+        positions = torch.arange(math.prod(product.places(inputs[0])))
+        if self.num_positions is not None and len(positions) > self.num_positions:
+            positions = torch.randperm(len(positions), generator=rng)[: self.num_positions].sort().values
+        positions = positions.to(inputs[0].device)
+        size = product.columns(inputs[0][:1], positions).numel()
+        for parts in zip(*(x.split(max(1, LARGEST_COLUMNS // size)) for x in inputs), strict=True):
+            columns = [product.columns(part.float(), positions) for part in parts]
+            yield [c.permute(1, 2, 0, 3).flatten(2) for c in columns]
+
+
+def solvable(student: Student, flow: Dataflow) -> set[str]:
+    """Names of the layers that have a problem of their own: one product reads the weight, and nothing else does."""
+    numbers = {name: number for number, names in flow.parameters.items() for name in names}
+    readers: dict[int, list[Op]] = {}
+    for op in flow.ops:
+        for number in set(op.inputs) & flow.parameters.keys():
+            readers.setdefault(number, []).append(op)
+    found = set()
+    for name, layer in student.layers.items():
+        uses = [(op.module, op.name) for op in readers.get(numbers.get(f"{name}.weight".lstrip("."), -1), [])]
+        alone = len(uses) == 1 and uses[0][0] == name and uses[0][1] in PRODUCT_ARGUMENTS
+        if alone and layer.weight_quantizer.has_qparams:
+            found.add(name)
+    return found

@@ -1,0 +1,73 @@
+"""Filters and shifts of images that generators share: pure functions, for any size, differentiable, deterministic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def low_pass(images: Tensor, cutoff: float) -> Tensor:
+    """Damp fine detail: the spectrum times exp(-f^2 / (2 cutoff^2)).
+
+    SynQ (Kim et al., ICLR 2025) states the frequency D and the cutoff D_0 in periods an image; here both are in cycles
+    a pixel, D / size and D_0 / size, so that one cutoff serves every size (its 8 of 32 pixels is 0.25 here).
+
+    Args:
+        images: [N, C, H, W].
+        cutoff: standard deviation of the filter, in cycles a pixel (the finest that pixels can hold is 0.5).
+    """
+    height, width = images.shape[-2:]
+    vertical = torch.fft.fftfreq(height, device=images.device)[:, None]
+    horizontal = torch.fft.rfftfreq(width, device=images.device)
+    gain = torch.exp(-(vertical.square() + horizontal.square()) / (2 * cutoff**2))
+    return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
+
+
+def pink_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Gaussian noise [N, C, H, W] of variance 1 with amplitudes that fall as 1 / f, as those of photographs do."""
+    height, width = shape[-2:]
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width))
+    gain = 1 / frequency.clamp(min=1 / max(height, width))
+    gain = gain / gain.square().mean().sqrt()
+    return torch.fft.ifft2(torch.fft.fft2(torch.randn(shape, generator=rng)) * gain).real
+
+
+def gaussian_blur(size: tuple[int, int], sigma: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that blurs images [N, C, H, W] of ``size`` (H, W); ``sigma`` in pixels, 0: it gives them back.
+
+    Two products with small matrices, reflection at the border folded in: the gradient of a reflecting pad would not be
+    the same from run to run on a GPU.
+    """
+    if sigma == 0:
+        return lambda images: images
+    rows, columns = (blur_matrix(length, sigma).to(device) for length in size)
+    return lambda images: (rows @ images @ columns.T).contiguous(memory_format=torch.channels_last)
+
+
+def blur_matrix(length: int, sigma: float) -> Tensor:
+    """[length, length] that blurs along one axis: a Gaussian cut off at 2 sigma, its weights summing to 1."""
+    radius = min(math.ceil(2 * sigma), length - 1)
+    taps = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-taps.square() / (2 * sigma**2))
+    source = (torch.arange(length)[:, None] + taps).abs()
+    source = length - 1 - (length - 1 - source).abs()
+    return torch.zeros(length, length).scatter_add_(1, source, (weights / weights.sum()).expand(length, -1))
+
+
+def shift_reflecting(images: Tensor, offset: int, dim: int) -> Tensor:
+    """Move content by ``offset`` places along ``dim`` (backwards if negative), the gap filled by reflection.
+
+    As padding by reflection and cropping, with a gradient that is the same from run to run on a GPU.
+    """
+    length, distance = images.shape[dim], abs(offset)
+    if distance == 0:
+        return images
+    if offset > 0:
+        gap, rest = images.narrow(dim, 1, distance), images.narrow(dim, 0, length - distance)
+    else:
+        gap, rest = images.narrow(dim, length - 1 - distance, distance), images.narrow(dim, distance, length - distance)
+    parts = [gap.flip(dim), rest] if offset > 0 else [rest, gap.flip(dim)]
+    return torch.cat(parts, dim)

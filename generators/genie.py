@@ -1,0 +1,181 @@
+"""Genie-D: images from a small network that is trained, together with its inputs, to match batch-norm statistics.
+
+Jeon et al., "Genie: Show Me the Data for Quantization", CVPR 2023, arXiv 2212.04780 (section 3.1).
+
+    latents, network = argmin  bn_loss(network(latents)) + image_weight * picture_loss(network(latents))
+
+For every batch a fresh GeneratorNetwork and fresh latents N(0, 1) are optimized together; the network shares what
+images have in common, its upsampling makes neighboring pixels alike. picture_loss pulls mean and deviation of each
+image's channels to those of normalized pictures. Swing convolution: while images are made, the input of every strided
+convolution of the teacher is moved by a random -1, 0 or 1 pixels along each axis, the gap filled by reflection, so that
+a stride gives every pixel a gradient and leaves no checkerboard.
+
+Differences from the paper: bn_loss is normalized by the running deviation per channel and averaged over layers
+(:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`), picture_loss by the pictures' deviation, averaged over
+channels and counted like one more layer; the latents' step follows a cosine (the paper's shrinks on a plateau, which
+needs the loss on the host); 300 iterations, the recipe has 4000 (``iterations=4000``); convolutions that read maps of
+one size can share their move (``swing: shared``), so that a block's branch and its shortcut see the same image; above
+64 pixels the network is convolutional throughout, from a map of as many latents for each 32x32 pixels, because the
+paper's first layer grows with the image (103 million weights at 224 pixels); any size; pixels can be kept legal, in
+every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dfq.generators._base import Generator
+from dfq.generators._filters import shift_reflecting
+from dfq.generators._statistics import check_batch_norms, cosine, finish, match_statistics
+from dfq.hooks import forward_hooks
+from dfq.losses.batch_norm_statistics import batch_norm_distance
+from dfq.progress import Advance
+from dfq.settings import Bound, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from dfq.teacher import InputSpec, Teacher
+
+LARGEST_LINEAR = 64  # pixels; larger images come from a map of latents
+PATCH = 16  # pixels of an image's side for one place of that map
+PICTURES = (0.45, 0.25)  # mean and deviation of photographs, in units of white
+
+
+@dataclass(frozen=True)
+class Genie(Generator):
+    """Gradient descent on the latents and the network that make one batch."""
+
+    iterations: PositiveInt = 300  # steps per batch
+    latent_learning_rate: PositiveFloat = 0.1  # first step of Adam on the latents; it falls to zero along a cosine
+    network_learning_rate: PositiveFloat = 0.01  # first step of Adam on the GeneratorNetwork
+    network_decay: Fraction = 0.95  # factor on that step after every 100 iterations
+    num_latents: PositiveInt = 256  # numbers that an image is made from; above 64 pixels: each 32x32 pixels of it
+    num_channels: Annotated[int, Bound(at_least=4)] = 128  # of the GeneratorNetwork's widest layers
+    image_weight: NonNegativeFloat = 1.0  # weight of each image's own mean and deviation; 1: that of a batch norm
+    swing: Literal["independent", "shared", "none"] = "independent"  # moves drawn a layer, a map size, or not at all
+    clip: bool = True  # keep pixels between black and white
+    low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    needs_batch_norm: ClassVar[bool] = True
+
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
+        check_batch_norms(teacher, "genie")
+        spec = teacher.input_spec
+        assert isinstance(spec, InputSpec)  # the pipeline sees to it
+        network = GeneratorNetwork(spec.size, self.num_latents, self.num_channels, rng).to(teacher.device)
+        latents = torch.randn(num_samples, *network.latent_shape, generator=rng).to(teacher.device).requires_grad_()
+        mean, std = (values.to(teacher.device) for values in picture_statistics(spec))
+        limits = spec.limits(teacher.device)
+        share = self.image_weight / len(teacher.batch_norms)
+
+        def make() -> Tensor:
+            images = network(latents) * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+            images = images.contiguous(memory_format=torch.channels_last)
+            return images.clamp(*limits) if self.clip else images
+
+        def picture_loss(images: Tensor, _outputs: object) -> Tensor:
+            variance, means = torch.var_mean(images, dim=(2, 3), correction=0)
+            return share * batch_norm_distance(means, variance, mean, std.square()).mean()
+
+        of_latents = torch.optim.Adam([latents], lr=self.latent_learning_rate)
+        of_network = torch.optim.Adam(network.parameters(), lr=self.network_learning_rate)
+        schedules = [
+            cosine(of_latents, self.iterations),
+            LambdaLR(of_network, lambda step: self.network_decay ** (step // 100)),
+        ]
+        with swing_convolutions(teacher.module, rng, self.swing):
+            match_statistics(teacher, make, schedules, self.iterations, advance, penalty=picture_loss)
+        with torch.no_grad():
+            return finish(make(), spec, self.low_pass, self.clip)
+
+
+class GeneratorNetwork(nn.Module):
+    """Latents to images [N, C, H, W] whose channels have mean 0 and variance 1 over the batch.
+
+    Up to 64 pixels, after the paper: a linear layer to a map of a quarter of the size, then twice (upsampling,
+    convolution). Larger: a map of latents of a 16th of the size, and four times. Each upsampling doubles the nearest
+    pixels; what exceeds the size is cut off.
+
+    Args:
+        size: C, H, W.
+        num_latents, num_channels: see :class:`Genie`.
+        rng: for the weights; drawn as PyTorch draws its own layers', from U(-1, 1) / sqrt(fan in).
+    """
+
+    def __init__(self, size: tuple[int, ...], num_latents: int, num_channels: int, rng: torch.Generator):
+        super().__init__()
+        colors, *self.size = size
+        widths = [num_channels, num_channels // 2]
+        with torch.device("meta"):  # the layers' own start would draw from the global random numbers
+            if max(self.size) <= LARGEST_LINEAR:
+                coarse = [max(2, -(-length // 4)) for length in self.size]  # one place could not be normalized alone
+                self.latent_shape: tuple[int, ...] = (num_latents,)
+                linear = nn.Linear(num_latents, num_channels * coarse[0] * coarse[1])
+                self.first: nn.Module = nn.Sequential(linear, nn.Unflatten(1, (num_channels, *coarse)))
+            else:
+                in_latents = -(-num_latents * PATCH**2 // 32**2)
+                self.latent_shape = (in_latents, *(-(-length // PATCH) for length in self.size))
+                self.first = nn.Conv2d(in_latents, num_channels, 3, padding=1)
+                widths = [num_channels, *widths, num_channels // 4]
+            layers: list[nn.Module] = [nn.BatchNorm2d(num_channels, track_running_stats=False)]
+            for narrow, wide in zip(widths[1:], widths, strict=False):
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, padding=1)]
+                layers += [nn.BatchNorm2d(narrow, track_running_stats=False), nn.LeakyReLU(0.2)]
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], colors, 3, padding=1), nn.Tanh()]
+            self.layers = nn.Sequential(*layers)
+            self.norm = nn.BatchNorm2d(colors, affine=False, track_running_stats=False)
+        self.to_empty(device="cpu").to(memory_format=torch.channels_last)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                bound = layer.weight[0].numel() ** -0.5
+                for parameter in layer.parameters():
+                    nn.init.uniform_(parameter, -bound, bound, generator=rng)
+            elif isinstance(layer, nn.BatchNorm2d):
+                layer.reset_parameters()  # ones and zeros
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[N, *latent_shape] to images [N, C, H, W]."""
+        height, width = self.size
+        maps = self.first(latents).contiguous(memory_format=torch.channels_last)
+        return self.norm(self.layers(maps)[..., :height, :width])
+
+
+def picture_statistics(spec: InputSpec) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [C] that pictures have as the network takes them.
+
+    0 and 1 where the normalization is by the deviation of pictures; where it only sets the range of numbers ([0, 1],
+    [-1, 1], bytes), those of photographs, carried through it.
+    """
+    if all(0.05 < std < 0.45 for std in spec.std):
+        return torch.zeros(spec.size[0]), torch.ones(spec.size[0])
+    offset, unit = torch.tensor(spec.mean), torch.tensor(spec.std)
+    return (PICTURES[0] - offset) / unit, PICTURES[1] / unit
+
+
+@contextmanager
+def swing_convolutions(module: nn.Module, rng: torch.Generator, swing: str = "independent") -> Iterator[None]:
+    """While the context is open, strided convolutions of ``module`` read their input moved by up to a pixel.
+
+    Args:
+        swing: ``independent``: every convolution draws a move in every forward; ``shared``: those that read maps of one
+            height and width in a forward share it; ``none``.
+    """
+    convolutions = ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
+    strided = [(name, conv) for name, conv in convolutions if max(conv.stride) > 1 and swing != "none"]
+    moves: dict[tuple[int, ...], list[int]] = {}
+
+    def move(_name: str, conv: nn.Module, inputs: tuple) -> tuple[tuple, dict]:
+        x = inputs[0]
+        size = tuple(x.shape[-2:])
+        if swing == "independent" or size not in moves:
+            moves[size] = torch.randint(-1, 2, (2,), generator=rng).tolist()
+        for dim, offset, stride in zip((-2, -1), moves[size], conv.stride, strict=True):
+            if stride > 1 and x.shape[dim] > 1:
+                x = shift_reflecting(x, offset, dim)
+        return (x, *inputs[1:]), {}
+
+    with forward_hooks([("", module)], before=lambda *_: moves.clear()), forward_hooks(strided, before=move):
+        yield
