@@ -47,6 +47,7 @@ def prepare(module: nn.Module) -> list[tuple[str, str]]:
     (``nn.MultiheadAttention`` becomes :class:`Attention`), ``linear`` and ``transposed_linear`` (a module of its own
     that is a linear layer, with its weight as [O, I] or [I, O]), ``base_class`` (a sub-class that computes what its
     torch base class computes) and ``effective_weight`` (one that computes it with another, constant weight).
+    Two more are for algorithms, which put them behind these: ``relu`` and ``bias``.
     """
     rewrites = []
     uses = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
@@ -411,6 +412,21 @@ def _become_transposed_linear(part: nn.Module) -> None:
     _become_linear(part)
 
 
+# ------------------------------------------------------------------------------------------------ asked for
+
+
+def _become_relu(part: nn.Module) -> None:
+    """A ``nn.Hardtanh`` that begins at zero, such as ``nn.ReLU6``, without its upper limit."""
+    part.__class__ = nn.ReLU
+    del part.min_val, part.max_val
+
+
+def _add_bias(part: nn.Module) -> None:
+    """Zeros, for a plain layer without a bias."""
+    weight, channels = part.weight, part.out_channels if hasattr(part, "out_channels") else part.weight.shape[0]
+    part.bias = nn.Parameter(weight.new_zeros(channels), weight.requires_grad)
+
+
 REWRITES: dict[str, Callable[[nn.Module], None]] = {
     "constant": _make_constant,
     "attention": _become_attention,
@@ -418,4 +434,6 @@ REWRITES: dict[str, Callable[[nn.Module], None]] = {
     "transposed_linear": _become_transposed_linear,
     "base_class": _become_base,
     "effective_weight": _take_effective_weight,
+    "relu": _become_relu,
+    "bias": _add_bias,
 }

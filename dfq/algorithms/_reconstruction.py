@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._calibration import calibration_images, ensure_calibrated
 from dfq.blocks import Block, Captured, capture, find_blocks, run_block
 from dfq.dataset import SyntheticDataset
@@ -163,7 +164,8 @@ class BlockReconstruction:
 
 
 def float_copy(student: Student) -> nn.Module:
-    """The student's module tree as it is now, computing in float."""
+    """The student's module tree in float; what bias correction has added is taken back first, in the student too."""
+    undo_bias_correction(student)
     reference = copy.deepcopy(student.module).requires_grad_(False)
     for part in reference.modules():
         if isinstance(part, Quantizer):

@@ -1,49 +1,62 @@
 """Distillation: train weights and steps of the student on the teacher's outputs for synthetic images.
 
 Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531) with learned steps (LSQ, arXiv 1902.08153; LSQ+, arXiv
-2004.09576, zero points too; StableQAT's gradient): KL to the
-teacher's soft outputs plus the relative error of features where the network changes width or resolution. Nothing but
-synthetic samples is read; the run stops when the loss on held-out synthetic samples has stopped falling, and keeps the
-student of the best look.
+2004.09576, zero points too; StableQAT's gradient). By default KL to the teacher's soft outputs plus the relative error
+of features where the network changes width or resolution. Each loss is a file of :mod:`dfq.losses`, which states its
+paper and equations, and has a weight here; teacher intervention and block decomposition are described in
+:mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
+
+Nothing but synthetic samples is read. The run looks at held-out ones ``checks`` times and keeps the student of the best
+look, the one that it was given among them; it may stop early in its second half. Batch norms that were not folded stay
+as they are: synthetic images must not move statistics.
+
+With ``time_limit_s`` the cosine schedule ends at the limit, counted from the start of this algorithm; how many steps
+that allows depends on the machine, so that the same seed does not give the same bits.
+
+``student_network`` trains a smaller network than the teacher (quantized distillation; Polino, Pascanu & Alistarh, ICLR
+2018, arXiv 1802.05668, section 3). Features are compared where both networks have maps of the same size.
+
+Differences from the papers: LSQ's, see :mod:`dfq.quantizers.lsq`; Polino et al. distil into weights that are rounded at
+each step (here as all students are trained), and train batch norms, which are folded here before training begins: a
+network that was trained in float before, or has none, is the better start.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from dfq.algorithms._calibration import calibrate, calibration_images
+from dfq.algorithms._calibration import calibration_images, ensure_calibrated
 from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.lightning.settings import DistillationSettings
 from dfq.modules import stage_ends
 from dfq.quantizers.lsq import learn_step
-from dfq.settings import NonNegativeFloat, PositiveFloat, PositiveInt, resolve
+from dfq.settings import PositiveInt, resolve
 from dfq.student import Student
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(DistillationSettings):
     """Minutes on small networks, hours on large ones."""
 
-    max_steps: PositiveInt = 400  # optimizer steps at most
     batch_size: PositiveInt = 64  # samples a step
-    weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of the layer's weight step
-    bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
-    step_lr: PositiveFloat = 1e-3  # Adam on the quantizers' steps, relative to each step
-    feature_weight: NonNegativeFloat = 1.0  # of the relative feature error beside the KL
     gradient: Literal["lsq", "lsq_plus", "stable", "straight_through"] = "lsq"  # straight_through: ranges stay
-    flip: bool = True  # mirror half of the batches
     checks: PositiveInt = 10  # looks at held-out synthetic samples during a run
-    patience: PositiveInt = 5  # looks without a better loss before the run stops
+    patience: PositiveInt | None = 5  # looks without a better loss before the second half of a run stops; null: never
     num_calibration_samples: PositiveInt = 512  # samples that set the first ranges
+    student_network: str | None = None  # package.module:function of a smaller network; null: the teacher's own
+    goes_on: ClassVar[bool] = True  # from what another algorithm has made of the student
 
     def quantize(
         self,
@@ -56,61 +69,103 @@ class Distillation:
         work_dir: Path,
     ) -> None:
         """Train ``student`` in place; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
+        start = time.perf_counter()
         # Lightning takes seconds to import; who only rounds does not pay for it.
         import pytorch_lightning as pl
-        from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+        from pytorch_lightning.callbacks import ModelCheckpoint
 
         from dfq.lightning.data import SyntheticDataModule
         from dfq.lightning.distillation import DistillationModule
+        from dfq.lightning.looks import Looks, Patience
         from dfq.lightning.progress import StepProgress
 
+        features = {name: name for name in stage_ends(teacher.dataflow)}
+        if self.student_network is not None:
+            features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity")
         images = calibration_images(dataset, self.num_calibration_samples)
-        elements = calibrate(student, images, weight_quantizer, activation_quantizer)
-        student.module.requires_grad_(True)
-        offset, stable = self.gradient == "lsq_plus", self.gradient == "stable"
-        if self.gradient != "straight_through":
-            for name, quantizer in student.activation_quantizers.items():
-                learn_step(quantizer, elements[name], offset, stable)
-            for quantizer, layer in {layer.weight_quantizer: layer for layer in student.layers.values()}.items():
-                if quantizer.has_qparams:
-                    learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
+        self._learn_steps(student, ensure_calibrated(student, images, weight_quantizer, activation_quantizer))
         data = SyntheticDataModule(dataset, batch_size=self.batch_size, seed=seed)
-        module = DistillationModule(
-            student,
-            teacher,
-            resolve("task", teacher.task),
-            stage_ends(teacher.dataflow),
-            self.max_steps,
-            self.weight_lr,
-            self.bias_lr,
-            self.step_lr,
-            self.feature_weight,
-            self.flip,
-            seed,
+        task = resolve("task", teacher.task)
+        module = DistillationModule(student, teacher, task, features, self, seed, start)
+        given, loss_before = _state(module), _held_out_loss(student, task, data)
+        best = ModelCheckpoint(
+            work_dir, filename="best", monitor="held_out_loss", save_weights_only=True, save_on_train_epoch_end=False
         )
-        best = ModelCheckpoint(work_dir, filename="best", monitor="held_out_loss", save_last=True)
+        # One of its own: what goes on after an interruption is the last look, be it better or not.
+        last = ModelCheckpoint(work_dir, filename="last", save_on_train_epoch_end=False, enable_version_counter=False)
+        callbacks = [best, last, Looks(self.checks), StepProgress("distill", self.max_steps, SHOWN)]
         with quiet_lightning():
             trainer = pl.Trainer(
                 **trainer_device(teacher.device),
                 max_steps=self.max_steps,
                 max_epochs=-1,
                 check_val_every_n_epoch=None,
-                val_check_interval=max(1, self.max_steps // self.checks),
-                callbacks=[
-                    best,
-                    EarlyStopping("held_out_loss", patience=self.patience),
-                    StepProgress("distill", self.max_steps, {"loss": "loss", "held_out_loss": "held-out"}),
-                ],
+                val_check_interval=self.max_steps,  # Looks says when
+                num_sanity_val_steps=0,
+                callbacks=callbacks if self.patience is None else [*callbacks, Patience(self.patience)],
                 enable_progress_bar=False,
                 logger=False,
                 enable_model_summary=False,
                 default_root_dir=work_dir,
             )
-            last = work_dir / "last.ckpt"
-            _fit(trainer, module, data, str(last) if last.exists() else None)
-        state = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)["state_dict"]
-        module.load_state_dict(state)
+            checkpoint = work_dir / "last.ckpt"
+            _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
+        if best.best_model_score is not None and float(best.best_model_score) < loss_before:
+            given = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)["state_dict"]
+        module.load_state_dict(given)
         student.module.to(teacher.device)
+
+    def _learn_steps(self, student: Student, elements: dict[str, int]) -> None:
+        student.module.requires_grad_(True)
+        if self.gradient == "straight_through":
+            return
+        offset, stable = self.gradient == "lsq_plus", self.gradient == "stable"
+        for name, quantizer in student.activation_quantizers.items():
+            learn_step(quantizer, elements[name], offset, stable)
+        for quantizer, layer in {layer.weight_quantizer: layer for layer in student.layers.values()}.items():
+            if quantizer.has_qparams:
+                learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
+
+
+SHOWN = {"loss": "loss", "held_out_loss": "held-out"}
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def _held_out_loss(student: Student, task: Any, data: Any) -> float:
+    """Of the student as it is, on what the run will look at."""
+    total = 0.0
+    for batch in data.val_dataloader():
+        output = task.raw_outputs(student, batch["images"])
+        total += float(task.distillation_loss(output, batch["logits"].to(student.device))) * len(output)
+    return total / len(data.held_out_indices)
+
+
+def _replace_network(student: Student, teacher: Teacher, factory: str, same_width: bool) -> dict[str, str]:
+    """Make ``student`` one of the network that ``factory`` builds; returns the places in both that can be compared."""
+    spec = teacher.input_spec
+    if not isinstance(spec, InputSpec):
+        raise UserError(
+            f"got algorithm.student_network={factory} and {teacher.name}, which takes {spec.kind}",
+            "algorithm.student_network=null for such a network",
+        )
+    size, mean, std = list(spec.size), list(spec.mean), list(spec.std)
+    settings = {"factory": factory, "task": teacher.task, "input_size": size, "mean": mean, "std": std}
+    network = resolve("teacher", "factory", **settings)
+    network.config = {"_target_": "dfq.teachers.factory.load", **settings}
+    small = Student.from_teacher(network.to(teacher.device), student.scheme)
+    student.module, student.surgery, student.teacher = small.module, small.surgery, small.teacher
+    theirs = {name: teacher.dataflow.calls_of(name)[0].output_shape for name in stage_ends(teacher.dataflow)}
+    pairs: dict[str, str] = {}
+    for name in stage_ends(network.dataflow):
+        shape = network.dataflow.calls_of(name)[0].output_shape
+        fitting = [n for n, other in theirs.items() if (other == shape if same_width else other[2:] == shape[2:])]
+        if fitting:
+            pairs[name] = fitting[-1]
+    return pairs
 
 
 def trainer_device(device: torch.device) -> dict[str, Any]:

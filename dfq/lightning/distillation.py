@@ -2,37 +2,67 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dfq.hooks import capture_outputs
-from dfq.losses.distillation import relative_mse
-from dfq.modules import Quantizer
+from dfq.errors import UserError
+from dfq.hooks import forward_hooks, tensors_in
+from dfq.lightning.augmentation import augment
+from dfq.lightning.freezing import FrozenChannels
+from dfq.lightning.settings import DistillationSettings
+from dfq.losses.balance import balanced_sum
+from dfq.losses.dampening import dampening_loss
+from dfq.losses.distillation import kl_divergence, relative_mse
+from dfq.losses.feature_affinity import feature_affinity, num_positions, random_projection
+from dfq.losses.grad_cam import class_activation_map, class_scores, grad_cam_loss
+from dfq.losses.hard_labels import gated_cross_entropy
+from dfq.losses.jensen_shannon import jensen_shannon
+from dfq.losses.logits_mse import logits_mse
+from dfq.losses.quantized_features import quantized_feature_loss
+from dfq.losses.reverse_kl import reverse_kl
+from dfq.modules import Quantizer, find_foldable, fold_batch_norm, weight_layers
+from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.teacher import Teacher
 
+PROJECTIONS = 64  # k of the fast feature affinity
+LOG_STEPS = 10  # between two figures for loggers and bars: Lightning's log costs as much as a small layer
+BALANCE_LR = 0.02  # of the logarithms of the learned balance
+
 
 class DistillationModule(pl.LightningModule):
-    """Loss: the task's distillation loss plus ``feature_weight`` times the relative error of features.
+    """Losses between student and teacher (see :class:`DistillationSettings`), Adam, and a cosine schedule.
 
     Features are compared where the network changes resolution or width. The student stays in evaluation mode: its batch
     norms are folded or frozen, since synthetic images must not move statistics. The teacher is no part of the module's
     state, so it is neither trained nor saved in checkpoints.
 
+    Teacher intervention (Kim et al., EACL 2023, arXiv 2302.11812): at the places where features are compared, a sample
+    goes on with the teacher's features with probability ``intervention`` (1 - 2 t)+, t the share of the run that is
+    done, so that later stages learn from inputs that earlier ones do not disturb. Block decomposition (StableKD, Chen,
+    Kao & Chan, 2023, arXiv 2312.13223) is the same with probability 1: each stage is trained on the teacher's input to
+    it and on its own output, and the stages are merged, from the input on, one after the other.
+
+    Differences from the papers: intervention acts on stages of any network (there on attention of Transformers) and
+    sample by sample; StableKD's stages are where resolution or width change, merged at equal intervals.
+
     Args:
         student: a calibrated student; its weights and, where they are parameters, its quantizers' steps are trained.
         teacher: the float network, on the same device as the data.
         task: gives ``raw_outputs``, ``distillation_loss`` and ``agreement``.
-        features: names of sub-modules, the same in student and teacher, whose outputs are compared.
-        max_steps: optimizer steps until the learning rates have decayed to zero (cosine).
-        weight_lr, bias_lr, step_lr: learning rates of Adam, in units of each layer's own weight step, of one, and of
-            each step itself: layers whose weights differ by orders of magnitude move alike.
-        flip: mirror each training batch horizontally with probability one half (the teacher sees the same batch).
-        seed: of the flips.
+        features: sub-module of the student → sub-module of the teacher whose outputs are compared.
+        settings: losses, learning rates, what is done to images and student.
+        seed: of everything random.
+        start: when the run began on the clock of ``time.perf_counter``; None: when training does.
     """
 
     def __init__(
@@ -40,31 +70,48 @@ class DistillationModule(pl.LightningModule):
         student: Student,
         teacher: Teacher,
         task: Any,
-        features: list[str],
-        max_steps: int,
-        weight_lr: float,
-        bias_lr: float,
-        step_lr: float,
-        feature_weight: float,
-        flip: bool = True,
+        features: Mapping[str, str],
+        settings: DistillationSettings | None = None,
         seed: int = 0,
+        start: float | None = None,
     ):
         super().__init__()
         self.student_module = student.module
         self._student, self._teacher = [student], [teacher]  # lists: not registered as sub-modules
-        self.task, self.features, self.max_steps = task, features, max_steps
-        self.weight_lr, self.bias_lr, self.step_lr = weight_lr, bias_lr, step_lr
-        self.feature_weight, self.flip = feature_weight, flip
+        self.task, self.features = task, dict(features)
+        self.settings = s = settings or DistillationSettings()
         self.rng = torch.Generator().manual_seed(seed)
+        self.start, self.earlier_s, self.look_s = start, 0.0, 0.0
+        self.fast_teacher, self.channels_last = [teacher.module], False
+        self.terms = _terms(s, bool(features))
+        self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
+        self.cam_place = self._last_map() if s.cam_weight else None
+        self.log_scales = nn.Parameter(torch.zeros(len(self.terms))) if s.balance == "learned" else None
+        self.channels = FrozenChannels(list(student.layers.values()), s.frozen_channels) if s.frozen_channels else None
         # A step that crossed zero would flip the sign of its whole tensor.
-        self.smallest_steps = {
-            name: p.detach().abs().clone() * 1e-2
-            for name, p in student.module.named_parameters()
-            if _is_step(student.module, name)
-        }
+        self.steps = [p for name, p in student.module.named_parameters() if _is_step(student.module, name)]
+        self.smallest_steps = [p.detach().abs() * 1e-2 for p in self.steps]
+        self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self.averages = [p.detach().clone() for p in self.trained.values()] if s.average else None
+        self.set_aside: list[Tensor] | None = None  # the trained weights, while their averages are looked at
+
+    # -- the schedule ------------------------------------------------------------------------------------------------
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the run began, without those between its interruption and its resumption."""
+        return self.earlier_s + (0.0 if self.start is None else time.perf_counter() - self.start)
+
+    def done(self, step: int) -> float:
+        """Share of the run that is over after ``step`` steps: of the steps or of the time, whichever is more."""
+        share = step / self.settings.max_steps
+        if self.settings.time_limit_s is not None:
+            # The last look at held-out samples has to fit in too.
+            share = max(share, self.elapsed_s / max(self.settings.time_limit_s - self.look_s, 1e-9))
+        return min(share, 1.0)
 
     def configure_optimizers(self) -> Any:
-        groups = []
+        groups: dict[float, list[nn.Parameter]] = {}  # learning rate → parameters
         own = {id(layer.weight): layer for layer in self._student[0].layers.values()}
         for name, parameter in self.student_module.named_parameters():
             if not parameter.requires_grad:
@@ -72,50 +119,309 @@ class DistillationModule(pl.LightningModule):
             owner = self.student_module.get_submodule(name.rpartition(".")[0])
             layer = own.get(id(parameter))
             if _is_step(self.student_module, name):
-                lr = self.step_lr * float(parameter.detach().abs().mean())
+                lr = self.settings.step_lr * float(parameter.detach().abs().mean())
             elif isinstance(owner, Quantizer):  # a zero point, in units of codes
-                lr = self.step_lr * owner.scheme.quant_max
+                lr = self.settings.step_lr * owner.scheme.quant_max
             elif layer is not None and layer.weight_quantizer.has_qparams:
-                lr = self.weight_lr * float(layer.weight_quantizer.scale.detach().mean())
+                lr = self.settings.weight_lr * float(layer.weight_quantizer.scale.detach().mean())
             else:
-                lr = self.bias_lr
-            groups.append({"params": [parameter], "lr": lr})
-        optimizer = torch.optim.Adam(groups, fused=True)  # one kernel a tensor: small networks are all overhead
+                lr = self.settings.bias_lr
+            groups.setdefault(lr, []).append(parameter)
+        if self.log_scales is not None:
+            groups.setdefault(BALANCE_LR, []).append(self.log_scales)
+        # One kernel a group: small networks are all overhead.
+        optimizer = torch.optim.Adam([{"params": ps, "lr": lr} for lr, ps in groups.items()], fused=True)
         cosine = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / self.max_steps, 1)))
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        if self.start is None:
+            self.start = time.perf_counter()
+        teacher = self._teacher[0]
+        self.fast_teacher[0] = _folded(teacher)
+        # oneDNN's convolutions on the CPU are up to three times as fast on channels that lie side by side.
+        networks = [self.student_module, self.fast_teacher[0]]
+        self.channels_last = teacher.device.type == "cpu" and _to_channels_last(networks, teacher.example())
+
+    def on_fit_end(self) -> None:
+        self.fast_teacher[0] = self._teacher[0].module
+        for network in (self.student_module, self.fast_teacher[0]):
+            network.to(memory_format=torch.contiguous_format)
 
     def on_train_epoch_start(self) -> None:
         self.student_module.eval()
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.channels is not None and (
+            not self.channels.trained or self.trainer.global_step % self.settings.refreeze_steps == 0
+        ):
+            self.channels.choose()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_: Any) -> None:
+        step = self.trainer.global_step
+        if self.channels is not None:
+            self.channels.restore()
+        if self.steps:
+            torch._foreach_maximum_([p.data for p in self.steps], self.smallest_steps)
+        if self.averages is not None:
+            # Young averages forget faster: the first steps are far from the last.
+            decay = min(self.settings.average, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.averages, [p.data for p in self.trained.values()], 1 - decay)
+        if self.done(step) >= 1:
+            self.trainer.should_stop = True  # after a last look
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
-        images = batch["images"]
-        # Token ids have an order.
-        if self.flip and images.is_floating_point() and torch.rand((), generator=self.rng) < 0.5:
-            images = images.flip(-1)
-        with torch.no_grad(), capture_outputs(self._teacher[0].module, self.features) as wanted:
-            target = self.task.raw_outputs(self._teacher[0], images)  # on its own copy of the images
-        with capture_outputs(self.student_module, self.features) as got:
-            output = self.task.raw_outputs(self.student_module, images)
-        loss = self.task.distillation_loss(output, target)
-        if self.features:
-            errors = [relative_mse(got[name], wanted[name]) for name in self.features]
-            loss = loss + self.feature_weight * torch.stack(errors).mean()
-        self.log("loss", loss)
+        s, done = self.settings, self.done(self.trainer.global_step)
+        images = augment(batch["images"], self.rng, s.flip, s.shift, s.mixup)
+        if self.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        seen = self._teach(images)
+        with self.channels.partial_gradients() if self.channels is not None else nullcontext():
+            self._learn(images, seen, self._chances(done))
+        loss = balanced_sum([self._loss(name, seen) for name in self.terms], list(self.terms.values()), self.log_scales)
+        if s.dampen:
+            loss = loss + s.dampen * 0.5 * (1 - math.cos(math.pi * done)) * self._dampening()
+        if (self.trainer.global_step + 1) % LOG_STEPS == 0 or self.trainer.global_step + 1 == s.max_steps:
+            self.log("loss", loss)
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        with torch.no_grad():
-            for name, smallest in self.smallest_steps.items():
-                parameter = self.student_module.get_parameter(name)
-                parameter.copy_(torch.maximum(parameter, smallest.to(parameter.device)))
+    def _teach(self, images: Tensor) -> _Seen:
+        """What the teacher makes of ``images``."""
+        seen = _Seen()
+        cam = self.cam_place and self.features[self.cam_place]
+        handed_on = {self.features[name] for name in self.cuts}
+
+        def keep(name: str, _module: nn.Module, _inputs: tuple, output: Any) -> Any:
+            feature = next(tensors_in(output))
+            seen.wanted[name] = feature.detach().requires_grad_() if name == cam else feature
+            # What comes next may write into its input.
+            return _with(output, feature, seen.wanted[name].clone()) if name == cam or name in handed_on else None
+
+        places = [(name, self.fast_teacher[0].get_submodule(name)) for name in set(self.features.values())]
+        with torch.set_grad_enabled(cam is not None), forward_hooks(places, after=keep):
+            seen.target = self.task.raw_outputs(self.fast_teacher[0], images.clone())
+        if cam is not None:
+            seen.classes = _logits(seen.target, "cam_weight").argmax(1)
+            scores = class_scores(seen.target, seen.classes)
+            seen.cam = class_activation_map(seen.wanted[cam], *torch.autograd.grad(scores, seen.wanted[cam])).detach()
+            seen.target = seen.target.detach()
+            seen.wanted = {name: feature.detach() for name, feature in seen.wanted.items()}
+        return seen
+
+    def _learn(self, images: Tensor, seen: _Seen, chances: Mapping[str, float]) -> None:
+        """What the student makes of ``images``; with a chance it goes on with the teacher's features."""
+
+        def keep(name: str, _module: nn.Module, _inputs: tuple, output: Any) -> Any:
+            seen.got[name] = own = next(tensors_in(output))
+            if name == self.cam_place or chances.get(name, 0) > 0:
+                theirs = seen.wanted[self.features[name]]
+                seen.given[name] = self._mixed(own, theirs, chances.get(name, 0))
+                return _with(output, own, seen.given[name])
+            return None
+
+        places = [(name, self.student_module.get_submodule(name)) for name in self.features]
+        with forward_hooks(places, after=keep):
+            seen.output = self.task.raw_outputs(self.student_module, images)
+
+    def _chances(self, done: float) -> dict[str, float]:
+        """Place → probability that a sample goes on with the teacher's features there."""
+        s = self.settings
+        chance = s.intervention * max(0.0, 1 - 2 * done)
+        closed = math.ceil(len(self.cuts) * (1 - done / s.blocks_first)) if done < s.blocks_first else 0
+        return {name: 1.0 if i >= len(self.cuts) - closed else chance for i, name in enumerate(self.cuts)}
+
+    def _mixed(self, own: Tensor, theirs: Tensor, chance: float) -> Tensor:
+        """The student's features [N, ...], those of some samples taken from the teacher's."""
+        if chance == 0 or own.shape != theirs.shape:
+            return own.clone()
+        taken = (torch.rand(len(own), generator=self.rng) < chance).to(own.device)
+        return torch.where(taken.view(-1, *[1] * (own.dim() - 1)), theirs, own)
+
+    def _loss(self, name: str, seen: _Seen) -> Tensor:
+        s = self.settings
+        if name == "kl" and s.temperature == 1:
+            return self.task.distillation_loss(seen.output, seen.target)
+        if name == "feature":
+            return torch.stack(
+                [self._feature_loss(seen.got[n], seen.wanted[t]) for n, t in self.features.items()]
+            ).mean()
+        output, target = _logits(seen.output, f"{name}_weight"), _logits(seen.target, f"{name}_weight")
+        if name == "kl":
+            return kl_divergence(output, target, s.temperature)
+        if name == "reverse_kl":
+            return reverse_kl(output, target, s.temperature)
+        if name == "jensen_shannon":
+            return jensen_shannon(output, target, temperature=s.temperature)
+        if name == "logits":
+            return logits_mse(output, target)
+        if name == "label":
+            return gated_cross_entropy(output, target, s.label_difficulty)
+        assert name == "cam" and self.cam_place is not None and seen.classes is not None and seen.cam is not None
+        scores = class_scores(output, seen.classes)
+        gradient = torch.autograd.grad(scores, seen.given[self.cam_place], retain_graph=True)
+        return grad_cam_loss(class_activation_map(seen.got[self.cam_place], *gradient), seen.cam)
+
+    def _feature_loss(self, got: Tensor, wanted: Tensor) -> Tensor:
+        if self.settings.feature_loss == "affinity":
+            return feature_affinity(
+                got, wanted, random_projection(num_positions(wanted), PROJECTIONS, self.rng, wanted)
+            )
+        if self.settings.feature_loss == "qfd":
+            return quantized_feature_loss(got, wanted, self.settings.feature_bits)
+        return relative_mse(got, wanted)
+
+    def _dampening(self) -> Tensor:
+        """Mean over layers of the distance of weights to their level."""
+        found = []
+        for quantizer, layer in {layer.weight_quantizer: layer for layer in self._student[0].layers.values()}.items():
+            if not quantizer.has_qparams:
+                continue
+            with torch.no_grad():
+                rounded = quantizer.rows(quantizer(layer.weight))
+                scale = quantizer.scale.reshape(-1, 1)
+                # Only a uniform grid has its ends at whole steps; weights beyond another's are held to it as well.
+                shift = quantizer.zero_point.reshape(-1, 1)
+                uniform = quantizer.scheme.grid == "uniform"
+                low = scale * (quantizer.scheme.quant_min - shift) if uniform else torch.full_like(scale, -torch.inf)
+                high = scale * (quantizer.scheme.quant_max - shift) if uniform else torch.full_like(scale, torch.inf)
+            found.append(dampening_loss(quantizer.rows(layer.weight), rounded, scale, low, high))
+        return torch.stack(found).mean() if found else torch.zeros((), device=self._teacher[0].device)
+
+    # -- looks at held-out samples -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def on_validation_start(self) -> None:
+        self.look_began = time.perf_counter()
+        if self.averages is not None:
+            self.set_aside = [p.detach().clone() for p in self.trained.values()]
+            torch._foreach_copy_([p.data for p in self.trained.values()], self.averages)
 
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
         output = self.task.raw_outputs(self.student_module, batch["images"])
         size = len(batch["images"])
         self.log("held_out_loss", self.task.distillation_loss(output, batch["logits"]), batch_size=size)
         self.log("held_out_agreement", self.task.agreement(output, batch["logits"]), batch_size=size)
+
+    def on_validation_end(self) -> None:  # after those of callbacks, which save what was looked at
+        if self.set_aside is not None:
+            torch._foreach_copy_([p.data for p in self.trained.values()], self.set_aside)
+            self.set_aside = None
+        self.look_s = time.perf_counter() - self.look_began
+
+    # -- what an interrupted run goes on from ------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept: dict[str, Any] = {"rng": self.rng.get_state(), "elapsed_s": self.elapsed_s, "look_s": self.look_s}
+        if self.averages is not None:
+            weights = self.set_aside or [p.detach() for p in self.trained.values()]
+            kept["weights"] = dict(zip(self.trained, weights, strict=True))
+            kept["averages"] = self.averages
+        checkpoint["distillation"] = kept
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["distillation"]
+        self.rng.set_state(kept["rng"].cpu())
+        self.earlier_s, self.look_s = kept["elapsed_s"], kept["look_s"]
+        if self.averages is not None:
+            torch._foreach_copy_(self.averages, kept["averages"])
+            checkpoint["state_dict"] |= kept["weights"]  # the averages were saved as the network's weights
+
+    # -- places in the network ---------------------------------------------------------------------------------------
+
+    def _places_before_layers(self) -> list[str]:
+        """Features that a weight layer comes after: what is there can be taken from the teacher."""
+        calls = [call.name for call in self._teacher[0].dataflow.calls]
+        last = max((i for i, name in enumerate(calls) if name in weight_layers(self._teacher[0].module)), default=-1)
+        return [name for name, theirs in self.features.items() if calls.index(theirs) < last]
+
+    def _last_map(self) -> str:
+        """The last feature map [N, C, H, W] of more than one position, whose class activation maps are compared."""
+        shapes = {call.name: call.output_shape for call in self._teacher[0].dataflow.calls}
+        maps = [name for name, t in self.features.items() if len(shapes[t]) == 4 and math.prod(shapes[t][2:]) > 1]
+        if not maps:
+            raise UserError(
+                f"got algorithm.cam_weight={self.settings.cam_weight} and {self._teacher[0].name}, in which no feature "
+                "map of two dimensions changes its size",
+                "algorithm.cam_weight=0 for such a network",
+            )
+        return maps[-1]
+
+
+@dataclass
+class _Seen:
+    """Outputs and features of one batch; features by the name of the sub-module."""
+
+    target: Any = None  # the teacher's output
+    wanted: dict[str, Tensor] = field(default_factory=dict)  # the teacher's features
+    classes: Tensor | None = None  # [N], those that the teacher names
+    cam: Tensor | None = None  # [N, H, W], the teacher's class activation maps
+    output: Any = None  # the student's output
+    got: dict[str, Tensor] = field(default_factory=dict)  # the student's features
+    given: dict[str, Tensor] = field(default_factory=dict)  # what it went on with in their place
+
+
+def _terms(settings: DistillationSettings, has_features: bool) -> dict[str, float]:
+    """Name → weight of each loss that counts."""
+    names = ("kl", "reverse_kl", "jensen_shannon", "logits", "label", "cam", "feature")
+    weights = {name: getattr(settings, f"{name}_weight") for name in names}
+    found = {name: weight for name, weight in weights.items() if weight and (has_features or name != "feature")}
+    if not found:
+        raise UserError(
+            "got a distillation without a loss",
+            f"at least one of {', '.join(f'algorithm.{name}_weight' for name in names)} above 0"
+            + ("" if has_features else ", feature_weight not being enough for a network without feature maps"),
+        )
+    if settings.blocks_first and "feature" not in found:
+        raise UserError(
+            f"got algorithm.blocks_first={settings.blocks_first} without a feature loss",
+            "algorithm.blocks_first=0, or algorithm.feature_weight above 0 and a network with feature maps",
+            "stages that are trained apart have nothing but their own features to learn from",
+        )
+    return found
+
+
+def _logits(outputs: Any, setting: str) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise UserError(
+            f"got algorithm.{setting} above 0 and a network whose outputs are no logits",
+            f"algorithm.{setting}=0 for this task (kl_weight with temperature=1 is the task's own loss)",
+        )
+    return outputs
+
+
+def _with(output: Any, old: Tensor, new: Tensor) -> Any:
+    """``output`` with one of its tensors replaced."""
+    return map_tensors(lambda value: new if value is old else value, output)
+
+
+def _folded(teacher: Teacher) -> nn.Module:
+    """The teacher's network, or a copy with its batch norms folded: the same function in fewer passes over memory."""
+    pairs = find_foldable(teacher.module, teacher.dataflow)
+    if not pairs:
+        return teacher.module
+    module = copy.deepcopy(teacher.module)
+    fold_batch_norm(module, pairs)
+    return module
+
+
+@torch.no_grad()
+def _to_channels_last(networks: list[nn.Module], example: Tensor) -> bool:
+    """Lay out networks of convolutions with channels side by side; false, and nothing done, where one can't run so."""
+    if example.dim() != 4 or not any(p.dim() == 4 for network in networks for p in network.parameters()):
+        return False
+    try:
+        for network in networks:
+            network.to(memory_format=torch.channels_last)(example.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:  # a view() that insists on the other order
+        for network in networks:
+            network.to(memory_format=torch.contiguous_format)
+        return False
+    return True
 
 
 def _is_step(module: nn.Module, name: str) -> bool:

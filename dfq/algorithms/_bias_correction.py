@@ -1,0 +1,208 @@
+"""Bias correction: give a layer's outputs the mean back that rounding has moved.
+
+DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721), section 4.2. With W~ = W + eps a layer makes E[y~] = E[y] + eps E[x] of
+an input x, so (eq. 16-18)
+
+    b - eps E[x]                                                                                     ``batch_norm``
+
+    E[x_c] = gamma_c phi(-beta_c / gamma_c) + beta_c (1 - Phi(-beta_c / gamma_c))
+
+for x = ReLU(N(beta, gamma^2)), of the batch norm in front (eq. 19; appendix C clips it from above as well); or, for a
+network without them (appendix D), the mean over samples of what the float network's layer makes, less the student's,
+layer by layer with all earlier ones corrected                                                      ``samples``
+
+Differences from the paper: samples are synthetic; all layers are corrected in one forward of a batch, while it runs,
+and later batches go on from there: the correction is the mean of all batches'. Rounding of activations counts as well
+where samples are used. Layers without a bias get one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dfq.algorithms._equalization import (
+    FloatNetwork,
+    Path,
+    batch_norm_statistics,
+    channel_dim,
+    ensure_bias,
+    find_paths,
+    float_network,
+    layer_products,
+    products_with,
+    relu6_of,
+    rescaled,
+    weight_in_float,
+)
+from dfq.hooks import forward_hooks, op_name
+from dfq.modules import PRODUCTS, QuantizedLayer
+from dfq.progress import progress_bar
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+MAXIMA = {"amax"} | {f"{kind}max_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3)}  # move means
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+@torch.no_grad()
+def correct_bias(
+    student: Student, teacher: Teacher, images: Tensor, batch_size: int = 64, add_bias: bool = True
+) -> list[str]:
+    """Correct the biases of a calibrated student in place, from samples; returns the names of the layers.
+
+    Args:
+        images: [N, C, H, W], or ids [N, T].
+        add_bias: also layers without a bias, which get one.
+    """
+    undo_bias_correction(student)
+    network = float_network(student, teacher)
+    names = [name for name in layer_products(network, student.layers) if _has_bias(student, name, add_bias)]
+    before = {name: student.layers[name].bias.detach().clone() for name in names}  # type: ignore[union-attr]
+    wanted: dict[str, Tensor] = {}
+    share = 1.0
+
+    def remember(name: str, result: Tensor) -> Tensor:
+        record = rescaled(student, name)
+        mean = _channel_means(student.layers[name], result)
+        wanted[name] = mean / record.scale.to(mean) - record.shift.to(mean)
+        return result
+
+    def correct(name: str, result: Tensor) -> Tensor:
+        layer = student.layers[name]
+        missing = wanted[name] - _channel_means(layer, result)
+        change = _change_bias(layer, share * missing)
+        return result + change.view(-1, *[1] * (result.dim() - 1 - channel_dim(layer, result)))
+
+    seen = 0
+    with progress_bar("correct biases", len(images), "samples") as advance:
+        for batch in images.split(batch_size):
+            seen += len(batch)
+            share = len(batch) / seen
+            with _products_of(network.module, names, remember):
+                network.outputs(batch)
+            with _products_of(student.module, names, correct):
+                student(batch)
+            advance(len(batch))
+    _remember(student, before)
+    return names
+
+
+def _channel_means(layer: nn.Module, x: Tensor) -> Tensor:
+    return x.float().movedim(channel_dim(layer, x), 0).flatten(1).mean(1)
+
+
+def _change_bias(layer: QuantizedLayer, change: Tensor) -> Tensor:
+    """Add to the bias; returns by how much the layer's outputs [O] change, whose bias may be rounded."""
+    bias = layer._parameters["bias"]  # the attribute is the rounded one while the layer runs
+    assert bias is not None
+
+    def effective() -> Tensor:
+        return bias.clone() if layer.bias_quantizer is None else layer.bias_quantizer(bias, layer)
+
+    before = effective()
+    bias += change.to(bias)
+    return effective() - before
+
+
+@contextmanager
+def _products_of(network: nn.Module, names: list[str], replace: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Each named layer's product goes through ``replace(name, result)``, ahead of any quantizer of the result."""
+    stack: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return replace(stack[-1], result) if stack and op_name(func) in PRODUCTS else result
+
+    with (
+        forward_hooks(
+            [(name, network.get_submodule(name)) for name in names],
+            before=lambda name, _module, _inputs: stack.append(name),
+            after=lambda _name, _module, _inputs, _output: stack.pop() and None,
+        ),
+        Mode(),
+    ):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ batch norms
+
+
+@torch.no_grad()
+def correct_bias_by_batch_norm(student: Student, teacher: Teacher, add_bias: bool = True) -> list[str]:
+    """Correct, without data, the biases of layers that read what a batch norm is in front of; returns their names."""
+    undo_bias_correction(student)
+    network = float_network(student, teacher)
+    statistics = batch_norm_statistics(student, teacher)
+    before = {}
+    for path in find_paths(network, student.layers):
+        if path.first not in statistics or not path.shifts or not _has_bias(student, path.last, add_bias):
+            continue
+        means = expected_outputs(path, *statistics[path.first], network)
+        if means is None:
+            continue
+        layer = student.layers[path.last]
+        assert layer.bias is not None
+        before[path.last] = layer.bias.detach().clone()
+        error = layer.weight_quantizer(layer.weight).cpu().double() - weight_in_float(student, network, path.last)
+        _change_bias(layer, -products_with(layer, error, path.at_inputs(means, 0.0)))
+    _remember(student, before)
+    return list(before)
+
+
+def expected_outputs(path: Path, mean: Tensor, std: Tensor, network: FloatNetwork) -> Tensor | None:
+    """Mean [O] of what each channel becomes on its way; None if it cannot be told.
+
+    It can where at most one activation comes first, and then what keeps means.
+    """
+    activations = [op for op in path.ops if op.name in path.activations]
+    if any(op.name in MAXIMA for op in path.ops) or activations not in ([], [path.ops[0]] if path.ops else []):
+        return None
+    if not activations:
+        return mean
+    if activations[0].name == "relu":
+        return rectified_mean(mean, std)
+    relu6 = relu6_of(network, activations[0])
+    return None if relu6 is None else rectified_mean(mean, std) - rectified_mean(mean - relu6.max_val, std)
+
+
+def rectified_mean(mean: Tensor, std: Tensor) -> Tensor:
+    """E[max(x, 0)] of normal x."""
+    ratio = mean / std.clamp(min=torch.finfo(std.dtype).tiny)
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    return std * density + mean * torch.special.ndtr(ratio)
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def undo_bias_correction(student: Student) -> None:
+    """Take back what bias correction has added: for what rounds weights anew, or compares with the float network.
+
+    Biases that somebody else has changed since stay as they are.
+    """
+    for layer in student.layers.values():
+        before, after = layer.__dict__.pop("bias_correction", (None, None))
+        if before is not None and layer.bias is not None and torch.equal(layer.bias.detach(), after):
+            layer.bias.data.copy_(before)
+
+
+def _remember(student: Student, before: dict[str, Tensor]) -> None:
+    for name, bias in before.items():
+        layer = student.layers[name]
+        assert layer.bias is not None
+        layer.__dict__["bias_correction"] = (bias, layer.bias.detach().clone())
+        if layer.bias_quantizer is not None:
+            layer.bias_quantizer.make_room(layer)
+
+
+def _has_bias(student: Student, name: str, add_bias: bool) -> bool:
+    return student.layers[name].bias is not None or (add_bias and ensure_bias(student, name))

@@ -1,0 +1,156 @@
+"""auto: climbs the ladder of algorithms within a budget of time and keeps the student that is closest to its teacher.
+
+Each rung is judged by KL(teacher || student) on held-out synthetic samples, which no rung is trained on. The ladder
+ends where the budget ends, or where what is left to gain is not worth the time: a rung that takes m minutes can raise
+the agreement with the teacher by (1 - agreement) / m a minute at most.
+
+The time counts from the start of quantization (the dataset is there already). Rungs that stop by the clock do not give
+the same bits twice; a run with a budget is repeatable as far as a clock is.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.progress import say
+from dfq.settings import Fraction, NonNegativeFloat, resolve
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+RESERVE = 0.03  # of the budget: judging and copying at the end
+
+
+@dataclass(frozen=True)
+class Auto:
+    """As good as the time allows."""
+
+    budget: str | float = "10min"  # time for all rungs: 90s, 10min, 2h, or seconds
+    rungs: tuple[Any, ...] = (  # names, objects, or mappings with _target_ and settings, in the order they are tried
+        "round_to_nearest",
+        "equalization",
+        "gptq",
+        "reconstruction",
+        "distillation",
+    )
+    min_gain: NonNegativeFloat = 0.0005  # agreement with the teacher a minute: below, the ladder ends
+    share: Fraction = 0.5  # of the time left that a rung gets if another one that stops by the clock follows
+
+    def quantize(
+        self,
+        student: Student,
+        teacher: Teacher,
+        dataset: SyntheticDataset,
+        weight_quantizer: Any,
+        activation_quantizer: Any,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        """Make ``student`` the best one found, in place."""
+        start = time.perf_counter()
+        budget = seconds_of(self.budget)
+        deadline = start + budget * (1 - RESERVE)
+        rungs = [(_name(rung), resolve("algorithm", rung)) for rung in self.rungs]
+        judge = _Judge(teacher, dataset)
+        base = student  # the best one whose weights have not been rounded yet
+        best, figures = None, _Figures(float("inf"), 0.0)
+        longest = 0.0
+        for position, (name, rung) in enumerate(rungs):
+            left = deadline - time.perf_counter()
+            takes_time = _is_timed(rung)
+            if best is not None:
+                # What has no clock of its own is skipped where it might not end in time.
+                limit = left
+                if takes_time and any(_is_timed(later) for _, later in rungs[position + 1 :]):
+                    limit = left * self.share
+                if left < (judge.seconds if takes_time else 3 * longest):
+                    say(f"auto: {name} skipped, {max(left, 0):.0f} s of {budget:.0f} s are left")
+                    continue
+                if takes_time and (1 - figures.agreement) / (limit / 60) < self.min_gain:
+                    limit = (1 - figures.agreement) / max(self.min_gain, 1e-9) * 60
+                    if limit < judge.seconds:
+                        say(
+                            f"auto: {name} skipped, agreement {figures.agreement:.4f} leaves less to gain than min_gain"
+                        )
+                        continue
+                if takes_time:
+                    rung = replace(rung, time_limit_s=max(limit - judge.seconds, 1e-3))
+            before = time.perf_counter()
+            goes_on = getattr(rung, "goes_on", False) and best is not None
+            candidate = copy.deepcopy(best if goes_on and best is not None else base)
+            folder = work_dir / f"{position}_{name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            rung.quantize(candidate, teacher, dataset, weight_quantizer, activation_quantizer, seed, folder)
+            found = judge(candidate)
+            took = time.perf_counter() - before
+            longest = max(longest, took)
+            is_better = found.kl < figures.kl
+            gain = found.agreement - figures.agreement
+            say(
+                f"auto: {name} {took:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}"
+                f"{' (best so far)' if is_better else ''}, {time.perf_counter() - start:.0f} s of {budget:.0f} s"
+            )
+            if is_better:
+                best, figures = candidate, found
+                if getattr(rung, "weights_stay_float", False):
+                    base = candidate
+            if takes_time and gain / (took / 60) < self.min_gain:
+                say(f"auto: ends, {name} raised the agreement by {max(gain, 0) / (took / 60):.5f} a minute")
+                break
+        assert best is not None
+        student.module, student.surgery = best.module, best.surgery
+
+
+@dataclass(frozen=True)
+class _Figures:
+    kl: float
+    agreement: float
+
+
+class _Judge:
+    """KL and agreement with the teacher on the held-out synthetic samples."""
+
+    def __init__(self, teacher: Teacher, dataset: SyntheticDataset):
+        tensors, held_out = dataset.tensors(), dataset.split()[1]
+        self.images, self.logits = tensors["images"][held_out], tensors["logits"][held_out]
+        self.task = resolve("task", teacher.task)
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def __call__(self, student: Student, batch_size: int = 64) -> _Figures:
+        start = time.perf_counter()
+        frozen = copy.deepcopy(student).freeze()  # judged as it will be saved
+        outputs: list[Tensor] = [self.task.raw_outputs(frozen, batch).cpu() for batch in self.images.split(batch_size)]
+        output = torch.cat(outputs)
+        kl = float(self.task.distillation_loss(output, self.logits))
+        self.seconds = time.perf_counter() - start
+        return _Figures(kl if kl == kl else float("inf"), float(self.task.agreement(output, self.logits)))
+
+
+def seconds_of(budget: str | float) -> float:
+    """``"90s"``, ``"10min"``, ``"2h"`` or a number of seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)?\s*", str(budget))
+    if found is None or float(found[1]) <= 0:
+        raise UserError(f"got algorithm.budget={budget!r}", "a time above 0: 90s | 10min | 2h")
+    return float(found[1]) * UNITS[found[2] or "s"]
+
+
+def _name(rung: Any) -> str:
+    if isinstance(rung, str):
+        return rung
+    return str(rung["_target_"]).rpartition(".")[2] if isinstance(rung, Mapping) else type(rung).__name__
+
+
+def _is_timed(rung: Any) -> bool:
+    return any(field.name == "time_limit_s" for field in fields(rung))

@@ -1,0 +1,42 @@
+"""Random changes to a batch of synthetic images that a teacher can label again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def augment(images: Tensor, rng: torch.Generator, flip: bool = True, shift: int = 0, mixup: float = 0.0) -> Tensor:
+    """Images [N, C, H, W], each mirrored with probability one half, moved and blended, on their device.
+
+    Random numbers come from ``rng`` on the CPU, so that every device sees the same images. What is no batch of images
+    (token ids have an order) stays as it is.
+
+    Args:
+        shift: pixels in each direction at most; what moves in from outside is a reflection.
+        mixup: probability that the batch is blended with itself in another order, x <- a x + (1 - a) x', a uniform:
+            mixup (Zhang et al., ICLR 2018, arXiv 1710.09412, eq. 1) with alpha = 1.
+    """
+    if not (images.is_floating_point() and images.dim() == 4):
+        return images
+    num_samples, _, height, width = images.shape
+    if flip or shift:
+        moves = torch.randint(-shift, shift + 1, (2, num_samples), generator=rng)
+        mirrored = torch.rand(num_samples, generator=rng) < 0.5 if flip else torch.zeros(num_samples, dtype=torch.bool)
+        rows = _reflected(moves[0], height)
+        columns = _reflected(moves[1], width)
+        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+        samples = torch.arange(num_samples)[:, None, None]
+        where = (samples, slice(None), rows[:, :, None], columns[:, None, :])
+        moved = images[tuple(part if isinstance(part, slice) else part.to(images.device) for part in where)]
+        images = moved.permute(0, 3, 1, 2)  # indexing by several tensors puts the channel last
+    if mixup and torch.rand((), generator=rng) < mixup:
+        amount = torch.rand((), generator=rng).to(images)
+        images = torch.lerp(images[torch.randperm(num_samples, generator=rng).to(images.device)], images, amount)
+    return images
+
+
+def _reflected(moves: Tensor, size: int) -> Tensor:
+    """Source indices [N, size] of a line that is moved by ``moves`` [N] and reflected at its ends."""
+    source = (torch.arange(size) + moves[:, None]).abs()
+    return ((size - 1) - (size - 1 - source).abs()).clamp(0, size - 1)

@@ -1,0 +1,46 @@
+"""What a distillation can be told: the settings that :class:`~dfq.lightning.distillation.DistillationModule` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Share = Annotated[float, Bound(at_least=0, at_most=0.999)]  # of something of which a rest has to remain
+FewBits = Annotated[int, Bound(at_least=1, at_most=8)]
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """One place for the schedule, the losses, and what is done to images and student during training."""
+
+    max_steps: PositiveInt = 400  # optimizer steps at most
+    time_limit_s: PositiveFloat | None = None  # seconds until training ends; null: steps alone say when
+    weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of the layer's weight step
+    bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
+    step_lr: PositiveFloat = 1e-3  # Adam on the quantizers' steps, relative to each step
+
+    kl_weight: NonNegativeFloat = 1.0  # of the task's distillation loss: KL(teacher || student) of a classifier
+    reverse_kl_weight: NonNegativeFloat = 0.0  # of KL(student || teacher)
+    jensen_shannon_weight: NonNegativeFloat = 0.0  # of the Jensen-Shannon divergence
+    logits_weight: NonNegativeFloat = 0.0  # of the squared error of logits
+    temperature: PositiveFloat = 1.0  # of the three divergences
+    feature_weight: NonNegativeFloat = 1.0  # of the feature loss, mean over the places where width or resolution change
+    feature_loss: Literal["relative_mse", "affinity", "qfd"] = "relative_mse"  # qfd: teacher's features quantized
+    feature_bits: FewBits = 4  # of the teacher's features with qfd
+    cam_weight: NonNegativeFloat = 0.0  # of the relative squared error of class activation maps (SynQ)
+    label_weight: NonNegativeFloat = 0.0  # of cross-entropy to the teacher's class, easy samples only (SynQ)
+    label_difficulty: Fraction = 0.5  # the teacher's 1 - p up to which a sample is easy
+    balance: Literal["fixed", "learned"] = "fixed"  # learned: the weights of the terms are trained too (GoR)
+
+    intervention: Fraction = 0.0  # chance that a sample's features are the teacher's, falls to zero half way
+    blocks_first: Fraction = 0.0  # share of the run in which stages are trained apart, then merged (StableKD)
+    frozen_channels: Share = 0.0  # share of output channels whose weights stay, the smallest of a layer (EfQAT)
+    refreeze_steps: PositiveInt = 64  # steps after which those are chosen anew
+    dampen: NonNegativeFloat = 0.0  # of the loss that holds weights near their level, reached at the end
+    average: Share = 0.0  # decay of an average of weights over steps, which is what is kept; 0: the last weights
+
+    flip: bool = True  # mirror half of the images
+    shift: NonNegativeInt = 0  # pixels that images are moved by at most, edges reflected
+    mixup: Fraction = 0.0  # share of batches whose images are blended with others of the batch
