@@ -18,10 +18,19 @@ shuffled channels need no rule of their own, and what mixes channels is no pair.
 powers of two, which must change nothing; those that do change something (code that uses a weight in ways of its own)
 are dropped.
 
-Differences from the paper: ranges are largest magnitudes, not widths, as weight grids here contain zero. A ReLU6 is
-replaced by ReLU only between the layers of a pair, and only where that hardly changes what the network makes of
-synthetic samples. Biases are absorbed only where the next layer does not pad with zeros, which would not stand for c;
-weights of the whole network are changed once, by the product of all scales.
+Weights alone are balanced at the expense of the activations between them, which then need a wider range. So by default
+these count as well: with u_i the root mean square of channel i on synthetic samples,
+
+    s_i = (r1_i u_i / r2_i)^(1/3),                       so that afterwards  r1_i u_i / r2_i = 1 in every channel
+
+which keeps log r1, log u and log r2 of the channels as close to constants as one scale can (least squares).
+``balance_activations=False`` is the paper's rule.
+
+Differences from the paper, beside that: ranges are largest magnitudes, not widths, as weight grids here contain zero.
+A ReLU6 is replaced by ReLU only between the layers of a pair, and only where that hardly changes what the network makes
+of synthetic samples. Biases are absorbed only where the next layer does not pad with zeros, which would not stand for
+c, and no further than samples go, since the tails of a real batch norm's input are not normal. Weights are changed
+once, by the product of all scales.
 """
 
 from __future__ import annotations
@@ -50,6 +59,7 @@ LINEAR = {"mean", "sum", "mul", "interpolate", "upsample", "avg_pool1d", "avg_po
 HOMOGENEOUS = MOVING | LINEAR | {"relu", "leaky_relu", "prelu", "abs"}
 CLIPPED = "hardtanh"  # what nn.ReLU6 calls
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SMALLEST_SIZE = 0.1  # of a channel's activations, in units of the mean of all channels
 CONVERGED = 1e-3  # largest |log s| of a round that ends the iteration
 RELU6_TOLERANCE = 0.01  # squared error of the network's outputs, relative to their square, without upper clipping
 
@@ -470,28 +480,30 @@ def equalize(
     iterations: int = 100,
     replace_relu6: bool = True,
     images: Tensor | None = None,
+    balance_activations: bool = True,
 ) -> list[Path]:
     """Equalize all pairs of a student in place: it computes what it did, and its grids are to be made anew.
 
     Args:
         iterations: rounds over all pairs at most.
         replace_relu6: also pairs with a ReLU6 between them, which becomes a ReLU where that is safe.
-        images: [N, C, H, W], on which that is judged; noise if there are none.
+        images: [N, C, H, W], on which that is judged and activations are looked at; noise if there are none.
+        balance_activations: ranges of activations count as well; false: those of weights alone, as in the paper.
 
     Returns:
         The pairs, with what is between them.
     """
     network = float_network(student, teacher)
+    images = network.example if images is None else images
     paths = [path for path in find_paths(network, student.layers) if path.is_private]
     paths = without_surprises(network, paths)
     clipping = relu6_between(network, paths)
-    chosen: set[str] = set()
-    if replace_relu6:
-        chosen = replaceable(network, clipping, network.example if images is None else images)
+    chosen = replaceable(network, clipping, images) if replace_relu6 else set()
     paths = [path for path in paths if not any(op.module in clipping.keys() - chosen for op in path.ops)]
     _replace_relu6(student, network, sorted({op.module for path in paths for op in path.ops} & chosen))
     layers = student.layers
-    for path, scale in zip(paths, equalizing_scales(layers, paths, iterations), strict=True):
+    sizes = _activation_sizes(student, network, paths, images) if balance_activations else None
+    for path, scale in zip(paths, equalizing_scales(layers, paths, iterations, sizes), strict=True):
         _pass_on(layers, path, scale)
         record = rescaled(student, path.first)
         _records(student)[path.first] = replace(record, scale=record.scale * scale, shift=record.shift / scale)
@@ -500,8 +512,15 @@ def equalize(
     return paths
 
 
-def equalizing_scales(layers: Mapping[str, nn.Module], paths: list[Path], iterations: int) -> list[Tensor]:
-    """For each path what the first layer's output channels are to be divided by, [O], float64 on the CPU."""
+def equalizing_scales(
+    layers: Mapping[str, nn.Module], paths: list[Path], iterations: int, sizes: list[Tensor] | None = None
+) -> list[Tensor]:
+    """For each path what the first layer's output channels are to be divided by, [O], float64 on the CPU.
+
+    Args:
+        sizes: for each path those of the activations [O], all above zero; None: they do not count.
+    """
+    sizes = None if sizes is None else list(sizes)
     largest = {}  # magnitude of each kernel: all that a scale has to do with
     for name in {name for path in paths for name in (path.first, path.last)}:
         weight = _double(layers[name].weight)
@@ -509,11 +528,14 @@ def equalizing_scales(layers: Mapping[str, nn.Module], paths: list[Path], iterat
     scales = [torch.ones(num_outputs(layers[path.first]), dtype=torch.float64) for path in paths]
     for _ in range(iterations):
         change = 0.0
-        for path, total in zip(paths, scales, strict=True):
+        for index, (path, total) in enumerate(zip(paths, scales, strict=True)):
             first, last = layers[path.first], layers[path.last]
             made = _reduced(first, largest[path.first], inputs=False)
             read = path.at_outputs(_reduced(last, largest[path.last], inputs=True), len(made))
-            scale = torch.where((made > 0) & (read > 0), (made / read).sqrt(), 1.0)
+            ratio = made / read if sizes is None else made * sizes[index] / read
+            scale = torch.where((made > 0) & (read > 0), ratio.pow(1 / 2 if sizes is None else 1 / 3), 1.0)
+            if sizes is not None:
+                sizes[index] = sizes[index] / scale
             largest[path.first] /= _shaped(first, scale, inputs=False)
             largest[path.last] *= _shaped(last, path.at_inputs(scale, 1.0), inputs=True)
             total *= scale
@@ -521,6 +543,30 @@ def equalizing_scales(layers: Mapping[str, nn.Module], paths: list[Path], iterat
         if change < CONVERGED:
             break
     return scales
+
+
+def _activation_sizes(student: Student, network: FloatNetwork, paths: list[Path], images: Tensor) -> list[Tensor]:
+    """For each path the root mean square of what the second layer reads, in each channel of the first: [O]."""
+    squares: dict[str, Tensor] = {}
+
+    def look(name: str, layer: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].float().movedim(channel_dim(layer, inputs[0]), 0).flatten(1)
+        squares[name] = squares.get(name, 0) + _double(x.square().mean(1)) * len(inputs[0])
+
+    names = {path.last for path in paths}
+    with (
+        without_limit(relu6_between(network, paths).values()),
+        forward_hooks([(name, network.module.get_submodule(name)) for name in names], before=look),
+    ):
+        for batch in images.split(64):
+            network.outputs(batch)
+    found = []
+    for path in paths:
+        record = rescaled(student, path.first)
+        size = path.at_outputs((squares[path.last] / len(images)).sqrt(), len(record.scale)) / record.scale
+        # A channel that is hardly ever there needs no finer steps than a tenth of the others'.
+        found.append(size.clamp(min=SMALLEST_SIZE * float(size.mean())) if size.any() else torch.ones_like(size))
+    return found
 
 
 def without_surprises(network: FloatNetwork, paths: list[Path]) -> list[Path]:
@@ -564,12 +610,16 @@ def _multiply(x: Tensor, factor: Tensor) -> None:
 
 
 @torch.no_grad()
-def absorb_biases(student: Student, teacher: Teacher, paths: list[Path], num_stds: float = 3.0) -> list[Path]:
+def absorb_biases(
+    student: Student, teacher: Teacher, paths: list[Path], images: Tensor | None = None, num_stds: float = 3.0
+) -> list[Path]:
     """Let second layers of ``paths`` add what is always there in their inputs, in place; returns where that was done.
 
-    c = max(0, mean - num_stds * std) of the folded batch norm, only through ReLUs.
+    c = max(0, mean - num_stds * std) of the folded batch norm, only through ReLUs; no more than the smallest value in
+    ``images`` [N, C, H, W], if there are some.
     """
     statistics = batch_norm_statistics(student, teacher)
+    least = {} if images is None else _smallest_outputs(student, teacher, {path.first for path in paths}, images)
     done = []
     for path in paths:
         last = student.layers[path.last]
@@ -577,6 +627,8 @@ def absorb_biases(student: Student, teacher: Teacher, paths: list[Path], num_std
             continue
         mean, std = statistics[path.first]
         constant = (mean - num_stds * std).clamp(min=0)
+        if path.first in least:
+            constant = torch.minimum(constant, least[path.first].clamp(min=0))
         if not constant.any() or not ensure_bias(student, path.last):
             continue
         first, record = student.layers[path.first], rescaled(student, path.first)
@@ -585,6 +637,22 @@ def absorb_biases(student: Student, teacher: Teacher, paths: list[Path], num_std
         _records(student)[path.first] = replace(record, shift=record.shift + constant)
         done.append(path)
     return done
+
+
+def _smallest_outputs(student: Student, teacher: Teacher, names: set[str], images: Tensor) -> dict[str, Tensor]:
+    """Layer → smallest value of each output channel [O], in the student's units."""
+    network = float_network(student, teacher)
+    found: dict[str, Tensor] = {}
+
+    def look(name: str, layer: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        least = _double(output.movedim(channel_dim(layer, output), 0).flatten(1).amin(1))
+        found[name] = torch.minimum(least, found.get(name, least))
+
+    with forward_hooks([(name, network.module.get_submodule(name)) for name in names], after=look):
+        for batch in images.split(64):
+            network.outputs(batch)
+    records = {name: rescaled(student, name) for name in found}
+    return {name: least / records[name].scale - records[name].shift for name, least in found.items()}
 
 
 def _add(x: Tensor | None, change: Tensor) -> None:

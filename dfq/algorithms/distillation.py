@@ -87,7 +87,9 @@ class Distillation(DistillationSettings):
         data = SyntheticDataModule(dataset, batch_size=self.batch_size, seed=seed)
         task = resolve("task", teacher.task)
         module = DistillationModule(student, teacher, task, features, self, seed, start)
+        before = time.perf_counter()
         given, loss_before = _state(module), _held_out_loss(student, task, data)
+        module.look_s = time.perf_counter() - before
         best = ModelCheckpoint(
             work_dir, filename="best", monitor="held_out_loss", save_weights_only=True, save_on_train_epoch_end=False
         )

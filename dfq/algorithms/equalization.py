@@ -25,6 +25,7 @@ class Equalization:
     """Seconds; what makes one range for a whole tensor of weights bearable, and depthwise networks at 8 bits."""
 
     iterations: PositiveInt = 100  # rounds over all pairs of layers at most; ends when scales stay
+    balance_activations: bool = True  # ranges of activations count as well; false: of weights alone, as in the paper
     absorb_bias: bool = True  # let the next layer add what a ReLU almost never cuts off
     replace_relu6: bool = True  # ReLU in place of ReLU6 between layers, where it hardly changes outputs
     bias_correction: Literal["none", "samples", "batch_norm"] = "samples"  # what makes up for moved means
@@ -44,9 +45,9 @@ class Equalization:
         """Equalize ``student`` and give it its grids, in place."""
         images = calibration_images(dataset, self.num_calibration_samples)
         undo_bias_correction(student)
-        pairs = equalize(student, teacher, self.iterations, self.replace_relu6, images)
+        pairs = equalize(student, teacher, self.iterations, self.replace_relu6, images, self.balance_activations)
         if self.absorb_bias:
-            absorb_biases(student, teacher, pairs)
+            absorb_biases(student, teacher, pairs, images)
         calibrate(student, images, weight_quantizer, activation_quantizer)
         if self.bias_correction == "samples":
             correct_bias(student, teacher, images)

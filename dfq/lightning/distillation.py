@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import UserError
-from dfq.hooks import forward_hooks, tensors_in
+from dfq.hooks import evaluation_mode, forward_hooks, tensors_in
 from dfq.lightning.augmentation import augment
 from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.settings import DistillationSettings
@@ -81,7 +81,7 @@ class DistillationModule(pl.LightningModule):
         self.task, self.features = task, dict(features)
         self.settings = s = settings or DistillationSettings()
         self.rng = torch.Generator().manual_seed(seed)
-        self.start, self.earlier_s, self.look_s = start, 0.0, 0.0
+        self.start, self.earlier_s, self.step_s, self.look_s = start, 0.0, 0.0, 0.0
         self.fast_teacher, self.channels_last = [teacher.module], False
         self.terms = _terms(s, bool(features))
         self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
@@ -91,6 +91,7 @@ class DistillationModule(pl.LightningModule):
         # A step that crossed zero would flip the sign of its whole tensor.
         self.steps = [p for name, p in student.module.named_parameters() if _is_step(student.module, name)]
         self.smallest_steps = [p.detach().abs() * 1e-2 for p in self.steps]
+        self.groups = self._parameters_by_rate()
         self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self.averages = [p.detach().clone() for p in self.trained.values()] if s.average else None
         self.set_aside: list[Tensor] | None = None  # the trained weights, while their averages are looked at
@@ -106,12 +107,23 @@ class DistillationModule(pl.LightningModule):
         """Share of the run that is over after ``step`` steps: of the steps or of the time, whichever is more."""
         share = step / self.settings.max_steps
         if self.settings.time_limit_s is not None:
-            # The last look at held-out samples has to fit in too.
-            share = max(share, self.elapsed_s / max(self.settings.time_limit_s - self.look_s, 1e-9))
+            # Another step and the last look at held-out samples have to fit in too.
+            left = self.settings.time_limit_s - self.step_s - self.look_s
+            share = max(share, self.elapsed_s / max(left, 1e-9))
         return min(share, 1.0)
 
     def configure_optimizers(self) -> Any:
-        groups: dict[float, list[nn.Parameter]] = {}  # learning rate → parameters
+        # One kernel a group: small networks are all overhead.
+        groups = [{"params": parameters, "lr": lr} for lr, parameters in self.groups.items()]
+        optimizer = torch.optim.Adam(groups, fused=True)
+        cosine = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    def _parameters_by_rate(self) -> dict[float, list[nn.Parameter]]:
+        """Learning rate → parameters, by the grids that the student came with."""
+        groups: dict[float, list[nn.Parameter]] = {}
         own = {id(layer.weight): layer for layer in self._student[0].layers.values()}
         for name, parameter in self.student_module.named_parameters():
             if not parameter.requires_grad:
@@ -129,12 +141,7 @@ class DistillationModule(pl.LightningModule):
             groups.setdefault(lr, []).append(parameter)
         if self.log_scales is not None:
             groups.setdefault(BALANCE_LR, []).append(self.log_scales)
-        # One kernel a group: small networks are all overhead.
-        optimizer = torch.optim.Adam([{"params": ps, "lr": lr} for lr, ps in groups.items()], fused=True)
-        cosine = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+        return groups
 
     def on_fit_start(self) -> None:
         if self.start is None:
@@ -154,6 +161,7 @@ class DistillationModule(pl.LightningModule):
         self.student_module.eval()
 
     def on_train_batch_start(self, *_: Any) -> None:
+        self.step_began = time.perf_counter()
         if self.channels is not None and (
             not self.channels.trained or self.trainer.global_step % self.settings.refreeze_steps == 0
         ):
@@ -170,6 +178,7 @@ class DistillationModule(pl.LightningModule):
             # Young averages forget faster: the first steps are far from the last.
             decay = min(self.settings.average, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.averages, [p.data for p in self.trained.values()], 1 - decay)
+        self.step_s = time.perf_counter() - self.step_began
         if self.done(step) >= 1:
             self.trainer.should_stop = True  # after a last look
 
@@ -178,8 +187,9 @@ class DistillationModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         s, done = self.settings, self.done(self.trainer.global_step)
         images = augment(batch["images"], self.rng, s.flip, s.shift, s.mixup)
-        if self.channels_last and images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
+        if images.dim() == 4:
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            images = images.contiguous(memory_format=layout)
         seen = self._teach(images)
         with self.channels.partial_gradients() if self.channels is not None else nullcontext():
             self._learn(images, seen, self._chances(done))
@@ -334,10 +344,12 @@ class DistillationModule(pl.LightningModule):
     # -- places in the network ---------------------------------------------------------------------------------------
 
     def _places_before_layers(self) -> list[str]:
-        """Features that a weight layer comes after: what is there can be taken from the teacher."""
+        """Features with a weight layer between them and the next one: what is there can be taken from the teacher."""
         calls = [call.name for call in self._teacher[0].dataflow.calls]
-        last = max((i for i, name in enumerate(calls) if name in weight_layers(self._teacher[0].module)), default=-1)
-        return [name for name, theirs in self.features.items() if calls.index(theirs) < last]
+        layers = [i for i, name in enumerate(calls) if name in weight_layers(self._teacher[0].module)]
+        places = sorted((calls.index(theirs), name) for name, theirs in self.features.items())
+        ends = [position for position, _ in places[1:]] + [len(calls)]
+        return [name for (start, name), end in zip(places, ends, strict=True) if any(start < i < end for i in layers)]
 
     def _last_map(self) -> str:
         """The last feature map [N, C, H, W] of more than one position, whose class activation maps are compared."""
@@ -416,7 +428,8 @@ def _to_channels_last(networks: list[nn.Module], example: Tensor) -> bool:
         return False
     try:
         for network in networks:
-            network.to(memory_format=torch.channels_last)(example.contiguous(memory_format=torch.channels_last))
+            with evaluation_mode(network):
+                network.to(memory_format=torch.channels_last)(example.clone(memory_format=torch.channels_last))
     except RuntimeError:  # a view() that insists on the other order
         for network in networks:
             network.to(memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Share = Annotated[float, Bound(at_least=0, at_most=0.999)]  # of something of which a rest has to remain
-FewBits = Annotated[int, Bound(at_least=1, at_most=8)]
+FewBits = Annotated[int, Bound(at_least=2, at_most=8)]
 
 
 @dataclass(frozen=True)
