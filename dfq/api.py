@@ -18,7 +18,7 @@ from dfq import report as reports
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.pipeline import Experiment
-from dfq.scheme import Scheme
+from dfq.scheme import MixedScheme, Scheme
 from dfq.settings import build, load, resolve
 from dfq.student import Student, read_manifest
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, resolve_device
@@ -106,15 +106,25 @@ def quantize(
     activation_quantizer: Any = "mse",
     student_dir: str | os.PathLike | None = None,
     seed: int = 0,
+    budget: Mapping[str, Any] | str | float | None = None,
     **settings: Any,
 ) -> Student:
     """A quantized student of ``teacher``, made with ``dataset``; settings of the algorithm go in as keywords.
 
     With ``student_dir`` the student is saved there, an interrupted call goes on, and a finished one is loaded.
+
+    Args:
+        budget: ``{"size_bytes": 150000}`` and the like: bits are chosen layer by layer (see ``scheme="mixed"``). A time
+            such as ``"10min"`` is the algorithm's (``auto``).
     """
     chosen = Scheme.from_dict(load("scheme", scheme)) if isinstance(scheme, str) else scheme
     if policy is not None:
         chosen = replace(chosen, policy=policy)
+    if isinstance(budget, Mapping):
+        name = chosen.name if isinstance(chosen, MixedScheme) else ""
+        chosen = Scheme.from_dict({**chosen.to_dict(), "name": name, "budget": budget})
+    elif budget is not None:
+        settings["budget"] = budget
     methods = (
         resolve("algorithm", algorithm, **settings),
         resolve("quantizer", weight_quantizer),

@@ -205,6 +205,7 @@ def _read_override(command: str, word: str) -> _Override:
         )
         raise UserError(f"got {word}", "option=value", do)
     prefix, written, value = matched.groups()
+    written = _in_full(written)
     groups, plain = commands.root()
     usable = commands.COMMANDS[command].options
     key = written.rpartition("@")[2]  # quantizer@weight_quantizer is Hydra's word for weight_quantizer
@@ -224,6 +225,12 @@ def _read_override(command: str, word: str) -> _Override:
     if first in groups:
         return _Override(key, groups[first].override_key(first), value)
     return _Override(key, key, value)
+
+
+def _in_full(key: str) -> str:
+    """``budget.size_bytes`` and the like are the scheme's, ``budget`` itself, a time, is the algorithm's."""
+    first, dot, _ = key.partition(".")
+    return f"{'scheme' if dot else 'algorithm'}.{key}" if first == "budget" else key
 
 
 def _combinations(values: list[list[str]]) -> Iterator[tuple[str, ...]]:

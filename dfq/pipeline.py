@@ -25,12 +25,13 @@ from torch import Tensor
 
 import dfq
 from dfq import evaluation as evaluations
+from dfq import mixed_precision
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
 from dfq.progress import Advance, progress_bar, say
-from dfq.scheme import Scheme
+from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
 from dfq.teacher import InputSpec, Teacher
@@ -160,6 +161,8 @@ def quantize(
     work_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     try:
+        if isinstance(scheme, MixedScheme):
+            scheme = _allocate(work_dir, scheme, teacher, dataset, weight_quantizer, activation_quantizer, seed)
         student = Student.from_teacher(teacher, scheme)
         algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir)
     except UserError:  # a network that can't be quantized leaves nothing behind
@@ -171,6 +174,8 @@ def quantize(
         **settings,
         "dataset": {"path": str(dataset.path), "num_samples": len(dataset), "provenance": dataset.provenance},
     }
+    if (work_dir / ALLOCATION).exists():
+        (work_dir / ALLOCATION).replace(path / ALLOCATION)
     student.save(path)
     shutil.rmtree(work_dir)
     return student, path
@@ -358,8 +363,10 @@ def _details(
         gaussian = evaluations.batch_norm_match(teacher, noise)
         match = [{"name": n, "synthetic": d, "gaussian": gaussian[n], "real": None} for n, d in synthetic.items()]
     first = {"row": "float teacher", "role": "teacher", "generator": None, "agreement": 1.0, "kl": 0.0}
+    allocation = student_path / ALLOCATION
     return {
         "references": [{**first, "metrics": figures["teacher"]}, row],
+        "allocation": read_allocation(allocation) if allocation.exists() else None,
         "batch_norm_match": match,
         "images": {} if dataset is None else {"dataset": str(dataset.path)},
         "student_dir": str(student_path),
@@ -455,6 +462,28 @@ class _Told:
 def held_out_images(dataset: SyntheticDataset) -> Tensor:
     """The samples that selection and fidelity look at, and training does not."""
     return dataset.tensors()["images"][dataset.split()[1]]
+
+
+def _allocate(
+    work_dir: Path,
+    scheme: MixedScheme,
+    teacher: Teacher,
+    dataset: SyntheticDataset,
+    weight_quantizer: Any,
+    activation_quantizer: Any,
+    seed: int,
+) -> Scheme:
+    """The plain scheme; bits that an interrupted run has chosen stay."""
+    path = work_dir / ALLOCATION
+    if path.exists():
+        return scheme.with_bits(read_allocation(path)["overrides"])
+    measures = scheme.budget.kind == "latency_ms" and scheme.budget.latency_table is None
+    exporter = resolve("exporter", "onnx_qdq") if measures else None
+    plain, found = mixed_precision.resolve(
+        scheme, teacher, dataset, weight_quantizer, activation_quantizer, seed, exporter
+    )
+    write_json(path, found)
+    return plain
 
 
 def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None) -> tuple[Student, Path]:

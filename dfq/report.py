@@ -130,6 +130,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "references": [REFERENCE],  # in order of display
     # distance of the statistics of each source's images to the running statistics; 0 is a perfect match
     "batch_norm_match": [{"name": str, "synthetic": NUMBER, "gaussian": NUMBER, "real": NUMBER}],
+    "allocation": ({str: object}, None),  # what allocation.json of a student of mixed precision holds
     "images": {str: object},
     "kept_float": {str: str},  # layer → reason
     "held_out": {"num_samples": (int, None)},
@@ -174,7 +175,7 @@ def _checked_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """``details`` with every key of :data:`DETAILS`, and every row with every key of :data:`REFERENCE`."""
     lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes")}
     mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")} | {"held_out": {"num_samples": None}}
-    filled = lists | mappings | dict.fromkeys(("student_dir", "grid", "predictions")) | dict(details)
+    filled = lists | mappings | dict.fromkeys(("student_dir", "grid", "predictions", "allocation")) | dict(details)
     if isinstance(filled["references"], Sequence):
         empty: dict[str, Any] = {**dict.fromkeys(REFERENCE), "metrics": {}}
         filled["references"] = [{**empty, **row} if isinstance(row, Mapping) else row for row in filled["references"]]
@@ -663,6 +664,7 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], tiles: list[str
             :3
         ],
         "median_sqnr_db": median(sqnr) if sqnr else None,
+        "allocation_chart": _allocation_chart(details["allocation"] or {}),
         "match_chart": _match_chart(details["batch_norm_match"]),
         "series": [s for s in SERIES if any(_is_number(entry[s[0]]) for entry in details["batch_norm_match"])],
     }
@@ -739,6 +741,53 @@ def _runs(bits: Sequence[int | None], step: float) -> list[dict[str, Any]]:
         else:
             runs.append({"bits": value, "first": index + 1, "last": index + 1, "x": LEFT + index * step, "width": step})
     return runs
+
+
+def _allocation_chart(allocation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Bits of every layer as columns, and below the frontier of cost and sensitivity on a logarithmic axis."""
+    layers, frontier = allocation.get("layers"), allocation.get("frontier")
+    if not layers or not frontier:
+        return None
+    step, labels = _columns(len(layers))
+    candidates = allocation["candidates"]
+    harms = [point["sensitivity"] for point in (*frontier, *candidates) if point["sensitivity"] > 0] or [1.0]
+    top, height = 24.0, 220.0
+    last = math.ceil(math.log10(max(harms)) + 1e-9)
+    first = min(math.floor(math.log10(min(harms))), last - 1)
+    marks = _ticks(min(point["cost"] for point in frontier), max(point["cost"] for point in frontier), 6)
+
+    def place(cost: float, harm: float) -> dict[str, float]:
+        exponent = math.log10(harm) if harm > 0 else first
+        share = (min(max(cost, marks[0]), marks[-1]) - marks[0]) / (marks[-1] - marks[0])
+        return {"x": LEFT + (WIDTH - LEFT) * share, "y": top + height * (last - exponent) / (last - first)}
+
+    def cost_text(cost: float) -> str:
+        if allocation["budget"] == "size_bytes":
+            return format_size(round(cost))
+        unit, size = next(((u, s) for u, s in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if cost >= s), ("", 1.0))
+        return f"{cost / size:.4g} {unit}".rstrip()
+
+    chosen = next(c for c in candidates if (c["cost"], c["kl"]) == (allocation["cost"], allocation["kl"]))
+    uniform = next((c for c in candidates if c["is_uniform"]), None)
+    points = [place(point["cost"], point["sensitivity"]) for point in frontier]
+    return {
+        "right": LEFT + step * len(layers),
+        "labels": labels,
+        "weights": _bars([layer["weight_bits"] for layer in layers], step, 24, 100, 8, 4, ""),
+        "inputs": _bars([layer["activation_bits"] for layer in layers], step, 158, 60, 8, 2, ""),
+        "bottom": top + height,
+        "grid": [
+            {"y": top + height * (last - n) / (last - first), "text": f"{10.0**n:g}"} for n in range(first, last + 1)
+        ],
+        "marks": [{"x": place(mark, 1.0)["x"], "text": cost_text(mark)} for mark in marks],
+        "line": " ".join(f"{point['x']:.1f},{point['y']:.1f}" for point in points),
+        "chosen": place(chosen["cost"], chosen["sensitivity"]),
+        "uniform": uniform and not chosen["is_uniform"] and place(uniform["cost"], uniform["sensitivity"]),
+        "uniform_kl": uniform and uniform["kl"],
+        "limit": place(allocation["limit"], 1.0)["x"],
+        "cost": cost_text(allocation["cost"]),
+        "limit_text": cost_text(allocation["limit"]),
+    }
 
 
 def _match_chart(norms: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

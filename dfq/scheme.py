@@ -31,13 +31,20 @@ Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
     x_hat = s 2^-q, q in 0 .. 2^b - 1: for outputs of a softmax (FQ-ViT, 2111.13824).
 ``float``
     not quantized.
+
+A :class:`MixedScheme` is a scheme whose bits are still to be chosen, layer by layer, under a :class:`Budget`. What
+``dfq.mixed_precision`` makes of it is a plain :class:`Scheme` again, whose overrides name every layer.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from dfq.errors import UserError, did_you_mean
@@ -275,8 +282,13 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], name: str = "") -> Scheme:
-        """Scheme from the plain mapping of a yaml or a manifest; an unknown key is an error that names it."""
+        """Scheme from the plain mapping of a yaml or a manifest; an unknown key is an error that names it.
+
+        One with a budget, or anything else that only a :class:`MixedScheme` has, is one.
+        """
         values = dict(config)
+        if cls is Scheme and not values.keys().isdisjoint(MIXED_KEYS):
+            return MixedScheme.from_dict(values, name)
         for part in PARTS:
             if part in values:
                 _check_keys(values[part], TensorScheme, f"scheme.{part}")
@@ -405,3 +417,164 @@ def _check_keys(values, target, where: str) -> None:
         if key not in known:
             hint = did_you_mean(str(key), known).replace("'", f"'{where}.", 1)
             raise UserError(f"got {where}.{key}", ", ".join(f"{where}.{name}" for name in known), hint)
+
+
+# ------------------------------------------------------------------------------------------------ mixed precision
+
+MEASURES = ("kl", "sqnr", "hessian")
+ALLOCATION = "allocation.json"  # in a student's folder
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a student may cost: one of the four. None of them: as many bytes as the scheme has without mixing."""
+
+    size_bytes: float | None = None  # of the student's file: packed codes, scales, and all that stays float
+    mean_weight_bits: float | None = None  # bits a weight, on average over the weights of all quantized layers
+    bops: float | None = None  # bit operations a sample: multiply-accumulates x weight bits x input bits, summed
+    latency_ms: float | None = None  # of a sample in the runtime: the sum of its layers
+    latency_table: Any = None  # json file {layer: {"4": ms, "8x8": ms, "float": ms}}, bits of weights (x inputs)
+
+    def __post_init__(self):
+        for name in BUDGETS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+                raise UserError(f"got budget.{name}={value!r}", "a number > 0")
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(
+                f"got {' and '.join(f'budget.{name}={getattr(self, name):g}' for name in given)}",
+                "one of them",
+                "leave one away",
+            )
+        if self.latency_table is not None and self.latency_ms is None:
+            raise UserError("got budget.latency_table without budget.latency_ms", "both", "give budget.latency_ms=...")
+        if self.latency_table is not None:  # what is in it counts, not what it is called
+            object.__setattr__(self, "latency_table", _latency_table(self.latency_table))
+
+    @property
+    def kind(self) -> str:
+        """Which of :data:`BUDGETS` is given; ``size_bytes`` where none is."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), "size_bytes")
+
+    @property
+    def limit(self) -> float | None:
+        """None: what the scheme costs without mixing."""
+        return getattr(self, self.kind)
+
+
+BUDGETS = ("size_bytes", "mean_weight_bits", "bops", "latency_ms")
+
+
+@dataclass(frozen=True)
+class MixedScheme(Scheme):
+    """A scheme whose bits are chosen layer by layer: as little harm as possible within a budget.
+
+    Bits of layer inputs are chosen only where the budget sees them (``bops``, ``latency_ms``), and not with
+    ``policy=hardware``, where several layers share the grid of a tensor. What ``overrides`` say of a layer's bits or
+    grid stays as it is, and so do the 8 bits of ``policy=edges_8bit``.
+    """
+
+    budget: Budget = field(default_factory=Budget)  # one of size_bytes, mean_weight_bits, bops, latency_ms
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)  # what a layer's weights can have
+    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)  # what a layer's input can have
+    measure: str = "kl"  # kl | sqnr | hessian; of what rounding one tensor does to the network's outputs
+    num_samples: int = 128  # synthetic samples that it is measured on
+    num_candidates: int = 8  # allocations near the budget that are compared with everything rounded at once
+    allocation: str | None = None  # allocation.json of an earlier run, or its student's folder: those bits
+
+    def __post_init__(self):
+        if not self.name:
+            object.__setattr__(self, "name", "mixed")
+        super().__post_init__()
+        if not isinstance(self.budget, Budget):
+            _check_keys(self.budget, Budget, "budget")
+            object.__setattr__(self, "budget", Budget(**self.budget))
+        _choice("scheme.measure", self.measure, MEASURES)
+        for name in ("num_samples", "num_candidates"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"got scheme.{name}={value!r}", "a whole number >= 1")
+        if self.allocation is not None and any(value is not None for value in asdict(self.budget).values()):
+            raise UserError("got scheme.allocation and a budget", "one of the two", "leave one away")
+        for part in ("weight", "activation"):
+            self._check_bits(part)
+
+    def _check_bits(self, part: str) -> None:
+        """Each choice makes a scheme of that part."""
+        scheme, where = getattr(self, part), f"scheme.{part}_bits"
+        bits = getattr(self, where.partition(".")[2])
+        if isinstance(bits, str | Mapping) or not hasattr(bits, "__iter__") or not list(bits):
+            raise UserError(f"got {where}={bits!r}", "a list of whole numbers [2,3,4,8]")
+        if scheme.is_float and part == "activation":
+            return
+        if scheme.grid in FIXED_BITS:
+            free = " | ".join(grid for grid in GRIDS if grid not in FIXED_BITS and grid != "log2")
+            raise UserError(f"got scheme.{part}.grid={scheme.grid}, which has bits of its own, to be mixed", free)
+        for number in bits:
+            try:
+                changed = replace(scheme, num_bits=number)
+                (_check_weight if part == "weight" else _check_activation)(changed, "")
+            except UserError as error:
+                allowed = f"whole numbers that go with scheme.{part} ({error.allowed})"
+                raise UserError(f"got {where}={list(bits)}, of which {number!r} is not allowed", allowed) from None
+        object.__setattr__(self, f"{part}_bits", tuple(sorted(set(bits))))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], name: str = "") -> Scheme:
+        """The scheme of a configuration; a plain one where its allocation is there already."""
+        values = {key: value for key, value in config.items() if value is not None or key not in MIXED_KEYS}
+        scheme = super().from_dict(values, name)
+        assert isinstance(scheme, MixedScheme)
+        if scheme.allocation is None:
+            return scheme
+        return scheme.with_bits(read_allocation(scheme.allocation)["overrides"])
+
+    def with_bits(self, overrides: Overrides) -> Scheme:
+        """The plain scheme with the bits of an allocation; this scheme's own overrides come last."""
+        both = {pattern: parts for pattern, parts in overrides.items() if pattern not in self.overrides}
+        for pattern, mine in self.overrides.items():
+            chosen = overrides.get(pattern, {})
+            parts = dict.fromkeys([*chosen, *mine])
+            both[pattern] = {part: {**chosen.get(part, {}), **mine.get(part, {})} for part in parts}
+        return Scheme(self.weight, self.activation, self.policy, self.name, both, self.attention, self.softmax)
+
+
+MIXED_KEYS = {entry.name for entry in fields(MixedScheme)} - {entry.name for entry in fields(Scheme)}
+
+
+def _read(path: Path, key: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"got {key}={path}, which can't be read", what) from None
+    except ValueError as error:
+        raise UserError(f"got {key}={path}, which is no json ({str(error).splitlines()[0]})", what) from None
+    if not isinstance(value, dict):
+        raise UserError(f"got {key}={path}, which holds no json object", what)
+    return value
+
+
+def read_allocation(path: str | Path) -> dict[str, Any]:
+    """What a run with ``scheme=mixed`` left in its student's folder."""
+    path, what = Path(path), f"the {ALLOCATION} of a student made with scheme=mixed"
+    value = _read(path / ALLOCATION if path.is_dir() else path, "scheme.allocation", what)
+    if value.get("format") != "dfq.allocation" or not isinstance(value.get("overrides"), dict):
+        raise UserError(f"got scheme.allocation={path}, which is none", what)
+    return value
+
+
+def _latency_table(table: Any) -> dict[str, dict[str, float]]:
+    """Checked, and read where it is the name of a file."""
+    what = 'json {layer: {"4": ms, "8x8": ms, "float": ms}}, bits of weights (x bits of inputs)'
+    if isinstance(table, str | Path):
+        table = _read(Path(table), "budget.latency_table", what)
+    for layer, row in table.items() if isinstance(table, Mapping) else [("", table)]:
+        if not isinstance(row, Mapping) or not all(map(_is_latency, row, row.values())):
+            raise UserError(f"got budget.latency_table with {layer}: {row!r}", what)
+    return {str(layer): dict(row) for layer, row in table.items()}
+
+
+def _is_latency(bits: Any, value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return is_number and re.fullmatch(r"\d+(x\d+)?|float", str(bits)) is not None

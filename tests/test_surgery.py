@@ -749,3 +749,41 @@ def test_weights_without_values():
         net = nn.Sequential(encoder_layer(), Transposed(8, 4), timm.layers.StdConv2d(4, 4, 3))
     apply(net, [("0.self_attn", "attention"), ("1", "transposed_linear"), ("2", "effective_weight")])
     assert net[1].weight.shape == (4, 8) and net[1].weight.is_meta
+
+
+# ------------------------------------------------------------------------------------------------ asked for
+
+
+@pytest.mark.parametrize("part", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(0, 1)], ids=str)
+def test_an_upper_limit_is_taken_away(part):
+    """In the object itself, so that whoever holds it has the ReLU, with its hooks."""
+    calls, x = [], 10 * noise(3, 4)
+    part.register_forward_hook(lambda *args: calls.append(1))
+    net = nn.Sequential(nn.Identity(), part)
+    apply(net, [("1", "relu")])
+    assert net[1] is part and type(part) is nn.ReLU
+    assert torch.equal(net(x.clone()), F.relu(x)) and calls == [1]
+    assert repr(part) == repr(nn.ReLU(inplace=part.inplace))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 6, bias=False),
+        lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False),
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False),
+    ],
+)
+def test_a_bias_is_added(make):
+    """Zeros at first; a network without values takes those of a saved one."""
+    layer = make()
+    x = noise(2, 4) if isinstance(layer, nn.Linear) else noise(2, 4, 5, 5)
+    before = layer(x)
+    layer.weight.requires_grad_(False)
+    apply(layer, [("", "bias")])
+    assert torch.equal(layer(x), before) and not layer.bias.requires_grad
+    layer.bias.data += torch.arange(6.0)
+    again = make()
+    apply(again, [("", "bias")])
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), layer(x)) and not torch.equal(layer(x), before)

@@ -77,8 +77,11 @@ def correct_bias(
 
     def correct(name: str, result: Tensor) -> Tensor:
         layer = student.layers[name]
-        missing = wanted[name] - _channel_means(layer, result)
-        change = _change_bias(layer, share * missing)
+        before = _bias_in_use(layer)
+        right = before + (wanted[name] - _channel_means(layer, result)).to(before)
+        bias = _bias(layer)
+        bias += share * (right - bias)
+        change = _bias_in_use(layer) - before
         return result + change.view(-1, *[1] * (result.dim() - 1 - channel_dim(layer, result)))
 
     seen = 0
@@ -99,17 +102,16 @@ def _channel_means(layer: nn.Module, x: Tensor) -> Tensor:
     return x.float().movedim(channel_dim(layer, x), 0).flatten(1).mean(1)
 
 
-def _change_bias(layer: QuantizedLayer, change: Tensor) -> Tensor:
-    """Add to the bias; returns by how much the layer's outputs [O] change, whose bias may be rounded."""
+def _bias(layer: QuantizedLayer) -> Tensor:
     bias = layer._parameters["bias"]  # the attribute is the rounded one while the layer runs
     assert bias is not None
+    return bias
 
-    def effective() -> Tensor:
-        return bias.clone() if layer.bias_quantizer is None else layer.bias_quantizer(bias, layer)
 
-    before = effective()
-    bias += change.to(bias)
-    return effective() - before
+def _bias_in_use(layer: QuantizedLayer) -> Tensor:
+    """As the layer adds it: of an integer student it is rounded."""
+    bias = _bias(layer)
+    return bias.clone() if layer.bias_quantizer is None else layer.bias_quantizer(bias, layer)
 
 
 @contextmanager
@@ -153,7 +155,8 @@ def correct_bias_by_batch_norm(student: Student, teacher: Teacher, add_bias: boo
         assert layer.bias is not None
         before[path.last] = layer.bias.detach().clone()
         error = layer.weight_quantizer(layer.weight).cpu().double() - weight_in_float(student, network, path.last)
-        _change_bias(layer, -products_with(layer, error, path.at_inputs(means, 0.0)))
+        bias = _bias(layer)
+        bias -= products_with(layer, error, path.at_inputs(means, 0.0)).to(bias)
     _remember(student, before)
     return list(before)
 

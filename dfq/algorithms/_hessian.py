@@ -22,7 +22,7 @@ Grids stay what calibration made them (COMQ may change scales). Layers without s
 rounding: those outside of blocks, those whose weight several operations or its owner read, embeddings, transposed
 convolutions.
 
-Differences from the QEP paper: its damping is the mean of the diagonal, here a setting of its own; it skips some
+Differences from the QEP paper: its damping (the mean of the diagonal, ``propagate_damping``) can be set; it skips some
 layers of language models to save time, here none; grids are not made anew for W*.
 """
 
@@ -321,7 +321,7 @@ class LayerwiseRounding:
     batch_size: PositiveInt = 64  # samples a forward
     damping: NonNegativeFloat = 0.01  # added to the diagonal of H, in units of its mean
     propagate: Fraction = 0.5  # alpha of QEP: share of the inputs' error that a weight makes up for; 0: off
-    propagate_damping: NonNegativeFloat = 0.01  # added to the diagonal for QEP, in units of its mean
+    propagate_damping: NonNegativeFloat = 1.0  # added to the diagonal for QEP, in units of its mean
     correct_bias: bool = True  # the bias takes over the mean of what is left
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
 

@@ -1,7 +1,8 @@
 """Bias correction on its own: for students whose ranges are fine and whose means are not.
 
 DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721), section 4.2: equations and differences in
-:mod:`dfq.algorithms._bias_correction`. Goes behind what rounds weights (GPTQ and its like correct biases themselves).
+:mod:`dfq.algorithms._bias_correction`. Goes behind what rounds weights. Means of batch norms presume biases that are
+still the float network's: behind GPTQ and its like, which correct biases themselves, take samples.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A sequence of algorithms on one student, each going on from what the one before left.
 
-``algorithm=sequence algorithm.steps=[equalization,bias_correction,gptq]``: an algorithm that needs grids keeps those it
+``algorithm=sequence algorithm.steps=[equalization,gptq]``: an algorithm that needs grids keeps those it
 finds, and calibrates a student that has none.
 """
 
