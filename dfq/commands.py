@@ -157,9 +157,14 @@ def group_options(key: str, name: str) -> dict[str, source.Parameter]:
     config = settings.load(family, name)
     if family != "scheme":
         return settings.options(config)
-    whole, of_part = (source.signature(f"dfq.scheme.{name}") or {} for name in ("Scheme", "TensorScheme"))
-    values = asdict(Scheme.from_dict(config)) | {"name": config.get("name")}
-    found = {option: replace(whole[option], default=values[option]) for option in whole if option not in PARTS}
+    scheme = Scheme.from_dict(config)
+    kinds = (type(scheme).__name__, "TensorScheme", "Budget")
+    whole, of_part, of_budget = (source.signature(f"dfq.scheme.{name}") or {} for name in kinds)
+    values = asdict(scheme) | {"name": config.get("name")}
+    nested = {*PARTS, "budget"}
+    found = {option: replace(whole[option], default=values[option]) for option in whole if option not in nested}
+    if "budget" in whole:
+        found |= {f"budget.{name}": replace(known, default=None) for name, known in of_budget.items()}
     for part in PARTS:
         found |= {f"{part}.{name}": replace(known, default=values[part][name]) for name, known in of_part.items()}
     for part in OPERANDS:

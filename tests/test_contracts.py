@@ -178,11 +178,12 @@ def test_scheme(name, teacher, make_dataset, tmp_path):
     student, path = quantize(
         teacher, make_dataset(teacher), scheme, build("algorithm", "round_to_nearest"), *methods, 0, tmp_path / "s"
     )
-    for layer in student.layers.values():
-        quantizer, bits = layer.weight_quantizer, scheme.weight.num_bits
-        assert quantizer.scheme == scheme.weight and layer.input_quantizer.scheme == scheme.activation
+    for name, layer in student.layers.items():
+        weight, activation = student.scheme.for_layer(False, name)  # of a mixed scheme each layer has its own
+        quantizer, bits = layer.weight_quantizer, weight.num_bits
+        assert quantizer.scheme == weight and layer.input_quantizer.scheme == activation
         rows = quantizer.rows(layer.weight)  # each with a scale of its own
-        assert len(rows) == quantizer.scale.numel() and rows.shape[1] == (scheme.weight.group_size or rows.shape[1])
+        assert len(rows) == quantizer.scale.numel() and rows.shape[1] == (weight.group_size or rows.shape[1])
         assert all(len(row.unique()) <= 2**bits for row in rows) and len(layer.weight.unique()) > 1
     assert path.joinpath("student.safetensors").stat().st_size < 4 * sum(p.numel() for p in teacher.module.parameters())
     x = settle_images()
