@@ -251,6 +251,9 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         kl += float(task.distillation_loss(output, target)) * len(batch)
         for name in student.layers:
             reference = wanted[at[name]]
+            if (record := student.surgery.rescaled.get(name)) is not None:  # the student's layer has other units
+                shape = (-1, *[1] * (student.layers[name].weight.dim() - 2))
+                reference = reference / record.scale.to(reference).view(shape) - record.shift.to(reference).view(shape)
             sums[name][0] += float(reference.square().sum())
             sums[name][1] += float((reference - got[here[name]]).square().sum())
     layers = []

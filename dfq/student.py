@@ -14,7 +14,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ CODES = ".weight_codes"
 SCALE, TENSOR_SCALE = ".weight_quantizer.scale", ".weight_quantizer.tensor_scale"
 
 
+@dataclass(frozen=True)
+class Rescaled:
+    """What equalization has done to a layer: it makes y / scale - shift of x * input_scale, where the teacher's makes y
+    of x.
+
+    Shapes: ``scale`` and ``shift`` [O], ``input_scale`` [I]; float64, on the CPU.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    input_scale: Tensor
+
+
 @dataclass
 class Surgery:
     """What was done to the teacher's module tree, in this order; enough to do it again without running anything."""
@@ -61,6 +74,7 @@ class Surgery:
     folded: list[tuple[str, str]]  # (layer, batch norm)
     swap: Swap
     sites: Sites
+    rescaled: dict[str, Rescaled] = field(default_factory=dict, compare=False)  # layer → what equalization did to it
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +88,10 @@ class Surgery:
             "aliases": self.sites.aliases,
             "layer_inputs": self.sites.layer_inputs,
             "integer_bias": self.sites.has_integer_bias,
+            "rescaled": {
+                name: {part: values.tolist() for part, values in vars(record).items()}
+                for name, record in self.rescaled.items()
+            },
         }
 
     @classmethod
@@ -83,11 +101,16 @@ class Surgery:
             for name, entry in values["layers"].items()
         }
         quantizers = {path: TensorScheme(**scheme) for path, scheme in values["sites"].items()}
+        rescaled = {
+            name: Rescaled(**{part: torch.tensor(numbers, dtype=torch.float64) for part, numbers in record.items()})
+            for name, record in values.get("rescaled", {}).items()  # not in students from before it
+        }
         return cls(
             [(name, kind) for name, kind in values["rewrites"]],
             [(layer, norm) for layer, norm in values["folded"]],
             Swap(layers, dict(values["kept_float"])),
             Sites(quantizers, dict(values["aliases"]), dict(values["layer_inputs"]), values["integer_bias"]),
+            rescaled,
         )
 
     def repeat(self, module: nn.Module) -> nn.Module:

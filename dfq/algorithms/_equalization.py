@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from dfq.hooks import Dataflow, Op, evaluation_mode, forward_hooks, record_dataflow, tensors_in
 from dfq.modules import LOOKUPS, PRODUCTS, QUANTIZED, BiasQuantizer, fold_batch_norm, product_of
 from dfq.sites import MOVING, Sites
-from dfq.student import Student
+from dfq.student import Rescaled, Student
 from dfq.surgery import REWRITES, apply
 from dfq.teacher import Teacher
 
@@ -98,32 +98,14 @@ def float_network(student: Student, teacher: Teacher) -> FloatNetwork:
     return FloatNetwork(module, record_dataflow(module, example), example, after)
 
 
-@dataclass(frozen=True)
-class Rescaled:
-    """What equalization has done to a layer: it makes y / scale - shift of x * input_scale, where the teacher's makes y
-    of x.
-
-    Shapes: ``scale`` and ``shift`` [O], ``input_scale`` [I]; float64, on the CPU.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    input_scale: Tensor
-
-
 def rescaled(student: Student, name: str) -> Rescaled:
     """Of one layer."""
     layer = student.layers[name]
-    found = _records(student).get(name)
+    found = student.surgery.rescaled.get(name)
     if found is None:
         ones = torch.ones(num_outputs(layer), dtype=torch.float64)
         found = Rescaled(ones, torch.zeros_like(ones), torch.ones(num_inputs(layer), dtype=torch.float64))
     return found
-
-
-def _records(student: Student) -> dict[str, Rescaled]:
-    """Kept with the rest of what was done to the network, so that an algorithm that follows finds it."""
-    return vars(student.surgery).setdefault("rescaled", {})
 
 
 def weight_in_float(student: Student, network: FloatNetwork, name: str) -> Tensor:
@@ -506,9 +488,11 @@ def equalize(
     for path, scale in zip(paths, equalizing_scales(layers, paths, iterations, sizes), strict=True):
         _pass_on(layers, path, scale)
         record = rescaled(student, path.first)
-        _records(student)[path.first] = replace(record, scale=record.scale * scale, shift=record.shift / scale)
+        student.surgery.rescaled[path.first] = replace(record, scale=record.scale * scale, shift=record.shift / scale)
         record = rescaled(student, path.last)
-        _records(student)[path.last] = replace(record, input_scale=record.input_scale * path.at_inputs(scale, 1.0))
+        student.surgery.rescaled[path.last] = replace(
+            record, input_scale=record.input_scale * path.at_inputs(scale, 1.0)
+        )
     return paths
 
 
@@ -634,7 +618,7 @@ def absorb_biases(
         first, record = student.layers[path.first], rescaled(student, path.first)
         _add(first.bias, -constant)
         _add(last.bias, products_with(last, _double(last.weight), path.at_inputs(constant, 0.0)))
-        _records(student)[path.first] = replace(record, shift=record.shift + constant)
+        student.surgery.rescaled[path.first] = replace(record, shift=record.shift + constant)
         done.append(path)
     return done
 

@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,10 +38,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dfq.algorithms._calibration import calibration_images, ensure_calibrated
+from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._reconstruction import float_copy
 from dfq.blocks import Arguments, Block, Captured, capture, find_blocks, run_block
-from dfq.dataset import SyntheticDataset
 from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
 from dfq.modules import QuantizedLayer
 from dfq.progress import progress_bar
@@ -50,7 +48,6 @@ from dfq.quantization import round_to_grid
 from dfq.scheme import TensorScheme
 from dfq.settings import Fraction, NonNegativeFloat, PositiveInt
 from dfq.student import Student
-from dfq.teacher import Teacher
 
 PRODUCT_ARGUMENTS = {
     "linear": ("input", "weight", "bias"),
@@ -313,7 +310,7 @@ def product_in(network: nn.Module, block: Block, name: str, x: Tensor, arguments
 
 
 @dataclass(frozen=True)
-class LayerwiseRounding:
+class LayerwiseRounding(Algorithm):
     """What the methods have in common; each gives :meth:`solve` and settings of its own."""
 
     num_samples: PositiveInt = 256  # synthetic samples whose activations are looked at
@@ -329,23 +326,14 @@ class LayerwiseRounding:
         raise NotImplementedError
 
     @torch.no_grad()
-    def quantize(
-        self,
-        student: Student,
-        teacher: Teacher,
-        dataset: SyntheticDataset,
-        weight_quantizer: Any,
-        activation_quantizer: Any,
-        seed: int,
-        work_dir: Path,
-    ) -> None:
-        """Round the weights of ``student`` in place; ``work_dir`` holds activations while a block is looked at."""
-        images = calibration_images(dataset, self.num_samples)
+    def run(self, work: Work) -> None:
+        """Round the weights of the student; ``work_dir`` holds activations while a block is looked at."""
+        student, work_dir, images = work.student, work.work_dir, work.images(self.num_samples)
         reference = float_copy(student)
-        ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
-        flow = record_dataflow(reference, teacher.example())
+        work.ensure_calibrated(images)
+        flow = record_dataflow(reference, work.teacher.example())
         wanted = solvable(student, flow)
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(work.seed)
         with progress_bar(type(self).__name__, len(wanted), "layers") as advance:
             for block in find_blocks(reference, flow, student.layers):
                 names = [name for name in block.layers if name in wanted]

@@ -28,10 +28,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
-from dfq.algorithms._calibration import calibration_images, ensure_calibrated
 from dfq.blocks import Block, Captured, capture, find_blocks, run_block
-from dfq.dataset import SyntheticDataset
 from dfq.hooks import forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.progress import progress_bar
@@ -52,7 +51,7 @@ FIRST_BETA, LAST_BETA = 20.0, 2.0
 
 
 @dataclass(frozen=True)
-class BlockReconstruction:
+class BlockReconstruction(Algorithm):
     """What all methods have; a method's file sets its own defaults."""
 
     iterations: PositiveInt = 1000  # steps a block
@@ -71,27 +70,19 @@ class BlockReconstruction:
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
     single_layers: ClassVar[bool] = False
 
-    def quantize(
-        self,
-        student: Student,
-        teacher: Teacher,
-        dataset: SyntheticDataset,
-        weight_quantizer: Any,
-        activation_quantizer: Any,
-        seed: int,
-        work_dir: Path,
-    ) -> None:
-        """Fit ``student`` in place, block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
-        images = calibration_images(dataset, self.num_samples)
+    def run(self, work: Work) -> None:
+        """Fit the student block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
+        student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
+        images = work.images(self.num_samples)
         reference = float_copy(student)
-        counts = ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
+        counts = work.ensure_calibrated(images)
         elements = {student.activation_quantizers[name]: count for name, count in counts.items()}
         student.module.requires_grad_(False)
         flow = record_dataflow(reference, teacher.example())
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
         done = _Done(work_dir)
-        for index, block in enumerate(blocks):  # what an interrupted run had finished
-            done.load(index, student, block)
+        for index in range(len(blocks)):  # what an interrupted run had finished
+            done.load(index, student)
         deadline = time.perf_counter() + (self.time_limit_s or math.inf)
         with progress_bar("reconstruct", len(blocks) * self.iterations, "steps") as advance:
             for index, block in enumerate(blocks):
@@ -105,12 +96,11 @@ class BlockReconstruction:
                 weights = self._sensitivity(reference, teacher, block, images, rng) if self.sensitivity else None
                 limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + (self.finish_iterations > 0))
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
-                done.save(index, student, block)
+                done.save(index, student)
                 for file in work_dir.glob("*.activations"):
                     file.unlink()
         if self.finish_iterations:
             self._finish(student, teacher, images, elements, seed, deadline - time.perf_counter())
-        student.module.requires_grad_(True)
 
     def _finish(
         self,
@@ -420,7 +410,7 @@ class _Done:
     def has(self, index: int) -> bool:
         return self._path(index).exists()
 
-    def save(self, index: int, student: Student, block: Block) -> None:
+    def save(self, index: int, student: Student) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._path(index).with_suffix(".tmp")
         torch.save(student.module.state_dict(), temporary)
@@ -429,7 +419,7 @@ class _Done:
             # The last one has it all; the others only say that they are done.
             torch.save({}, self._path(index - 1))
 
-    def load(self, index: int, student: Student, block: Block) -> None:
+    def load(self, index: int, student: Student) -> None:
         if self.has(index):
             state = torch.load(self._path(index), map_location=student.device, weights_only=True)
             if state:

@@ -15,12 +15,12 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dfq.algorithms._base import Algorithm, Work
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.progress import say
@@ -33,7 +33,7 @@ RESERVE = 0.03  # of the budget: judging and copying at the end
 
 
 @dataclass(frozen=True)
-class Auto:
+class Auto(Algorithm):
     """As good as the time allows."""
 
     budget: str | float = "10min"  # time for all rungs: 90s, 10min, 2h, or seconds
@@ -47,69 +47,51 @@ class Auto:
     min_gain: NonNegativeFloat = 0.0005  # agreement with the teacher a minute: below, the ladder ends
     share: Fraction = 0.5  # of the time left that a rung gets if another one that stops by the clock follows
 
-    def quantize(
-        self,
-        student: Student,
-        teacher: Teacher,
-        dataset: SyntheticDataset,
-        weight_quantizer: Any,
-        activation_quantizer: Any,
-        seed: int,
-        work_dir: Path,
-    ) -> None:
-        """Make ``student`` the best one found, in place."""
-        start = time.perf_counter()
-        budget = seconds_of(self.budget)
-        deadline = start + budget * (1 - RESERVE)
+    def run(self, work: Work) -> None:
+        """Make the student the best one found."""
+        start, budget = time.perf_counter(), seconds_of(self.budget)
         rungs = [(_name(rung), resolve("algorithm", rung)) for rung in self.rungs]
-        judge = _Judge(teacher, dataset)
-        base = student  # the best one whose weights have not been rounded yet
-        best, figures = None, _Figures(float("inf"), 0.0)
-        longest = 0.0
+        judge = _Judge(work.teacher, work.dataset)
+        base = best = work.student  # base: the best one whose weights have not been rounded yet
+        figures, longest = _Figures(float("inf"), 0.0), 0.0
         for position, (name, rung) in enumerate(rungs):
-            left = deadline - time.perf_counter()
-            takes_time = _is_timed(rung)
-            if best is not None:
-                # What has no clock of its own is skipped where it might not end in time.
-                limit = left
-                if takes_time and any(_is_timed(later) for _, later in rungs[position + 1 :]):
-                    limit = left * self.share
-                if left < (judge.seconds if takes_time else 3 * longest):
-                    say(f"auto: {name} skipped, {max(left, 0):.0f} s of {budget:.0f} s are left")
+            left = start + budget * (1 - RESERVE) - time.perf_counter()
+            if position > 0:
+                others = any(_is_timed(later) for _, later in rungs[position + 1 :])
+                # What has no clock of its own might take longer than anything before it.
+                limit = self._limit(left, figures, others) - judge.seconds if _is_timed(rung) else left - 3 * longest
+                if limit <= 0:
+                    left_s = f"{max(left, 0):.0f} s of {budget:.0f} s"
+                    say(f"auto: {name} skipped, {left_s} are left, agreement {figures.agreement:.4f}")
                     continue
-                if takes_time and (1 - figures.agreement) / (limit / 60) < self.min_gain:
-                    limit = (1 - figures.agreement) / max(self.min_gain, 1e-9) * 60
-                    if limit < judge.seconds:
-                        say(
-                            f"auto: {name} skipped, agreement {figures.agreement:.4f} leaves less to gain than min_gain"
-                        )
-                        continue
-                if takes_time:
-                    rung = replace(rung, time_limit_s=max(limit - judge.seconds, 1e-3))
+                if _is_timed(rung):
+                    rung = replace(rung, time_limit_s=limit)
             before = time.perf_counter()
-            goes_on = getattr(rung, "goes_on", False) and best is not None
-            candidate = copy.deepcopy(best if goes_on and best is not None else base)
-            folder = work_dir / f"{position}_{name}"
-            folder.mkdir(parents=True, exist_ok=True)
-            rung.quantize(candidate, teacher, dataset, weight_quantizer, activation_quantizer, seed, folder)
+            candidate = copy.deepcopy(best if getattr(rung, "goes_on", False) else base)
+            work.hand_to(rung, candidate, f"{position}_{name}")
             found = judge(candidate)
             took = time.perf_counter() - before
             longest = max(longest, took)
-            is_better = found.kl < figures.kl
-            gain = found.agreement - figures.agreement
+            is_better, gain = (
+                position == 0 or found.kl < figures.kl,
+                (found.agreement - figures.agreement) / (took / 60),
+            )
             say(
                 f"auto: {name} {took:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}"
                 f"{' (best so far)' if is_better else ''}, {time.perf_counter() - start:.0f} s of {budget:.0f} s"
             )
             if is_better:
                 best, figures = candidate, found
-                if getattr(rung, "weights_stay_float", False):
-                    base = candidate
-            if takes_time and gain / (took / 60) < self.min_gain:
-                say(f"auto: ends, {name} raised the agreement by {max(gain, 0) / (took / 60):.5f} a minute")
+                base = candidate if getattr(rung, "weights_stay_float", False) else base
+            if _is_timed(rung) and gain < self.min_gain:
+                say(f"auto: ends, {name} raised the agreement by {max(gain, 0):.5f} a minute")
                 break
-        assert best is not None
-        student.module, student.surgery = best.module, best.surgery
+        work.student.module, work.student.surgery = best.module, best.surgery
+
+    def _limit(self, left: float, figures: _Figures, others: bool) -> float:
+        """Seconds for a rung that stops by the clock: its share, and no more than what it could gain is worth."""
+        worth = (1 - figures.agreement) / self.min_gain * 60 if self.min_gain > 0 else float("inf")
+        return min(left * self.share if others else left, worth)
 
 
 @dataclass(frozen=True)

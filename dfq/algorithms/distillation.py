@@ -30,13 +30,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from dfq.algorithms._calibration import calibration_images, ensure_calibrated
-from dfq.dataset import SyntheticDataset
+from dfq.algorithms._base import Algorithm, Work
 from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import stage_ends
@@ -47,7 +45,7 @@ from dfq.teacher import InputSpec, Teacher
 
 
 @dataclass(frozen=True)
-class Distillation(DistillationSettings):
+class Distillation(DistillationSettings, Algorithm):
     """Minutes on small networks, hours on large ones."""
 
     batch_size: PositiveInt = 64  # samples a step
@@ -56,20 +54,12 @@ class Distillation(DistillationSettings):
     patience: PositiveInt | None = 5  # looks without a better loss before the second half of a run stops; null: never
     num_calibration_samples: PositiveInt = 512  # samples that set the first ranges
     student_network: str | None = None  # package.module:function of a smaller network; null: the teacher's own
-    goes_on: ClassVar[bool] = True  # from what another algorithm has made of the student
+    goes_on: ClassVar[bool] = True
 
-    def quantize(
-        self,
-        student: Student,
-        teacher: Teacher,
-        dataset: SyntheticDataset,
-        weight_quantizer: Any,
-        activation_quantizer: Any,
-        seed: int,
-        work_dir: Path,
-    ) -> None:
-        """Train ``student`` in place; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
+    def run(self, work: Work) -> None:
+        """Train the student; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
         start = time.perf_counter()
+        student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
         # Lightning takes seconds to import; who only rounds does not pay for it.
         import pytorch_lightning as pl
         from pytorch_lightning.callbacks import ModelCheckpoint
@@ -82,9 +72,8 @@ class Distillation(DistillationSettings):
         features = {name: name for name in stage_ends(teacher.dataflow)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity")
-        images = calibration_images(dataset, self.num_calibration_samples)
-        self._learn_steps(student, ensure_calibrated(student, images, weight_quantizer, activation_quantizer))
-        data = SyntheticDataModule(dataset, batch_size=self.batch_size, seed=seed)
+        self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
+        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
         task = resolve("task", teacher.task)
         module = DistillationModule(student, teacher, task, features, self, seed, start)
         before = time.perf_counter()

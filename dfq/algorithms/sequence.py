@@ -7,33 +7,19 @@ finds, and calibrates a student that has none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dfq.dataset import SyntheticDataset
+from dfq.algorithms._base import Algorithm, Work
 from dfq.settings import resolve
-from dfq.student import Student
-from dfq.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Sequence(Algorithm):
     """Several algorithms, one after the other."""
 
     steps: tuple[Any, ...] = ("equalization", "bias_correction")  # names, or mappings with _target_ and settings
 
-    def quantize(
-        self,
-        student: Student,
-        teacher: Teacher,
-        dataset: SyntheticDataset,
-        weight_quantizer: Any,
-        activation_quantizer: Any,
-        seed: int,
-        work_dir: Path,
-    ) -> None:
-        """Run the steps on ``student``, in place."""
+    def run(self, work: Work) -> None:
+        """Run the steps on the student."""
         for index, algorithm in enumerate([resolve("algorithm", step) for step in self.steps]):
-            folder = work_dir / f"step_{index}"
-            folder.mkdir(parents=True, exist_ok=True)
-            algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, folder)
+            work.hand_to(algorithm, work.student, f"step_{index}")

@@ -21,44 +21,30 @@ scales are per group. Layers on other grids, those that share their weight and e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
-from dfq.algorithms._calibration import calibration_images, ensure_calibrated
-from dfq.dataset import SyntheticDataset
 from dfq.modules import QuantizedLayer
 from dfq.quantization import dequantize, quantize
 from dfq.scheme import FLOAT_FORMATS, TensorScheme
 from dfq.settings import PositiveInt
-from dfq.student import Student
-from dfq.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class SQuant:
+class SQuant(Algorithm):
     """Milliseconds a layer."""
 
     num_calibration_samples: PositiveInt = 512  # samples whose activations are looked at; weights need none
 
     @torch.no_grad()
-    def quantize(
-        self,
-        student: Student,
-        teacher: Teacher,
-        dataset: SyntheticDataset,
-        weight_quantizer: Any,
-        activation_quantizer: Any,
-        seed: int,
-        work_dir: Path,
-    ) -> None:
-        """Put the weights of ``student`` on their grids, in place; one without grids gets them first."""
+    def run(self, work: Work) -> None:
+        """Put the student's weights on their grids; one without grids gets them first."""
+        student = work.student
         undo_bias_correction(student)
-        images = calibration_images(dataset, self.num_calibration_samples)
-        ensure_calibrated(student, images, weight_quantizer, activation_quantizer)
+        work.ensure_calibrated(work.images(self.num_calibration_samples))
         owners = [id(p) for part in student.module.modules() for p in part._parameters.values() if p is not None]
         for layer in student.layers.values():
             quantizer = layer.weight_quantizer

@@ -25,6 +25,7 @@ from dfq.algorithms._equalization import (
 from dfq.algorithms.equalization import Equalization
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.errors import UserError
+from dfq.evaluation import fidelity
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
@@ -598,3 +599,21 @@ def test_a_bias_is_added_where_a_layer_reads_one():
     student = Student.from_teacher(teacher, PER_TENSOR)
     assert [ensure_bias(student, name) for name in ("a", "b", "c")] == [True, False, True]
     assert student.surgery.rewrites[-1] == ("a", "bias") and student.layers["b"].bias is None
+
+
+def test_errors_of_equalized_layers_are_told_in_the_teachers_units(make_dataset, tmp_path):
+    """Also of a student that was saved: what was done to its layers is in its folder."""
+    teacher = as_teacher(depthwise())
+    student = Student.from_teacher(teacher, Scheme(TensorScheme(8, True, "per_channel"), TensorScheme(8)))
+    quantizer = MinMax()
+    Equalization(bias_correction="none").quantize(
+        student, teacher, make_dataset(teacher), quantizer, quantizer, 0, None
+    )
+    scales = [record.scale for record in student.surgery.rescaled.values()]
+    assert any((scale - 1).abs().max() > 0.1 for scale in scales)
+    task = resolve("task", "classification")
+    found = fidelity(teacher, student.freeze(), task, images())
+    assert all(layer["sqnr_db"] > 20 for layer in found["layers"])
+    student.settings = {"algorithm": {}}
+    again = Student.load(student.save(tmp_path / "s"), teacher)
+    assert fidelity(teacher, again, task, images()) == found

@@ -1,0 +1,81 @@
+"""What every algorithm is: a frozen dataclass whose fields are its settings, and one method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dfq.algorithms._calibration import calibrate, calibration_images, ensure_calibrated
+from dfq.dataset import SyntheticDataset
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an algorithm is given to do.
+
+    Attributes:
+        student: changed in place; fresh, or what another algorithm has made of it.
+        weight_quantizer, activation_quantizer: methods of the quantizers family, for grids that are not there yet.
+        seed: of all random numbers.
+        work_dir: holds what an interrupted run goes on from; the caller removes it.
+    """
+
+    student: Student
+    teacher: Teacher
+    dataset: SyntheticDataset
+    weight_quantizer: Any
+    activation_quantizer: Any
+    seed: int
+    work_dir: Path
+
+    def images(self, num_samples: int) -> Tensor:
+        """Up to ``num_samples`` samples that are not held out."""
+        return calibration_images(self.dataset, num_samples)
+
+    def calibrate(self, images: Tensor) -> dict[str, int]:
+        """:func:`~dfq.algorithms._calibration.calibrate` the student."""
+        return calibrate(self.student, images, self.weight_quantizer, self.activation_quantizer)
+
+    def ensure_calibrated(self, images: Tensor) -> dict[str, int]:
+        """The same, unless the student has its grids."""
+        return ensure_calibrated(self.student, images, self.weight_quantizer, self.activation_quantizer)
+
+    def hand_to(self, algorithm: Any, student: Student, folder: str) -> None:
+        """Have another algorithm do it, on ``student`` and in a folder of its own."""
+        work_dir = self.work_dir / folder
+        work_dir.mkdir(parents=True, exist_ok=True)
+        quantizers = self.weight_quantizer, self.activation_quantizer
+        algorithm.quantize(student, self.teacher, self.dataset, *quantizers, self.seed, work_dir)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Makes the quantized student. A sub-class writes :meth:`run`.
+
+    ``weights_stay_float``: they are rounded when the student is frozen, so another algorithm may round them better.
+    ``goes_on``: from what another algorithm has made of the student.
+    """
+
+    weights_stay_float: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = False
+
+    def quantize(
+        self,
+        student: Student,
+        teacher: Teacher,
+        dataset: SyntheticDataset,
+        weight_quantizer: Any,
+        activation_quantizer: Any,
+        seed: int,
+        work_dir: Path,
+    ) -> None:
+        """Give ``student`` its grids and, if there is more to do, its weights, in place."""
+        self.run(Work(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir))
+
+    def run(self, work: Work) -> None:
+        raise NotImplementedError
