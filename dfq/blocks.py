@@ -223,12 +223,16 @@ def layer_inputs(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str,
 
 
 def allocate(shape: tuple[int, ...], like: Tensor, limit_bytes: int, folder: Path, name: str) -> Tensor:
-    """An uninitialized tensor on the CPU; above ``limit_bytes`` one that lives in a file of ``folder``."""
+    """An uninitialized tensor on the CPU, laid out as ``like``; above ``limit_bytes`` it is in a file of ``folder``."""
+    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    layout = (shape[0], *shape[2:], shape[1]) if channels_last else shape
     size = torch.Size(shape).numel()
     if size * like.element_size() <= limit_bytes:
-        return torch.empty(shape, dtype=like.dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    return torch.from_file(str(folder / f"{name}.activations"), shared=True, size=size, dtype=like.dtype).view(shape)
+        flat = torch.empty(size, dtype=like.dtype)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        flat = torch.from_file(str(folder / f"{name}.activations"), shared=True, size=size, dtype=like.dtype)
+    return flat.view(layout).movedim(-1, 1) if channels_last else flat.view(layout)
 
 
 @dataclass

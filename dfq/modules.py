@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import UserError
-from dfq.hooks import Dataflow, Op
+from dfq.hooks import Dataflow, Op, evaluation_mode
 from dfq.quantization import (
     broadcast,
     dynamic_qparams,
@@ -527,3 +528,25 @@ def stage_ends(flow: Dataflow) -> list[str]:
             last.pop(call.output_shape, None)
             last[call.output_shape] = call.name
     return list(last.values())
+
+
+@torch.no_grad()
+def to_fast_layout(networks: Iterable[nn.Module], example: Tensor) -> torch.memory_format:
+    """Lay out networks for training on the CPU; returns the memory format that their inputs should have.
+
+    oneDNN's convolutions are up to three times as fast on channels that lie side by side. Networks without any, and
+    those that can't run so, stay as they are. ``.to(memory_format=torch.contiguous_format)`` takes it back.
+    """
+    networks = list(networks)
+    has_maps = example.dim() == 4 and any(p.dim() == 4 for network in networks for p in network.parameters())
+    if not has_maps or example.device.type != "cpu":
+        return torch.contiguous_format
+    try:
+        for network in networks:
+            with evaluation_mode(network):
+                network.to(memory_format=torch.channels_last)(example.clone(memory_format=torch.channels_last))
+    except RuntimeError:  # a view() that insists on the other order
+        for network in networks:
+            network.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
+    return torch.channels_last

@@ -276,18 +276,25 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, scheme, gradient_scale, stable):
-        v = x / scale
+        v, needs_grad = x / scale, any(ctx.needs_input_grad)
+        inside = None
         if scheme.grid == "uniform":  # rounded before a zero point is added, be it an integer or one that is trained
             low, high = (scheme.quant_min - zero_point).to(x.dtype), (scheme.quant_max - zero_point).to(x.dtype)
-            level = torch.round(v)
-            level = level.clamp_(low, high) if low.dim() == 0 else torch.minimum(torch.maximum(level, low), high)
+            if zero_point.is_floating_point():
+                level = _clip(torch.round(v), low, high)
+            else:  # between whole numbers it does not matter what comes first
+                clipped = _clip(v, low, high)
+                inside = clipped == v if needs_grad else None
+                level, v = torch.round(clipped, out=v), clipped
         elif scheme.has_float_zero_point:
             low, high = scheme.quant_min - 0.5 - zero_point, scheme.quant_max + 0.5 - zero_point
             level = torch.round(v + zero_point).clamp_(scheme.quant_min, scheme.quant_max) - zero_point
         else:
             low, high = _clip_limits(scheme)
             level = _snap(v, scheme)
-        inside = (v >= low) & (v <= high)
+        if inside is None and needs_grad:
+            inside = (v >= low) & (v <= high)
+            v = torch.where(inside, v, 0.0)  # it may be infinite outside
         ctx.scheme, ctx.gradient_scale, ctx.stable = scheme, gradient_scale, stable
         ctx.shapes = scale.shape, zero_point.shape
         needs_v = ctx.needs_input_grad[1] or stable
@@ -303,17 +310,21 @@ class _FakeQuantize(torch.autograd.Function):
             grad_x = grad * inside
             if ctx.stable:
                 level, v = rest
-                offset = torch.where(inside, _steps_between(v, level, ctx.scheme), 0.0)  # v may be infinite outside
+                offset = torch.where(inside, _steps_between(v, level, ctx.scheme), 0.0)  # on a log2 grid 0 has none
                 surrogate = STABLE_AMPLITUDE * torch.cos(math.pi * offset)
                 grad_x.mul_((1 - surrogate) / (1 + surrogate))
         if ctx.needs_input_grad[1]:
             level, v = rest
-            slope = torch.where(inside, level - v, level).mul_(grad)
+            slope = (level - v * inside).mul_(grad)
             grad_scale = slope.sum_to_size(ctx.shapes[0]) * ctx.gradient_scale
         if ctx.needs_input_grad[2]:
             slope = (grad * ~inside).mul_(-scale)
             grad_zero_point = slope.sum_to_size(ctx.shapes[1]) * ctx.gradient_scale
         return grad_x, grad_scale, grad_zero_point, None, None, None
+
+
+def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return x.clamp(low, high) if low.dim() == 0 else torch.minimum(torch.maximum(x, low), high)
 
 
 def fake_quantize(

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.blocks import Block, Captured, capture, find_blocks, run_block
-from dfq.hooks import forward_hooks, record_dataflow
-from dfq.modules import QuantizedLayer, Quantizer
+from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
+from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
 from dfq.progress import progress_bar
 from dfq.quantization import (
     broadcast,
@@ -84,6 +84,9 @@ class BlockReconstruction(Algorithm):
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
         deadline = time.perf_counter() + (self.time_limit_s or math.inf)
+        layout = to_fast_layout([student.module, reference], teacher.example())
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=layout)
         with progress_bar("reconstruct", len(blocks) * self.iterations, "steps") as advance:
             for index, block in enumerate(blocks):
                 if done.has(index):
@@ -100,27 +103,30 @@ class BlockReconstruction(Algorithm):
                 for file in work_dir.glob("*.activations"):
                     file.unlink()
         if self.finish_iterations:
-            self._finish(student, teacher, images, elements, seed, deadline - time.perf_counter())
+            task = resolve("task", teacher.task)
+            self._finish(student, reference, task, images, elements, seed, deadline - time.perf_counter())
+        student.module.to(memory_format=torch.contiguous_format)
 
     def _finish(
         self,
         student: Student,
-        teacher: Teacher,
+        reference: nn.Module,
+        task: Any,
         images: Tensor,
         elements: dict[Quantizer, int],
         seed: int,
         limit_s: float,
     ) -> None:
-        """Train steps and biases, not the codes, on the teacher's outputs: blocks were fitted one by one."""
-        task, rng = resolve("task", teacher.task), torch.Generator().manual_seed(seed)
+        """Train steps and biases, not the codes, on the float outputs: blocks were fitted one by one."""
+        rng = torch.Generator().manual_seed(seed)
         activations = [quantizer for quantizer in elements if quantizer.has_qparams]
         trainable = _Trainable(self, student.layers.values(), activations, elements, False)
 
         def loss(_done: float) -> Tensor:
             chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
-            batch = images[chosen]
-            with torch.no_grad():
-                wanted = task.raw_outputs(teacher, batch)
+            batch = images[chosen].to(student.device)
+            with torch.no_grad(), evaluation_mode(reference):
+                wanted = task.raw_outputs(reference, batch)
             return task.distillation_loss(task.raw_outputs(student, batch), wanted)
 
         with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
@@ -367,8 +373,7 @@ class _Fit:
         chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
         x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
         if s.drop > 0:
-            keep = torch.rand(x.shape, generator=self.rng).to(self.device) < s.drop
-            x = torch.where(keep, c.float_inputs[chosen].to(self.device), x)
+            x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.drop))
         error = (run_block(self.network, c.block, x, c.arguments) - wanted).square()
         if self.sensitivity is not None:
             error = error * self.sensitivity[chosen].to(self.device)
@@ -379,14 +384,22 @@ class _Fit:
             loss = loss + s.rounding_weight * undecided
         return loss
 
+    def _chance(self, like: Tensor, p: float) -> Tensor:
+        """1 with probability ``p``, to a 256th, and else 0, element by element; random numbers on the CPU.
+
+        A byte an element is four times as fast as a float, and a mixture by 1 and 0 twice as fast as by a condition.
+        """
+        words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None, generator=self.rng)
+        taken = words.view(torch.uint8)[: like.numel()] < round(256 * p)
+        return torch.empty_like(like).copy_(taken.view(like.shape))
+
     @contextmanager
     def _drop(self) -> Iterator[None]:
         """QDrop inside the block: some activations pass their quantizer by."""
         p = self.settings.drop
 
         def mix(_name: str, _module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            keep = torch.rand(output.shape, generator=self.rng).to(output.device) < p
-            return torch.where(keep, inputs[0], output)
+            return torch.lerp(output, inputs[0], self._chance(output, p))
 
         with forward_hooks([("", q) for q in self.trainable.activations] if p > 0 else [], after=mix):
             yield
