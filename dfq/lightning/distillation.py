@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.errors import UserError
-from dfq.hooks import evaluation_mode, forward_hooks, tensors_in
+from dfq.hooks import forward_hooks, tensors_in
 from dfq.lightning.augmentation import augment
 from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.settings import DistillationSettings
