@@ -6,6 +6,10 @@ Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020, arXiv 
 
 bn_loss is :func:`dfq.losses.batch_norm_statistics.batch_norm_distance`, averaged over channels and over layers.
 
+Images are smoothed in every step, and so when they are done, unless they are tiny: a descent on single pixels leaves
+noise in them that no photograph has, and students learn from it (DGH in Sony MCT, WACV 2025, arXiv 2410.22110, which
+blurs with a 3x3 kernel).
+
 Differences from the paper: statistics are those of the whole batch at each batch norm's own input, taken by hooks on
 the batch norms themselves (the paper pairs convolutions with batch norms by order and takes the statistics of each
 image, which ``statistics: image`` does too); the loss is normalized by the running deviation per channel and averaged
@@ -20,8 +24,8 @@ Options from other methods, off unless asked for:
 - ``min_confidence``: an image is pulled to its class only up to a confidence of its own, drawn from [min_confidence, 1]
   (as IntraQ's soft inception loss draws it, Zhong et al., CVPR 2022, arXiv 2111.09136, which also pulls down what lies
   above), because images of which the teacher is certain teach a student little;
-- ``blur``, ``flip``, ``shift``: smoothing and augmentation in every step (DGH in Sony MCT, WACV 2025, arXiv 2410.22110,
-  with a 3x3 kernel, and crops from larger images in place of a shift with reflection); one draw for the whole batch;
+- ``flip``, ``shift``: augmentation in every step (DGH, which crops from larger images in place of a shift with
+  reflection); one draw for the whole batch;
 - ``low_pass``: the finished images without their finest detail (SynQ, Kim et al., ICLR 2025);
 - ``start: pink``: noise with the spectrum of photographs;
 - ``keep_best``: the iterate with the lowest loss instead of the last.
@@ -44,6 +48,9 @@ from dfq.progress import Advance
 from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
 from dfq.teacher import InputSpec, Teacher
 
+PHOTOGRAPH_BLUR = 0.8  # pixels
+SMALLEST_PHOTOGRAPH = 32  # pixels of the shorter side; smaller images (digits of 8x8) have strokes of one pixel
+
 
 @dataclass(frozen=True)
 class ZeroQ(Generator):
@@ -54,7 +61,7 @@ class ZeroQ(Generator):
     clip: bool = True  # keep pixels between black and white
     statistics: Statistics = "batch"  # batch norms see the statistics of the whole batch, or of each image alone
     start: Literal["white", "pink"] = "white"  # noise to start from; pink: amplitudes fall as 1 / frequency
-    blur: NonNegativeFloat = 0.0  # standard deviation in pixels of a blur in every step and at the end; 0: none
+    blur: NonNegativeFloat | None = None  # deviation in pixels of a blur in every step; null: 0.8 from 32 pixels on
     flip: bool = False  # show the images mirrored left to right in half of the steps
     shift: NonNegativeInt = 0  # show the images moved by up to so many pixels in every step
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
@@ -76,7 +83,8 @@ class ZeroQ(Generator):
         shape = (num_samples, *spec.size)
         noise = torch.randn(shape, generator=rng) if self.start == "white" else pink_noise(shape, rng)
         pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
-        blur = gaussian_blur((spec.size[1], spec.size[2]), self.blur, teacher.device)
+        sigma = self.blur if self.blur is not None else PHOTOGRAPH_BLUR * (min(spec.size[1:]) >= SMALLEST_PHOTOGRAPH)
+        blur = gaussian_blur((spec.size[1], spec.size[2]), sigma, teacher.device)
         limits = spec.limits(teacher.device)
         best = _Best(pixels) if self.keep_best else None
         optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.9, 0.9))
