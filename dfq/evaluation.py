@@ -11,7 +11,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -216,7 +216,8 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
 
     agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-
     quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
-    network up to there, and the share of the layer's inputs that its grid clips.
+    network up to there, and the share of the layer's inputs that its grid clips. estimated_drop: what is lost of the
+    metric on real data, by :mod:`dfq.drop`; None where the task has no rule for it.
     """
     folded = dict(student.surgery.folded)
     # A folded batch norm that carried an activation is still there under its name, with the activation alone.
@@ -239,6 +240,8 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         clipped[key][1] += x.numel()
 
     agreement = kl = 0.0
+    estimate = getattr(task, "estimate_drop", None)
+    logits: list[tuple[Tensor, Tensor]] = []  # of student and teacher, where they are for one answer a sample
     for batch in images.split(batch_size):
         with capture_outputs(teacher.module, at.values()) as wanted:
             target = task.raw_outputs(teacher, batch)
@@ -249,6 +252,8 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
             output = task.raw_outputs(student, batch)
         agreement += float(task.agreement(output, target)) * len(batch)
         kl += float(task.distillation_loss(output, target)) * len(batch)
+        if estimate is not None:
+            logits.append((output.cpu(), target.cpu()))
         for name in student.layers:
             reference = wanted[at[name]]
             if (record := student.surgery.rescaled.get(name)) is not None:  # the student's layer has other units
@@ -269,7 +274,9 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
                 "clipped_fraction": num_clipped / num_seen if num_seen else None,
             }
         )
-    return {"agreement": agreement / len(images), "kl": kl / len(images), "layers": layers}
+    drop = None if estimate is None else asdict(estimate(*(torch.cat(parts) for parts in zip(*logits, strict=True))))
+    found = {"agreement": agreement / len(images), "kl": kl / len(images), "layers": layers}
+    return found | {"estimated_drop": drop}
 
 
 @torch.no_grad()

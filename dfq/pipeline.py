@@ -289,6 +289,7 @@ def describe(
     command: str,
 ) -> dict[str, Any]:
     """The report (DESIGN 3.2)."""
+    fidelity = figures.get("fidelity")
     return {
         "dfq_version": dfq.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -324,7 +325,7 @@ def describe(
             "seconds": student.seconds,
             "metrics": figures.get("student", {}),
         },
-        "fidelity": figures.get("fidelity"),
+        "fidelity": None if fidelity is None else {key: fidelity[key] for key in ("agreement", "kl", "layers")},
         "artifact": None
         if artifact is None
         else {
@@ -372,6 +373,7 @@ def _details(
         "student_dir": str(student_path),
         "kept_float": student.swap.kept_float,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
+        "estimated_drop": fidelity.get("estimated_drop"),
         "notes": [],
     }
 

@@ -134,11 +134,18 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "images": {str: object},
     "kept_float": {str: str},  # layer → reason
     "held_out": {"num_samples": (int, None)},
+    # share of the teacher's metric that is lost on real data, estimated without any, and what it was estimated from
+    "estimated_drop": (
+        {"drop": NUMBER, "low": NUMBER, "high": NUMBER, "disagreement": NUMBER, "doubled_disagreement": NUMBER},
+        None,
+    ),
     "student_dir": TEXT,
     "notes": [str],
     "grid": ({"num_images": int, "columns": int, "height": int, "width": int}, None),  # tiles of images.png, pixels
     "predictions": ([str], None),  # what the teacher says to each image of the grid
 }
+
+OPTIONAL = ("student_dir", "grid", "predictions", "allocation", "estimated_drop")  # of DETAILS; null where missing
 
 
 def validate(report: Any) -> None:
@@ -175,7 +182,7 @@ def _checked_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """``details`` with every key of :data:`DETAILS`, and every row with every key of :data:`REFERENCE`."""
     lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes")}
     mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")} | {"held_out": {"num_samples": None}}
-    filled = lists | mappings | dict.fromkeys(("student_dir", "grid", "predictions", "allocation")) | dict(details)
+    filled = lists | mappings | dict.fromkeys(OPTIONAL) | dict(details)
     if isinstance(filled["references"], Sequence):
         empty: dict[str, Any] = {**dict.fromkeys(REFERENCE), "metrics": {}}
         filled["references"] = [{**empty, **row} if isinstance(row, Mapping) else row for row in filled["references"]]
@@ -500,8 +507,29 @@ def verdict(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
         result = f"{name} not measured, same answer as the teacher on {share} of held-out synthetic samples"
     else:
         result = f"{name} not measured"
+    estimate = estimated_loss(details)
+    if estimate and not _is_number(after):
+        result += f", an estimated {estimate} of the {name} lost"
     parts = result, _smaller(report, student), _loses_to_noise(report, _rows(report, details))
     return f"{student['scheme']} student of {teacher['name']}{_origin(dataset)}: {'; '.join(filter(None, parts))}"
+
+
+def estimated_loss(details: Mapping[str, Any]) -> str:
+    """``"2.1 % (0.4 to 9.8 %)"``: share of the teacher's metric that is lost, estimated without data; empty: unknown."""
+    found = details["estimated_drop"]
+    if found is None or not all(_is_number(found[key]) for key in ("drop", "low", "high")):
+        return ""
+    drop, low, high = (format_number(100 * found[key], 1) for key in ("drop", "low", "high"))
+    return f"{drop} % ({low} to {high} %)"
+
+
+def true_loss(report: Mapping[str, Any]) -> float | None:
+    """The same, measured on labelled data; None where there is none or it says nothing."""
+    metric = _main_metric(report)
+    before, after = (part["metrics"].get(metric) if part else None for part in (report["teacher"], report["student"]))
+    if metric in LOWER_IS_BETTER or not (_is_number(before) and _is_number(after)) or before <= 0:
+        return None
+    return 1 - after / before
 
 
 def _origin(dataset: Mapping[str, Any] | None) -> str:
@@ -573,6 +601,10 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
         if part:
             sizes.append(f"{what} {format_size(part['size_bytes'])} ({_smaller(report, part) or 'n/a'})")
     lines = [("size", " -> ".join(sizes))]
+    if estimate := estimated_loss(details):
+        truth = true_loss(report)
+        measured = f"; measured: {format_number(100 * truth, 1)} %" if truth is not None else ""
+        lines.insert(0, ("estimate", f"{estimate} of the teacher's accuracy lost{measured}"))
     if artifact:
         latency = artifact["latency_ms"] or {}
         if latency:
@@ -666,6 +698,8 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], tiles: list[str
         "median_sqnr_db": median(sqnr) if sqnr else None,
         "allocation_chart": _allocation_chart(details["allocation"] or {}),
         "match_chart": _match_chart(details["batch_norm_match"]),
+        "estimated_loss": estimated_loss(details),
+        "true_loss": true_loss(report),
         "series": [s for s in SERIES if any(_is_number(entry[s[0]]) for entry in details["batch_norm_match"])],
     }
 

@@ -76,8 +76,9 @@ class Auto(Algorithm):
                 position == 0 or found.kl < figures.kl,
                 (found.agreement - figures.agreement) / (took / 60),
             )
+            loss = "" if found.drop is None else f", loses about {100 * found.drop:.1f} %"
             say(
-                f"auto: {name} {took:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}"
+                f"auto: {name} {took:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}{loss}"
                 f"{' (best so far)' if is_better else ''}, {time.perf_counter() - start:.0f} s of {budget:.0f} s"
             )
             if is_better:
@@ -98,6 +99,7 @@ class Auto(Algorithm):
 class _Figures:
     kl: float
     agreement: float
+    drop: float | None = None  # estimated share of the teacher's accuracy that is lost
 
 
 class _Judge:
@@ -117,7 +119,12 @@ class _Judge:
         output = torch.cat(outputs)
         kl = float(self.task.distillation_loss(output, self.logits))
         self.seconds = time.perf_counter() - start
-        return _Figures(kl if kl == kl else float("inf"), float(self.task.agreement(output, self.logits)))
+        estimate = getattr(self.task, "estimate_drop", None)
+        return _Figures(
+            kl if kl == kl else float("inf"),
+            float(self.task.agreement(output, self.logits)),
+            None if estimate is None else estimate(output, self.logits).drop,
+        )
 
 
 def seconds_of(budget: str | float) -> float:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from dfq.drop import DropEstimate, estimate_drop
 from dfq.losses.distillation import kl_divergence
 from dfq.tasks._logits import logits_in
 
@@ -50,3 +51,7 @@ class Classification:
         if num_classes > 5:
             found["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         return MetricCollection(found)
+
+    def estimate_drop(self, student_logits: Tensor, teacher_logits: Tensor) -> DropEstimate:
+        """How much accuracy is lost, from logits for held-out synthetic samples. Tasks without such a rule lack it."""
+        return estimate_drop(student_logits, teacher_logits)
