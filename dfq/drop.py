@@ -8,12 +8,12 @@ smoothed as (n d + 1/2) / (n + 1)::
 
     logit(drop) = A + B (logit d_1 + logit d_2) / 2        drop = 1 - accuracy of the student / accuracy of the teacher
 
-A, B and S, the standard deviation of what is left on that scale, were fitted once by ``benchmarks/drop.py``, to students
-of three public networks (see :data:`FITTED_ON`). The interval is meant to hold nine in ten students: 1.645 S to both
-sides, and FLOOR more, because a handful of test images is won or lost by chance.
+A, B and S, the standard deviation of what is left on that scale, were fitted once by ``benchmarks/drop.py``, to
+students of three public networks (see :data:`FITTED_ON`). The interval is meant to hold nine in ten students: 1.645 S
+to both sides, and FLOOR more, because a handful of test images is won or lost by chance.
 
-It is a rule of thumb from three networks, and says so by the width of its interval. Where the generator fails (a student
-from Gaussian noise) the samples say little about real images, and so does the estimate.
+It is a rule of thumb from three networks, and says so by the width of its interval. Where the generator fails (a
+student from Gaussian noise) the samples say little about real images, and so does the estimate.
 """
 
 from __future__ import annotations

@@ -515,7 +515,7 @@ def verdict(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
 
 
 def estimated_loss(details: Mapping[str, Any]) -> str:
-    """``"2.1 % (0.4 to 9.8 %)"``: share of the teacher's metric that is lost, estimated without data; empty: unknown."""
+    """``"2.1 % (0.4 to 9.8 %)"``: share of the teacher's metric that is lost, estimated without data, if known."""
     found = details["estimated_drop"]
     if found is None or not all(_is_number(found[key]) for key in ("drop", "low", "high")):
         return ""
