@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Of the variance of photographs about a third lies between images (in units of the input's deviation).
+BRIGHTNESS, TINT, LEAST_CONTRAST, CONTRASTS = 0.45, 0.2, 0.4, 0.8
+
 
 def low_pass(images: Tensor, cutoff: float) -> Tensor:
     """Damp fine detail: the spectrum times exp(-f^2 / (2 cutoff^2)).
@@ -33,6 +36,20 @@ def pink_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     gain = 1 / frequency.clamp(min=1 / max(height, width))
     gain = gain / gain.square().mean().sqrt()
     return torch.fft.ifft2(torch.fft.fft2(torch.randn(shape, generator=rng)) * gain).real
+
+
+def white_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Gaussian noise [N, C, H, W] of variance 1."""
+    return torch.randn(shape, generator=rng)
+
+
+def diverse_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Pink noise [N, C, H, W] with a brightness, a tint and a contrast of each image's own, of variance 1 or so."""
+    num_samples, channels = shape[:2]
+    brightness = BRIGHTNESS * torch.randn(num_samples, 1, 1, 1, generator=rng)
+    tint = TINT * torch.randn(num_samples, channels, 1, 1, generator=rng)
+    contrast = LEAST_CONTRAST + CONTRASTS * torch.rand(num_samples, 1, 1, 1, generator=rng)
+    return contrast * pink_noise(shape, rng) + brightness + tint
 
 
 def gaussian_blur(size: tuple[int, int], sigma: float, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,11 @@ Images are smoothed in every step, and so when they are done, unless they are ti
 noise in them that no photograph has, and students learn from it (DGH in Sony MCT, WACV 2025, arXiv 2410.22110, which
 blurs with a 3x3 kernel).
 
+They start from noise with the spectrum of photographs and with a brightness, a tint and a contrast of its own in every
+image (``start: diverse``, after Sony MCT, which draws a mean and a deviation for every channel). White noise makes
+images that are all equally bright, since the descent matches the statistics of a batch and has no need of differences
+between its images; steps of activations learned from such images clip real ones.
+
 Differences from the paper: statistics are those of the whole batch at each batch norm's own input, taken by hooks on
 the batch norms themselves (the paper pairs convolutions with batch norms by order and takes the statistics of each
 image, which ``statistics: image`` does too); the loss is normalized by the running deviation per channel and averaged
@@ -27,7 +32,6 @@ Options from other methods, off unless asked for:
 - ``flip``, ``shift``: augmentation in every step (DGH, which crops from larger images in place of a shift with
   reflection); one draw for the whole batch;
 - ``low_pass``: the finished images without their finest detail (SynQ, Kim et al., ICLR 2025);
-- ``start: pink``: noise with the spectrum of photographs;
 - ``keep_best``: the iterate with the lowest loss instead of the last.
 """
 
@@ -42,7 +46,7 @@ from torch import Tensor
 
 from dfq.errors import UserError
 from dfq.generators._base import Generator
-from dfq.generators._filters import gaussian_blur, pink_noise, shift_reflecting
+from dfq.generators._filters import diverse_noise, gaussian_blur, pink_noise, shift_reflecting, white_noise
 from dfq.generators._statistics import Statistics, check_batch_norms, cosine, finish, match_statistics
 from dfq.progress import Advance
 from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
@@ -60,7 +64,7 @@ class ZeroQ(Generator):
     learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the input's standard deviation
     clip: bool = True  # keep pixels between black and white
     statistics: Statistics = "batch"  # batch norms see the statistics of the whole batch, or of each image alone
-    start: Literal["white", "pink"] = "white"  # noise to start from; pink: amplitudes fall as 1 / frequency
+    start: Literal["white", "pink", "diverse"] = "diverse"  # noise to start from
     blur: NonNegativeFloat | None = None  # deviation in pixels of a blur in every step; null: 0.8 from 32 pixels on
     flip: bool = False  # show the images mirrored left to right in half of the steps
     shift: NonNegativeInt = 0  # show the images moved by up to so many pixels in every step
@@ -81,7 +85,7 @@ class ZeroQ(Generator):
                 f"a whole number from 0 to {min(spec.size[1:]) - 1}",
             )
         shape = (num_samples, *spec.size)
-        noise = torch.randn(shape, generator=rng) if self.start == "white" else pink_noise(shape, rng)
+        noise = {"white": white_noise, "pink": pink_noise, "diverse": diverse_noise}[self.start](shape, rng)
         pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
         sigma = self.blur if self.blur is not None else PHOTOGRAPH_BLUR * (min(spec.size[1:]) >= SMALLEST_PHOTOGRAPH)
         blur = gaussian_blur((spec.size[1], spec.size[2]), sigma, teacher.device)

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 
-def augment(images: Tensor, rng: torch.Generator, flip: bool = True, shift: int = 0, mixup: float = 0.0) -> Tensor:
-    """Images [N, C, H, W], each mirrored with probability one half, moved and blended, on their device.
+def augment(
+    images: Tensor,
+    rng: torch.Generator,
+    flip: bool = True,
+    shift: int = 0,
+    mixup: float = 0.0,
+    jitter: float = 0.0,
+    limits: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Images [N, C, H, W], each mirrored with probability one half, moved, blended and lit otherwise, on their device.
 
     Random numbers come from ``rng`` on the CPU, so that every device sees the same images. What is no batch of images
     (token ids have an order) stays as it is.
@@ -16,6 +24,9 @@ def augment(images: Tensor, rng: torch.Generator, flip: bool = True, shift: int 
         shift: pixels in each direction at most; what moves in from outside is a reflection.
         mixup: probability that the batch is blended with itself in another order, x <- a x + (1 - a) x', a uniform:
             mixup (Zhang et al., ICLR 2018, arXiv 1710.09412, eq. 1) with alpha = 1.
+        jitter: deviation of each image's brightness (in units of the normalized input) and of the logarithm of its
+            contrast. Images matched to the statistics of a batch are all about as bright; photographs are not.
+        limits: the values of black and white, broadcast to images; what jitter carries beyond them is cut off.
     """
     if not (images.is_floating_point() and images.dim() == 4):
         return images
@@ -33,6 +44,10 @@ def augment(images: Tensor, rng: torch.Generator, flip: bool = True, shift: int 
     if mixup and torch.rand((), generator=rng) < mixup:
         amount = torch.rand((), generator=rng).to(images)
         images = torch.lerp(images[torch.randperm(num_samples, generator=rng).to(images.device)], images, amount)
+    if jitter:
+        contrast, brightness = (jitter * torch.randn(2, num_samples, 1, 1, 1, generator=rng)).to(images)
+        images = torch.addcmul(brightness, images, contrast.exp())
+        images = images if limits is None else images.clamp(*limits)
     return images
 
 

@@ -32,7 +32,7 @@ from dfq.losses.reverse_kl import reverse_kl
 from dfq.modules import Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
 from dfq.sites import map_tensors
 from dfq.student import Student
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 
 PROJECTIONS = 64  # k of the fast feature affinity
 LOG_STEPS = 10  # between two figures for loggers and bars: Lightning's log costs as much as a small layer
@@ -83,6 +83,8 @@ class DistillationModule(pl.LightningModule):
         self.rng = torch.Generator().manual_seed(seed)
         self.start, self.earlier_s, self.step_s, self.look_s = start, 0.0, 0.0, 0.0
         self.fast_teacher, self.layout = [teacher.module], torch.contiguous_format
+        spec = teacher.input_spec
+        self.limits = spec.limits(teacher.device) if isinstance(spec, InputSpec) else None
         self.terms = _terms(s, bool(features))
         self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
         self.cam_place = self._last_map() if s.cam_weight else None
@@ -184,7 +186,7 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         s, done = self.settings, self.done(self.trainer.global_step)
-        images = augment(batch["images"], self.rng, s.flip, s.shift, s.mixup)
+        images = augment(batch["images"], self.rng, s.flip, s.shift, s.mixup, s.jitter, self.limits)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
         seen = self._teach(images)

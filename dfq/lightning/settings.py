@@ -44,3 +44,4 @@ class DistillationSettings:
     flip: bool = True  # mirror half of the images
     shift: NonNegativeInt = 0  # pixels that images are moved by at most, edges reflected
     mixup: Fraction = 0.0  # share of batches whose images are blended with others of the batch
+    jitter: NonNegativeFloat = 0.0  # deviation of the images' brightness and log contrast, drawn anew at each step

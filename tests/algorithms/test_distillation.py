@@ -86,6 +86,7 @@ OPTIONS = {
     "no flip": {"flip": False},
     "shift": {"shift": 2},
     "mixup": {"mixup": 1.0},
+    "jitter": {"jitter": 0.3},
     "lsq_plus": {"gradient": "lsq_plus"},
     "stable": {"gradient": "stable"},
 }
@@ -191,6 +192,21 @@ def test_augment_off_is_nothing_and_tokens_are_left_alone():
     assert augment(images, torch.Generator(), flip=False) is images
     assert augment(tokens, torch.Generator(), flip=True, shift=1, mixup=1.0) is tokens
     assert torch.isfinite(augment(torch.randn(2, 1, 1, 1), torch.Generator(), shift=3)).all()  # wider than the image
+
+
+def test_jitter_is_one_brightness_and_one_contrast_an_image_within_the_limits():
+    images = torch.randn(500, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    got = augment(images, torch.Generator().manual_seed(1), flip=False, jitter=0.3)
+    x, y = images.flatten(1).numpy().astype(float), got.flatten(1).numpy().astype(float)
+    lines = np.array([np.polyfit(a, b, 1) for a, b in zip(x, y, strict=True)])  # contrast, brightness
+    np.testing.assert_allclose(lines[:, :1] * x + lines[:, 1:], y, atol=1e-5)
+    for values in (np.log(lines[:, 0]), lines[:, 1]):
+        assert abs(values.std() - 0.3) < 0.03 and abs(values.mean()) < 0.04
+    low, high = -torch.ones(3, 1, 1), torch.tensor([0.5, 1.0, 1.5]).view(3, 1, 1)
+    clipped = augment(images, torch.Generator().manual_seed(1), flip=False, jitter=0.3, limits=(low, high))
+    assert torch.equal(clipped, got.clamp(low, high)) and not torch.equal(clipped, got)
+    tokens = torch.arange(12).view(3, 4)
+    assert augment(tokens, torch.Generator(), jitter=1.0) is tokens
 
 
 def test_mixup_is_a_blend_of_two_of_the_batch():

@@ -41,7 +41,7 @@ def test_it_comes_much_closer_than_noise(make_teacher, kind):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"statistics": "image"}, {"start": "pink"}, {"blur": 0.5, "flip": True, "shift": 1}],
+    [{}, {"statistics": "image"}, {"start": "pink"}, {"start": "diverse"}, {"blur": 0.5, "flip": True, "shift": 1}],
     ids=lambda settings: " ".join(settings) or "default",
 )
 def test_it_comes_much_closer_than_noise_on_digits(settings):
@@ -231,7 +231,7 @@ def test_it_needs_batch_norm(make_teacher):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"start": "brown"}, "got generator.start='brown'; allowed: white | pink"),
+        ({"start": "brown"}, "got generator.start='brown'; allowed: white | pink | diverse"),
         ({"statistics": "all"}, "got generator.statistics='all'; allowed: batch | image"),
         ({"blur": -1}, "got generator.blur=-1; allowed: a number >= 0"),
         ({"shift": 0.5}, "got generator.shift=0.5; allowed: a whole number >= 0"),
