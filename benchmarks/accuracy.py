@@ -28,7 +28,8 @@ from pathlib import Path
 
 FACTORY = ["teacher=factory", "teacher.task=classification", "evaluation=arrays"]
 IMAGENET = ["teacher.mean=[0.485,0.456,0.406]", "teacher.std=[0.229,0.224,0.225]"]
-COLUMNS = ["network", "algorithm", "scheme", "policy", "data", "seeds", "top-1", "spread", "agreement", "minutes"]
+COLUMNS = "network algorithm settings scheme policy data samples seeds top-1 spread agreement minutes".split()
+NUM_KEYS = 7  # columns that say what a row is; the others are what came out
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def measure(
             {
                 "network": name,
                 "algorithm": algorithm,
+                "settings": " ".join(f"`{argument}`" for argument in options.arguments),
                 "scheme": scheme,
                 "policy": options.policy,
                 "data": label,
+                "samples": str(seeds[0]["num_samples"] or ""),
                 "seeds": str(len(seeds)),
                 "top-1": f"{statistics.mean(top1):.4f}",
                 "spread": f"{max(top1) - min(top1):.4f}",
@@ -110,18 +113,19 @@ def measure(
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Add ``rows`` to the table in ``path``, in the place of those that say the same in the first five columns."""
+    """Add ``rows`` to the table in ``path``, in the place of those that say the same in the first columns."""
     known: dict[tuple, dict] = {}
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.startswith("|")][2:]
         for line in lines:
             row = dict(zip(COLUMNS, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
-            known[tuple(row[column] for column in COLUMNS[:5])] = row
+            known[tuple(row[column] for column in COLUMNS[:NUM_KEYS])] = row
     for row in rows:
-        known[tuple(row[column] for column in COLUMNS[:5])] = row
+        known[tuple(row[column] for column in COLUMNS[:NUM_KEYS])] = row
     table = [COLUMNS, ["---"] * len(COLUMNS), *([row[column] for column in COLUMNS] for row in known.values())]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    path.write_text(f"# Accuracy without data\n\nMade by `benchmarks/accuracy.py`.\n\n{text}\n")
+    head = path.read_text().partition("| network")[0] if path.exists() else "# Accuracy without data\n\n"
+    path.write_text(f"{head}{text}\n")
 
 
 def prepare(kit: Path, folder: Path, environment: dict[str, str]) -> Path:
@@ -160,13 +164,13 @@ def main() -> None:
             kit = options.kit.resolve()
             environment |= {"PYTHONPATH": str(kit), "PYTHONDONTWRITEBYTECODE": "1"}
             data = prepare(kit, folder, environment)
-        print(" ".join(f"{column:>12}" for column in COLUMNS))
+        print("  ".join(COLUMNS))
         for name in options.network:
             for algorithm in options.algorithm:
                 for scheme in options.scheme:
                     rows = measure(name, algorithm, scheme, options, folder, data, environment)
                     for row in rows:
-                        print(" ".join(f"{row[column]:>12}" for column in COLUMNS), flush=True)
+                        print("  ".join(row[column] for column in COLUMNS), flush=True)
                     if options.write is not None:
                         write(options.write, rows)
 
