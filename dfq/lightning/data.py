@@ -38,7 +38,7 @@ class ResumableLoader(DataLoader):
 
     num_given = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
         if isinstance(self.sampler, ShuffledOrder):
             assert self.batch_size is not None
             self.sampler.epoch, position = divmod(self.num_given, len(self))

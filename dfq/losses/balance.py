@@ -17,8 +17,9 @@ rate, which falls along the cosine).
 Not GoR ("Game of Regularizer"; Rehman et al., 2025, arXiv 2509.20854), which is for the same trouble, gradients of
 different magnitude in quantization-aware distillation: it has two trainable parameters, one loss of the task (labels)
 and one of distillation to balance, and a formula of its own, which is not implemented; its figures say nothing about
-this balance. What the two have in common is that weights are trained. Weights that are only normalized (a softmax) would
-all end on the smallest term; the + s_i is what prevents that.
+this balance. What the two have in common is that weights are trained.
+
+Weights that are only normalized (a softmax) would all end on the smallest term; the + s_i is what prevents that.
 """
 
 from __future__ import annotations
