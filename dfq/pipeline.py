@@ -376,6 +376,7 @@ def _details(
         "batch_norm_match": match,
         "images": {} if dataset is None else {"dataset": str(dataset.path)},
         "student_dir": str(student_path),
+        "network": student.network,
         "kept_float": student.swap.kept_float,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "notes": [],

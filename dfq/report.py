@@ -135,6 +135,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "kept_float": {str: str},  # layer → reason
     "held_out": {"num_samples": (int, None)},
     "student_dir": TEXT,
+    "network": TEXT,  # of a student that is not made of its teacher's: what builds it
     "notes": [str],
     "grid": ({"num_images": int, "columns": int, "height": int, "width": int}, None),  # tiles of images.png, pixels
     "predictions": ([str], None),  # what the teacher says to each image of the grid
@@ -175,7 +176,8 @@ def _checked_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """``details`` with every key of :data:`DETAILS`, and every row with every key of :data:`REFERENCE`."""
     lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes")}
     mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")} | {"held_out": {"num_samples": None}}
-    filled = lists | mappings | dict.fromkeys(("student_dir", "grid", "predictions", "allocation")) | dict(details)
+    nulls: dict[str, Any] = dict.fromkeys(("student_dir", "network", "grid", "predictions", "allocation"))
+    filled = lists | mappings | nulls | dict(details)
     if isinstance(filled["references"], Sequence):
         empty: dict[str, Any] = {**dict.fromkeys(REFERENCE), "metrics": {}}
         filled["references"] = [{**empty, **row} if isinstance(row, Mapping) else row for row in filled["references"]]
@@ -585,6 +587,8 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
             if integer.get("integer_mac_fraction") is not None:
                 share = format_number(100 * integer["integer_mac_fraction"], 1)
                 lines.append(("integers", f"{share} % of the multiply-accumulates in the runtime's optimized graph"))
+    if details["network"]:
+        lines.append(("network", f"{details['network']}, not the teacher's"))
     if details["kept_float"]:
         lines.append(("float", ", ".join(f"{name}: {why}" for name, why in list(details["kept_float"].items())[:3])))
         if len(details["kept_float"]) > 3:
