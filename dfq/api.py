@@ -20,7 +20,7 @@ from dfq.errors import UserError
 from dfq.pipeline import Experiment
 from dfq.scheme import MixedScheme, Scheme
 from dfq.settings import build, load, resolve
-from dfq.student import Student, read_manifest
+from dfq.student import Student, build_network, read_manifest
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, resolve_device
 
 TOKEN_TASKS = ("language_modeling", "masked_language_modeling")  # a classifier may take images or token ids
@@ -138,9 +138,13 @@ def quantize(
 def load_student(
     path: str | os.PathLike, teacher: Teacher | None = None, device: str | torch.device = "auto"
 ) -> Student:
-    """The student in a folder; the teacher is rebuilt from what the folder records unless it is given."""
+    """The student in a folder; its network is rebuilt from what the folder records unless the teacher is given."""
     if teacher is None:
-        teacher = _recorded_teacher(Path(path), device, weights=False)
+        manifest = read_manifest(path)
+        if manifest.get("network") is None:
+            teacher = _recorded_teacher(Path(path), device, weights=False)
+        else:  # its teacher may be one in memory, and isn't needed
+            teacher = build_network(manifest["network"], manifest["teacher"]).to(resolve_device(device))
     return Student.load(path, teacher)
 
 

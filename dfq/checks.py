@@ -157,25 +157,29 @@ def input_spec(request: Request) -> None:
             )
 
 
-def factory(request: Request) -> None:
-    """The module and the function of ``teacher.factory=module:function`` exist, as far as its source can tell."""
-    name = request.get("teacher", "factory") if request.choice("teacher") == "factory" else None
-    if name is None:
-        return
+def factories(request: Request) -> None:
+    """The module and the function of a ``module:function`` exist, as far as its source can tell."""
+    for part, choice, option in (("teacher", "factory", "factory"), ("algorithm", "distillation", "student_network")):
+        name = request.get(part, option) if request.choice(part) == choice else None
+        if name is not None:
+            _is_factory(f"{part}.{option}", name)
+
+
+def _is_factory(key: str, name: str) -> None:
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in f"{module}.{function}".split(".")):
-        raise UserError(f"got teacher.factory={name}", "package.module:function")
+        raise UserError(f"got {key}={name}", "package.module:function")
     spec = source.find_spec(module)
     if spec is None:
         raise UserError(
-            f"got teacher.factory={name}, and no module {module} was found",
+            f"got {key}={name}, and no module {module} was found",
             "a module that python can import",
             "put its folder on PYTHONPATH, or run dfq in that folder",
         )
     known = source.names(module)
     if known is not None and function.partition(".")[0] not in known:
         raise UserError(
-            f"got teacher.factory={name}, and {module} has no {function}",
+            f"got {key}={name}, and {module} has no {function}",
             "a function of that module",
             did_you_mean(function, known) or f"look into {spec.origin}",
         )
@@ -378,7 +382,7 @@ CHECKS: list[Callable[[Request], None]] = [
     methods,
     either_weights_or_checkpoint,
     input_spec,
-    factory,
+    factories,
     model_name,
     files_to_read,
     files_to_write,

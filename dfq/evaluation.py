@@ -216,12 +216,13 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
 
     agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-
     quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
-    network up to there, and the share of the layer's inputs that its grid clips. estimated_drop: what is lost of the
-    metric on real data, by :mod:`dfq.drop`; None where the task has no rule for it.
+    network up to there, and the share of the layer's inputs that its grid clips. A student with a network of its own
+    has no layer that is one of the teacher's, and no such ratio. estimated_drop: what is lost of the metric on real
+    data, by :mod:`dfq.drop`; None where the task has no rule for it.
     """
     folded = dict(student.surgery.folded)
     # A folded batch norm that carried an activation is still there under its name, with the activation alone.
-    at = {name: folded.get(name, name) for name in student.layers}
+    at = {name: folded.get(name, name) for name in student.layers} if student.network is None else {}
     here = {
         name: norm if not isinstance(student.module.get_submodule(norm), nn.Identity) else name
         for name, norm in at.items()
@@ -254,7 +255,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         kl += float(task.distillation_loss(output, target)) * len(batch)
         if estimate is not None:
             logits.append((output.cpu(), target.cpu()))
-        for name in student.layers:
+        for name in at:
             reference = wanted[at[name]]
             if (record := student.surgery.rescaled.get(name)) is not None:  # the student's layer has other units
                 shape = (-1, *[1] * (student.layers[name].weight.dim() - 2))

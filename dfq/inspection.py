@@ -86,6 +86,7 @@ def _student(path: Path) -> Table:
     rows = {
         "folder": path,
         "teacher": f"{manifest['teacher']['name']} (sha256 {manifest['teacher']['sha256'][:12]})",
+        **({"network": manifest["network"]} if manifest.get("network") else {}),
         "scheme": f"{manifest['scheme']['name']}, policy {manifest['scheme']['policy']}",
         "layers": f"{len(manifest['layers'])} quantized, {len(kept)} kept float",
         "batch norms folded": len(manifest["folded"]),

@@ -132,6 +132,10 @@ def quantize(
 ) -> tuple[Student, Path]:
     """Arrow 2: the student and the folder it is saved in (null: a folder named after what makes it)."""
     _check_dataset(teacher, dataset)
+    used_again = None
+    if isinstance(scheme, MixedScheme) and scheme.allocation is not None:  # its bits make the student, not its path
+        used_again = read_allocation(scheme.allocation)
+        scheme = scheme.with_bits(used_again["overrides"])
     settings = {
         "teacher_sha256": teacher.sha256,
         "dataset_sha256": dataset.sha256,
@@ -176,6 +180,8 @@ def quantize(
     }
     if (work_dir / ALLOCATION).exists():
         (work_dir / ALLOCATION).replace(path / ALLOCATION)
+    if used_again is not None:
+        write_json(path / ALLOCATION, _as_used(used_again, student))
     student.save(path)
     shutil.rmtree(work_dir)
     return student, path
@@ -371,6 +377,7 @@ def _details(
         "batch_norm_match": match,
         "images": {} if dataset is None else {"dataset": str(dataset.path)},
         "student_dir": str(student_path),
+        "network": student.network,
         "kept_float": student.swap.kept_float,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "estimated_drop": fidelity.get("estimated_drop"),
@@ -486,6 +493,15 @@ def _allocate(
     )
     write_json(path, found)
     return plain
+
+
+def _as_used(allocation: dict[str, Any], student: Student) -> dict[str, Any]:
+    """An allocation of another student for this one: with its layers and figures if they are this one's too."""
+    layers = {name: [None if s.is_float else s.num_bits for s in both] for name, both in student.swap.layers.items()}
+    shown = {la["name"]: [la["weight_bits"], la["activation_bits"]] for la in allocation.get("layers", [])}
+    if layers == shown:
+        return allocation
+    return {"format": allocation["format"], "overrides": student.scheme.overrides}
 
 
 def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None) -> tuple[Student, Path]:

@@ -140,12 +140,13 @@ DETAILS: dict[str, Any] = {  # every key may be missing
         None,
     ),
     "student_dir": TEXT,
+    "network": TEXT,  # of a student that is not made of its teacher's: what builds it
     "notes": [str],
     "grid": ({"num_images": int, "columns": int, "height": int, "width": int}, None),  # tiles of images.png, pixels
     "predictions": ([str], None),  # what the teacher says to each image of the grid
 }
 
-OPTIONAL = ("student_dir", "grid", "predictions", "allocation", "estimated_drop")  # of DETAILS; null where missing
+OPTIONAL = ("student_dir", "network", "grid", "predictions", "allocation", "estimated_drop")  # of DETAILS; null where missing
 
 
 def validate(report: Any) -> None:
@@ -617,6 +618,8 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
             if integer.get("integer_mac_fraction") is not None:
                 share = format_number(100 * integer["integer_mac_fraction"], 1)
                 lines.append(("integers", f"{share} % of the multiply-accumulates in the runtime's optimized graph"))
+    if details["network"]:
+        lines.append(("network", f"{details['network']}, not the teacher's"))
     if details["kept_float"]:
         lines.append(("float", ", ".join(f"{name}: {why}" for name, why in list(details["kept_float"].items())[:3])))
         if len(details["kept_float"]) > 3:

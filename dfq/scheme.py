@@ -522,13 +522,13 @@ class MixedScheme(Scheme):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], name: str = "") -> Scheme:
-        """The scheme of a configuration; a plain one where its allocation is there already."""
+        """The scheme of a configuration; an allocation that it can't take its bits from is found now."""
         values = {key: value for key, value in config.items() if value is not None or key not in MIXED_KEYS}
         scheme = super().from_dict(values, name)
         assert isinstance(scheme, MixedScheme)
-        if scheme.allocation is None:
-            return scheme
-        return scheme.with_bits(read_allocation(scheme.allocation)["overrides"])
+        if scheme.allocation is not None:
+            scheme.with_bits(read_allocation(scheme.allocation)["overrides"])
+        return scheme
 
     def with_bits(self, overrides: Overrides) -> Scheme:
         """The plain scheme with the bits of an allocation; this scheme's own overrides come last."""

@@ -44,9 +44,10 @@ from dfq.modules import (
 )
 from dfq.quantization import dequantize, from_groups, pack, quantize, tensor_scale, to_groups, unpack
 from dfq.scheme import Scheme, TensorScheme
+from dfq.settings import resolve
 from dfq.sites import HOLDER, Sites, find_sites, place_sites
 from dfq.surgery import apply, prepare
-from dfq.teacher import AnyInputSpec, Teacher, hash_tensors, input_spec_from_dict
+from dfq.teacher import AnyInputSpec, InputSpec, Teacher, hash_tensors, input_spec_from_dict
 
 SCHEMA_VERSION = 2
 CODES = ".weight_codes"
@@ -128,13 +129,15 @@ class Student:
 
     Attributes:
         module: the network. Freshly made, its quantizers have no grid and it computes what the teacher computes.
-        surgery: how its module tree came out of the teacher's.
+        surgery: how its module tree came out of the teacher's, or of that of ``network``.
+        network: package.module:function that builds the network it is made of; None: its teacher's own.
         settings: what made it (algorithm, dataset, seed, ...), any json-able mapping.
         seconds: how long that took.
     """
 
     def __init__(self, module: nn.Module, scheme: Scheme, surgery: Surgery, teacher: dict[str, Any]):
         self.module, self.scheme, self.surgery, self.teacher = module, scheme, surgery, teacher
+        self.network: str | None = None
         self.settings: dict[str, Any] = {}
         self.seconds = 0.0
 
@@ -151,6 +154,10 @@ class Student:
         swap = swap_layers(module, scheme, flow)
         sites = find_sites(scheme, swap, after, functional)
         return cls(place_sites(module, sites), scheme, Surgery(rewrites, folded, swap, sites), _describe(teacher))
+
+    def become(self, other: Student) -> None:
+        """The same student of the same teacher as ``other``: for what makes another one and has to hand over this."""
+        self.module, self.surgery, self.network = other.module, other.surgery, other.network
 
     @property
     def swap(self) -> Swap:
@@ -262,6 +269,7 @@ class Student:
             "dfq_version": dfq.__version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "teacher": self.teacher,
+            "network": self.network,
             "scheme": self.scheme.to_dict(),
             **self.surgery.to_dict(),
             "settings": self.settings,
@@ -278,7 +286,7 @@ class Student:
         """The student saved in ``path``: the same outputs, bit for bit.
 
         Args:
-            teacher: gives the module tree (only its structure is used).
+            teacher: gives the module tree (only its structure is used), unless the student has a network of its own.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -292,9 +300,11 @@ class Student:
             tensors = load_safetensors(content)
         except SafetensorError as error:
             raise UserError(f"got {path / 'student.safetensors'}, which is no safetensors file ({error})") from None
+        network = manifest.get("network")  # not in students from before it
+        fresh = copy.deepcopy(teacher.module) if network is None else build_network(network, manifest["teacher"]).module
         try:
             surgery = Surgery.from_dict(manifest)
-            module = surgery.repeat(copy.deepcopy(teacher.module))
+            module = surgery.repeat(fresh)
             student = cls(module, Scheme.from_dict(manifest["scheme"]), surgery, manifest["teacher"])
             for name, (weight_scheme, _) in surgery.swap.layers.items():
                 student._unpack_weight(name, weight_scheme, tensors)
@@ -306,11 +316,15 @@ class Student:
             if missing or unexpected:
                 raise KeyError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
         except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            whose, do = f"the teacher {teacher.name}", "load it with the teacher it was made from"
+            if network is not None:
+                whose, do = f"the network that {network} builds", "have it build what it built then"
             raise UserError(
-                f"got a student of {manifest['teacher']['name']} and the teacher {teacher.name}, whose layers differ "
+                f"got a student of {manifest['teacher']['name']} and {whose}, whose layers differ "
                 f"({str(error).splitlines()[0]})",
-                do="load it with the teacher it was made from",
+                do=do,
             ) from error
+        student.network = network
         for part in student.module.modules():
             if isinstance(part, Quantizer):
                 part.enabled = True
@@ -383,6 +397,26 @@ def _describe(teacher: Teacher) -> dict[str, Any]:
             }
         )
     )
+
+
+def build_network(factory: str, teacher: Mapping[str, Any]) -> Teacher:
+    """The network of a student that is not made of its teacher's (``Student.network``), as a teacher of its own.
+
+    Args:
+        teacher: what ``Student.teacher`` holds; the network takes the same images and is for the same task.
+    """
+    spec = input_spec_from_dict(teacher["input_spec"])
+    if not isinstance(spec, InputSpec):
+        raise UserError(
+            f"got algorithm.student_network={factory} and {teacher['name']}, which takes {spec.kind}",
+            "algorithm.student_network=null for such a network",
+        )
+    images = {"input_size": list(spec.size), "mean": list(spec.mean), "std": list(spec.std)}
+    try:
+        return resolve("teacher", "factory", factory=factory, task=teacher["task"], **images)
+    except UserError as error:
+        got = error.got.replace("teacher.factory", "algorithm.student_network")
+        raise UserError(got, error.allowed or "a function that takes no argument", error.do) from None
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:

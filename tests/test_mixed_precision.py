@@ -637,10 +637,16 @@ def test_an_allocation_used_again_gives_the_same_student(make_teacher, make_data
     assert type(student.scheme) is Scheme and student.scheme.name == "mixed"
     for allocation in (path, path / "allocation.json"):
         config = {**load("scheme", "mixed"), "policy": "edges_8bit", "allocation": str(allocation)}
-        again = Scheme.from_dict(config)
-        assert again == student.scheme
-        other, _, _ = make(teacher, dataset, again, tmp_path / f"again_{allocation.name}")
-        assert other.sha256 == student.sha256
+        other, _, kept = make(teacher, dataset, Scheme.from_dict(config), tmp_path / f"again_{allocation.name}")
+        assert other.scheme == student.scheme and other.sha256 == student.sha256
+        assert kept == found and other.settings["scheme"] == student.scheme.to_dict()
+    # Other bits than those it says: it is no picture of this student, but can be used again.
+    own = {"6": {"weight": {"num_bits": 7}}}
+    config = {**load("scheme", "mixed"), "policy": "edges_8bit", "allocation": str(path)}
+    other, _, kept = make(teacher, dataset, Scheme.from_dict(config | {"overrides": own}), tmp_path / "other")
+    assert kept == {"format": "dfq.allocation", "overrides": other.scheme.overrides}
+    config["allocation"] = str(tmp_path / "other")
+    assert make(teacher, dataset, Scheme.from_dict(config), tmp_path / "third")[0].sha256 == other.sha256
     in_python = MixedScheme(W4, A8, "edges_8bit", allocation=str(path))
     assert mixed.resolve(in_python, teacher, dataset, *min_max()) == (student.scheme, found)
     loaded = Student.load(path, teacher)
@@ -738,7 +744,10 @@ def test_quantize_from_the_command_line(folder, monkeypatch):
 def test_an_allocation_on_the_command_line(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert main([*QUANTIZE, "scheme=mixed", "scheme.allocation=mixed", "student_dir=again"]) == 0
-    assert Path("again/student.safetensors").read_bytes() == Path("mixed/student.safetensors").read_bytes()
+    for file in ("student.safetensors", "allocation.json"):
+        assert Path("again", file).read_bytes() == Path("mixed", file).read_bytes()
+    assert main(["evaluate", "student_dir=again", "evaluation=none", "hydra.run.dir=report_again"]) == 0
+    assert '<svg class="chart allocation"' in Path("report_again/report.html").read_text()
     capsys.readouterr()
     assert main([*QUANTIZE, "scheme=mixed", "scheme.allocation=mixd"]) == 2
     assert capsys.readouterr().err.startswith("dfq: got scheme.allocation=mixd, which can't be read; allowed: ")

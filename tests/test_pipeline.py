@@ -1,5 +1,6 @@
 """The five arrows together: through the command line in this process, and as functions."""
 
+import importlib
 import json
 import os
 import re
@@ -260,6 +261,47 @@ def test_a_user_s_own_network_and_images(tmp_path, monkeypatch):
     assert any("evaluation.reference_path" in note for note in details["notes"])
     assert main(["evaluate", "student_dir=student", *test_images, "name=later"]) == 0
     assert report_of("later")[0]["student"]["metrics"] == report["student"]["metrics"]
+
+
+def test_a_student_with_a_network_of_its_own(tmp_path, monkeypatch, capsys):
+    """algorithm.student_network through every command."""
+    monkeypatch.chdir(tmp_path)
+    Path("narrow.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1, stride=2), nn.BatchNorm2d(6), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    narrow = ["algorithm.student_network=narrow:build", *TRAIN, "algorithm.num_calibration_samples=16"]
+    data = ["generator=gaussian", "num_samples=32", "dataset_dir=data"]
+    places = ["student_dir=student", "exporter=pt2", "artifact_path=a.pt2", "references=[gaussian]", "name=mine"]
+    assert main(["run", *data, *narrow, *places]) == 0
+    report, details = report_of("mine")
+    assert details["network"] == "narrow:build"
+    assert report["student"]["size_bytes"] < report["teacher"]["size_bytes"] / 20
+    assert [layer["sqnr_db"] for layer in report["fidelity"]["layers"]] == [None, None]
+    assert 0 <= report["fidelity"]["agreement"] <= 1 and report["fidelity"]["kl"] > 0
+    assert "narrow:build" in only("outputs/mine/*/report.html").read_text()
+    assert "network  narrow:build, not the teacher's" in capsys.readouterr().out
+    manifest = json.loads(Path("student/student.json").read_text())
+    assert manifest["teacher"]["name"] == "digits" and manifest["network"] == "narrow:build"
+    assert main(["evaluate", "student_dir=student", "evaluation=none", "name=later"]) == 0
+    assert report_of("later")[0]["fidelity"] == report["fidelity"]
+    assert main(["export", "student_dir=student", "exporter=pt2", "artifact_path=b.pt2"]) == 0
+    assert Path("b.pt2.json").exists()
+    capsys.readouterr()
+    assert main(["inspect", "student"]) == 0
+    assert "narrow:build" in capsys.readouterr().out
+    assert main(["run", *data, "algorithm.student_network=narrow:built"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "dfq: got algorithm.student_network=narrow:built, and narrow has no built; allowed: a function of that module"
+    )
+    Path("narrow.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(4, 2)\n")
+    sys.modules.pop("narrow")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match="the network that narrow:build builds, whose layers differ"):
+        dfq.load_student("student")
 
 
 def test_a_mistake_found_late_leaves_nothing_behind(tmp_path, monkeypatch):

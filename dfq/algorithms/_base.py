@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfq.algorithms._calibration import calibrate, calibration_images, ensure_calibrated
 from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -75,6 +76,11 @@ class Algorithm:
         work_dir: Path,
     ) -> None:
         """Give ``student`` its grids and, if there is more to do, its weights, in place."""
+        if student.network is not None:  # layers are compared with the teacher's of the same name
+            raise UserError(
+                f"got algorithm.student_network={student.network} and an algorithm behind it, {type(self).__name__}",
+                "the distillation as the last one",
+            )
         self.run(Work(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir))
 
     def run(self, work: Work) -> None:

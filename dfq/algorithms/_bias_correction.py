@@ -19,7 +19,7 @@ where samples are used. Layers without a bias get one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -62,9 +62,9 @@ def correct_bias(
         images: [N, C, H, W], or ids [N, T].
         add_bias: also layers without a bias, which get one.
     """
-    undo_bias_correction(student)
     network = float_network(student, teacher)
     names = [name for name in layer_products(network, student.layers) if _has_bias(student, name, add_bias)]
+    undo_bias_correction(student, names)
     before = {name: student.layers[name].bias.detach().clone() for name in names}  # type: ignore[union-attr]
     wanted: dict[str, Tensor] = {}
     share = 1.0
@@ -141,7 +141,6 @@ def _products_of(network: nn.Module, names: list[str], replace: Callable[[str, T
 @torch.no_grad()
 def correct_bias_by_batch_norm(student: Student, teacher: Teacher, add_bias: bool = True) -> list[str]:
     """Correct, without data, the biases of layers that read what a batch norm is in front of; returns their names."""
-    undo_bias_correction(student)
     network = float_network(student, teacher)
     statistics = batch_norm_statistics(student, teacher)
     before = {}
@@ -152,6 +151,7 @@ def correct_bias_by_batch_norm(student: Student, teacher: Teacher, add_bias: boo
         if means is None:
             continue
         layer = student.layers[path.last]
+        undo_bias_correction(student, [path.last])
         assert layer.bias is not None
         before[path.last] = layer.bias.detach().clone()
         error = layer.weight_quantizer(layer.weight).cpu().double() - weight_in_float(student, network, path.last)
@@ -187,22 +187,34 @@ def rectified_mean(mean: Tensor, std: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ records
 
 
-def undo_bias_correction(student: Student) -> None:
+def undo_bias_correction(student: Student, names: Iterable[str] | None = None) -> None:
     """Take back what bias correction has added: for what rounds weights anew, or compares with the float network.
 
     Biases that somebody else has changed since stay as they are.
+
+    Args:
+        names: layers that are corrected anew; None: all, but for corrections that belong to rounded weights, which stay
+            as long as these do.
     """
-    for layer in student.layers.values():
-        before, after = layer.__dict__.pop("bias_correction", (None, None))
-        if before is not None and layer.bias is not None and torch.equal(layer.bias.detach(), after):
+    for name in list(student.layers) if names is None else names:
+        layer = student.layers[name]
+        before, after, of_weight = layer.__dict__.get("bias_correction", (None, None, False))
+        if before is None or (names is None and of_weight):
+            continue
+        del layer.__dict__["bias_correction"]
+        if layer.bias is not None and torch.equal(layer.bias.detach(), after):
             layer.bias.data.copy_(before)
+
+
+def remember_bias_correction(layer: QuantizedLayer, before: Tensor, of_weight: bool = False) -> None:
+    """That the layer's bias was ``before``; ``of_weight``: it makes up for a weight that was rounded with it."""
+    layer.__dict__["bias_correction"] = (before, _bias(layer).detach().clone(), of_weight)
 
 
 def _remember(student: Student, before: dict[str, Tensor]) -> None:
     for name, bias in before.items():
         layer = student.layers[name]
-        assert layer.bias is not None
-        layer.__dict__["bias_correction"] = (bias, layer.bias.detach().clone())
+        remember_bias_correction(layer, bias)
         if layer.bias_quantizer is not None:
             layer.bias_quantizer.make_room(layer)
 

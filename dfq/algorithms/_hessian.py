@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._bias_correction import remember_bias_correction
 from dfq.algorithms._reconstruction import float_copy
 from dfq.blocks import Arguments, Block, Captured, capture, find_blocks, run_block
 from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
@@ -372,7 +373,9 @@ class LayerwiseRounding(Algorithm):
             assert moments.float_mean is not None and layer.bias is not None
             means = torch.stack([moments.float_mean, moments.mean], -1)  # [P, I, 2]
             left = (weight @ means)[..., 0] - (rounded.float().view_as(weight) @ means)[..., 1]
+            before = layer.bias.detach().clone()
             layer.bias += left.flatten().to(layer.bias.dtype)
+            remember_bias_correction(layer, before, of_weight=True)
         layer.weight.copy_(rounded)
 
     def _moments(

@@ -87,7 +87,7 @@ class Auto(Algorithm):
             if _is_timed(rung) and gain < self.min_gain:
                 say(f"auto: ends, {name} raised the agreement by {max(gain, 0):.5f} a minute")
                 break
-        work.student.module, work.student.surgery = best.module, best.surgery
+        work.student.become(best)
 
     def _limit(self, left: float, figures: _Figures, others: bool) -> float:
         """Seconds for a rung that stops by the clock: its share, and no more than what it could gain is worth."""

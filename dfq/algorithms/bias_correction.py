@@ -1,8 +1,8 @@
 """Bias correction on its own: for students whose ranges are fine and whose means are not.
 
 DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721), section 4.2: equations and differences in
-:mod:`dfq.algorithms._bias_correction`. Goes behind what rounds weights. Means of batch norms presume biases that are
-still the float network's: behind GPTQ and its like, which correct biases themselves, take samples.
+:mod:`dfq.algorithms._bias_correction`. Goes behind what rounds weights. Where GPTQ and its like have corrected a bias
+themselves, this correction takes the place of theirs.
 """
 
 from __future__ import annotations

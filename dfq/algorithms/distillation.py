@@ -35,13 +35,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import stage_ends
 from dfq.quantizers.lsq import learn_step
 from dfq.settings import PositiveInt, resolve
-from dfq.student import Student
-from dfq.teacher import InputSpec, Teacher
+from dfq.student import Student, build_network
+from dfq.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Distillation(DistillationSettings, Algorithm):
 
         features = {name: name for name in stage_ends(teacher.dataflow)}
         if self.student_network is not None:
-            features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity")
+            features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
         data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
         task = resolve("task", teacher.task)
@@ -135,20 +134,14 @@ def _held_out_loss(student: Student, task: Any, data: Any) -> float:
     return total / len(data.held_out_indices)
 
 
-def _replace_network(student: Student, teacher: Teacher, factory: str, same_width: bool) -> dict[str, str]:
+def _replace_network(student: Student, teacher: Teacher, factory: str, same_width: bool, seed: int) -> dict[str, str]:
     """Make ``student`` one of the network that ``factory`` builds; returns the places in both that can be compared."""
-    spec = teacher.input_spec
-    if not isinstance(spec, InputSpec):
-        raise UserError(
-            f"got algorithm.student_network={factory} and {teacher.name}, which takes {spec.kind}",
-            "algorithm.student_network=null for such a network",
-        )
-    size, mean, std = list(spec.size), list(spec.mean), list(spec.std)
-    settings = {"factory": factory, "task": teacher.task, "input_size": size, "mean": mean, "std": std}
-    network = resolve("teacher", "factory", **settings)
-    network.config = {"_target_": "dfq.teachers.factory.load", **settings}
-    small = Student.from_teacher(network.to(teacher.device), student.scheme)
-    student.module, student.surgery, student.teacher = small.module, small.surgery, small.teacher
+    with torch.random.fork_rng(devices=[]):  # the network may come with random weights
+        torch.default_generator.manual_seed(seed)
+        network = build_network(factory, student.teacher).to(teacher.device)
+    small = Student.from_teacher(network, student.scheme)
+    small.network = factory
+    student.become(small)
     theirs = {name: teacher.dataflow.calls_of(name)[0].output_shape for name in stage_ends(teacher.dataflow)}
     pairs: dict[str, str] = {}
     for name in stage_ends(network.dataflow):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -10,6 +12,46 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from dfq.dataset import SyntheticDataset
+
+
+class ShuffledOrder(RandomSampler):
+    """A new order of all samples in each epoch; which one, and where it begins, can be set.
+
+    Still a RandomSampler: Lightning puts a distributed one in its place where there are several devices.
+    """
+
+    def __init__(self, samples: Subset, seed: int):
+        super().__init__(samples)
+        self.seed, self.epoch, self.first, self.num_drawn = seed, 0, 0, 0
+
+    def __iter__(self) -> Iterator[int]:
+        if self.num_drawn > self.epoch or self.num_drawn == 0:
+            self.rng, self.num_drawn = torch.Generator().manual_seed(self.seed), 0
+        while self.num_drawn <= self.epoch:
+            order = torch.randperm(len(self), generator=self.rng)
+            self.num_drawn += 1
+        yield from order[self.first :].tolist()
+
+
+class ResumableLoader(DataLoader):
+    """Goes on behind the batches it has given. Lightning saves how many these are, and where it resumes, sets it."""
+
+    num_given = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
+        if isinstance(self.sampler, ShuffledOrder):
+            assert self.batch_size is not None
+            self.sampler.epoch, position = divmod(self.num_given, len(self))
+            self.sampler.first = position * self.batch_size
+        for batch in super().__iter__():
+            self.num_given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_given": self.num_given}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_given = state_dict["num_given"]
 
 
 class SyntheticDataModule(pl.LightningDataModule):
@@ -21,7 +63,8 @@ class SyntheticDataModule(pl.LightningDataModule):
         dataset: a folder or an opened :class:`~dfq.dataset.SyntheticDataset`.
         batch_size: samples per batch; the last incomplete training batch of an epoch is dropped if there is another.
         held_out: share of samples kept for validation.
-        seed: of the order of training samples; two modules with the same seed give the same batches.
+        seed: of the order of training samples; two modules with the same seed give the same batches, and a run that is
+            resumed gets those that it has not had.
         num_workers: processes that read; 0 reads in this one.
     """
 
@@ -40,10 +83,10 @@ class SyntheticDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         subset = Subset(self.dataset, self.train_indices)
-        return DataLoader(
+        return ResumableLoader(
             subset,
             batch_size=self.batch_size,
-            sampler=RandomSampler(subset, generator=torch.Generator().manual_seed(self.seed)),
+            sampler=ShuffledOrder(subset, self.seed),
             num_workers=self.num_workers,
             drop_last=len(subset) > self.batch_size,
         )

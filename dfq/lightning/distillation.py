@@ -90,6 +90,7 @@ class DistillationModule(pl.LightningModule):
         self.cam_place = self._last_map() if s.cam_weight else None
         self.log_scales = nn.Parameter(torch.zeros(len(self.terms))) if s.balance == "learned" else None
         self.channels = FrozenChannels(list(student.layers.values()), s.frozen_channels) if s.frozen_channels else None
+        self.held_channels: list[Tensor] | None = None  # those that a resumed run trains until it chooses anew
         # A step that crossed zero would flip the sign of its whole tensor.
         self.steps = [p for name, p in student.module.named_parameters() if _is_step(student.module, name)]
         self.smallest_steps = [p.detach().abs() * 1e-2 for p in self.steps]
@@ -156,6 +157,10 @@ class DistillationModule(pl.LightningModule):
         self.fast_teacher[0] = self._teacher[0].module
         for network in (self.student_module, self.fast_teacher[0]):
             network.to(memory_format=torch.contiguous_format)
+
+    def on_train_start(self) -> None:
+        if self.channels is not None and self.held_channels is not None:
+            self.channels.hold(self.held_channels)  # here, where the weights are back
 
     def on_train_epoch_start(self) -> None:
         self.student_module.eval()
@@ -330,6 +335,8 @@ class DistillationModule(pl.LightningModule):
             weights = self.set_aside or [p.detach() for p in self.trained.values()]
             kept["weights"] = dict(zip(self.trained, weights, strict=True))
             kept["averages"] = self.averages
+        if self.channels is not None:
+            kept["channels"] = [self.channels.trained[layer] for layer in self.channels.layers]
         checkpoint["distillation"] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -339,6 +346,7 @@ class DistillationModule(pl.LightningModule):
         if self.averages is not None:
             torch._foreach_copy_(self.averages, kept["averages"])
             checkpoint["state_dict"] |= kept["weights"]  # the averages were saved as the network's weights
+        self.held_channels = kept.get("channels")
 
     # -- places in the network ---------------------------------------------------------------------------------------
 

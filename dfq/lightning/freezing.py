@@ -38,12 +38,21 @@ class FrozenChannels:
     @torch.no_grad()
     def choose(self) -> None:
         """Take the most important channels of each layer, by the weights as they are now."""
+        trained = []
         for layer in self.layers:
             rows = layer.weight.movedim(layer.channel_axis, 0).flatten(1)
             order = rows.abs().mean(1).argsort(descending=True, stable=True)
             count = max(1, round(len(order) * (1 - self.share)))
-            self.trained[layer] = order[:count].sort().values
-            frozen = order[count:].sort().values
+            trained.append(order[:count].sort().values)
+        self.hold(trained)
+
+    @torch.no_grad()
+    def hold(self, trained: list[Tensor]) -> None:
+        """Train these channels of each layer; the others stay as they are now."""
+        for layer, channels in zip(self.layers, trained, strict=True):
+            self.trained[layer] = channels = channels.to(layer.weight.device)
+            is_frozen = torch.ones(layer.weight.shape[layer.channel_axis], dtype=torch.bool, device=channels.device)
+            frozen = is_frozen.index_fill(0, channels, False).nonzero().flatten()
             self.frozen[layer] = (frozen, layer.weight.index_select(layer.channel_axis, frozen))
 
     @torch.no_grad()

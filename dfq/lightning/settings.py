@@ -32,7 +32,7 @@ class DistillationSettings:
     cam_weight: NonNegativeFloat = 0.0  # of the relative squared error of class activation maps (SynQ)
     label_weight: NonNegativeFloat = 0.0  # of cross-entropy to the teacher's class, easy samples only (SynQ)
     label_difficulty: Fraction = 0.5  # the teacher's 1 - p up to which a sample is easy
-    balance: Literal["fixed", "learned"] = "fixed"  # learned: the weights of the terms are trained too (GoR)
+    balance: Literal["fixed", "learned"] = "fixed"  # learned: the weights of the terms are trained too (Kendall et al.)
 
     intervention: Fraction = 0.0  # chance that a sample's features are the teacher's, falls to zero half way
     blocks_first: Fraction = 0.0  # share of the run in which stages are trained apart, then merged (StableKD)

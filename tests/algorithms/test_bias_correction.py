@@ -1,6 +1,7 @@
 """Bias correction: means are the float network's again, by samples and by batch norms, and students survive it."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from dfq.algorithms._bias_correction import (
 from dfq.algorithms._calibration import calibrate
 from dfq.algorithms._equalization import equalize
 from dfq.algorithms.bias_correction import BiasCorrection
+from dfq.algorithms.comq import COMQ
+from dfq.algorithms.gptq import GPTQ
+from dfq.algorithms.quantease import QuantEase
 from dfq.algorithms.squant import SQuant
 from dfq.errors import UserError
 from dfq.quantizers.min_max import MinMax
@@ -335,6 +339,27 @@ def test_it_is_taken_back_and_not_done_twice(correct):
     for name, layer in student.layers.items():
         assert torch.equal(layer.bias, before[name]) is (name != names[-1])
     undo_bias_correction(student)
+
+
+@pytest.mark.parametrize("solver", [GPTQ(24), COMQ(24), QuantEase(24, sweeps=2)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("policy", ["all", "hardware"])
+def test_it_takes_the_place_of_a_solver_s_own_correction(solver, policy, make_dataset, tmp_path):
+    """And of that alone: layers that batch norms say nothing of keep the solver's."""
+    teacher = as_teacher(TINY["plain"]())
+    student = Student.from_teacher(teacher, replace(W4A8, policy=policy))
+    floats = {name: layer.bias.detach().clone() for name, layer in student.layers.items()}
+    solver.quantize(student, teacher, make_dataset(teacher), MinMax(), MinMax(), 0, tmp_path)
+    solved = {name: layer.bias.detach().clone() for name, layer in student.layers.items()}
+    assert not any(torch.equal(solved[name], floats[name]) for name in floats)
+    undo_bias_correction(student)  # as what rounds weights does, or compares: these are rounded with their biases
+    assert all(torch.equal(layer.bias, solved[name]) for name, layer in student.layers.items())
+    alone = copy.deepcopy(student)
+    for name, layer in alone.layers.items():
+        layer.bias.data.copy_(floats[name])
+    names = correct_bias_by_batch_norm(student, teacher)
+    assert correct_bias_by_batch_norm(alone, teacher) == names and set(names) < set(floats) and names
+    for name, layer in student.layers.items():
+        assert torch.equal(layer.bias, alone.layers[name].bias if name in names else solved[name])
 
 
 def test_grids_that_are_there_are_kept(make_dataset):

@@ -16,6 +16,7 @@ from torch import nn
 import dfq
 import dfq.lightning.distillation as lightning_distillation
 from dfq.algorithms._calibration import calibrate
+from dfq.algorithms.auto import _Figures
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.dataset import SyntheticDataset
@@ -154,15 +155,42 @@ def test_all_options_at_once_are_repeatable_and_survive_an_interruption(shared, 
     assert torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)["global_step"] == 12
 
 
+@pytest.mark.parametrize("checks", [2, 4], ids=["at the end of an epoch", "inside an epoch"])
+@pytest.mark.parametrize("options", [{}, {"frozen_channels": 0.5, "refreeze_steps": 5, "average": 0.9, "shift": 1}])
+def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_interrupted(
+    shared, tmp_path, monkeypatch, recwarn, checks, options
+):
+    """Two batches an epoch; the last look before the interruption is after 6 of 12 steps, or after 9."""
+    teacher, dataset, _ = shared
+    seen, teach = [], DistillationModule._teach
+    monkeypatch.setattr(
+        DistillationModule, "_teach", lambda self, images: (seen.append(images.clone()), teach(self, images))[1]
+    )
+    whole = run(teacher, dataset, tmp_path / "whole", checks=checks, **options)
+    expected, at = seen[:], {2: 6, 4: 9}[checks]
+    seen.clear()
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(at + 1, KeyboardInterrupt)])
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, dataset, tmp_path / "parts", checks=checks, **options)
+    assert torch.load(tmp_path / "parts" / "last.ckpt", weights_only=True)["global_step"] == at
+    del seen[at:]
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [])
+    resumed = run(teacher, dataset, tmp_path / "parts", checks=checks, **options)
+    assert len(seen) == len(expected) == 12 and all(map(torch.equal, seen, expected))
+    state, wanted = resumed.module.state_dict(), whole.module.state_dict()
+    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
+    assert not [warning for warning in recwarn if "resum" in str(warning.message)]
+
+
 class Stop(Callback):
     """Fails like a killed process would, after ``step`` optimizer steps."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, error=RuntimeError):
+        self.step, self.error = step, error
 
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step >= self.step:
-            raise RuntimeError("killed")
+            raise self.error("killed")
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -558,9 +586,15 @@ def test_a_smaller_network_is_trained_saved_and_loaded(shared, tmp_path, monkeyp
     student, path = quantize(teacher, dataset, W3A3, algorithm, QUANTIZER, QUANTIZER, 0, tmp_path / "student")
     assert features == {"4": "5", "5": "6"}  # of the same shape: 12 channels
     assert sum(p.numel() for p in student.module.parameters()) < sum(p.numel() for p in teacher.module.parameters())
-    again, images = dfq.load_student(path), settle(NETS["bare"](), seed=5, num_samples=8)
-    with torch.no_grad():
-        assert torch.equal(again(images), student(images)) and again(images).shape == (8, NUM_CLASSES)
+    images = settle(NETS["bare"](), seed=5, num_samples=8)
+    for again in (dfq.load_student(path), Student.load(path, teacher)):
+        assert again.network == name and again.teacher["sha256"] == teacher.sha256
+        with torch.no_grad():
+            assert torch.equal(again(images), student(images)) and again(images).shape == (8, NUM_CLASSES)
+    figures = dfq.evaluate(teacher, student, dataset=dataset)["fidelity"]
+    assert 0 <= figures["agreement"] <= 1 and figures["kl"] > 0
+    assert [layer["name"] for layer in figures["layers"]] == list(student.layers)
+    assert all(layer["sqnr_db"] is None and layer["clipped_fraction"] is not None for layer in figures["layers"])
     features.clear()
     run(teacher, dataset, tmp_path / "affinity", student_network=name, feature_loss="affinity")
     assert features == {"2": "2", "4": "5", "5": "6"}  # of the same size, whatever the width
@@ -570,6 +604,27 @@ def test_a_smaller_network_is_trained_saved_and_loaded(shared, tmp_path, monkeyp
     with torch.no_grad():
         wanted = teacher(images)
         assert task.distillation_loss(student(images), wanted) < task.distillation_loss(untrained(images), wanted)
+
+
+def test_a_smaller_network_is_built_the_same_again_and_is_the_last_step(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr("dfq.teachers.factory._import_function", lambda name: NETS["bare"])  # random weights
+    teacher, dataset, _ = shared
+    sizes = {"student_network": "my_networks:bare", "max_steps": 1, "checks": 1}
+    states = [run(teacher, dataset, tmp_path / str(i), **sizes).module.state_dict() for i in range(2)]
+    assert hash_tensors(states[0]) == hash_tensors(states[1])
+    distillation = {"_target_": "dfq.algorithms.distillation.Distillation", **SHORT, **sizes}
+    rungs = resolve("algorithm", "auto", rungs=["round_to_nearest", distillation], budget="60s")
+    monkeypatch.setattr("dfq.algorithms.auto._Judge.__call__", lambda _, s: _Figures(float(s.network is None), 0.5))
+    student = Student.from_teacher(teacher, W3A3)
+    rungs.quantize(student, teacher, dataset, QUANTIZER, QUANTIZER, 0, tmp_path)
+    assert student.network == "my_networks:bare"
+    steps = resolve("algorithm", "sequence", steps=[distillation, "bias_correction"])
+    with pytest.raises(UserError) as error:
+        steps.quantize(Student.from_teacher(teacher, W3A3), teacher, dataset, QUANTIZER, QUANTIZER, 0, tmp_path / "s")
+    assert str(error.value) == (
+        "got algorithm.student_network=my_networks:bare and an algorithm behind it, BiasCorrection; "
+        "allowed: the distillation as the last one"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
