@@ -28,7 +28,20 @@ from pathlib import Path
 
 FACTORY = ["teacher=factory", "teacher.task=classification", "evaluation=arrays"]
 IMAGENET = ["teacher.mean=[0.485,0.456,0.406]", "teacher.std=[0.229,0.224,0.225]"]
-COLUMNS = "network algorithm settings scheme policy data samples seeds top-1 spread agreement minutes".split()
+COLUMNS = [
+    "network",
+    "algorithm",
+    "settings",
+    "scheme",
+    "policy",
+    "data",
+    "samples",
+    "seeds",
+    "top-1",
+    "spread",
+    "agreement",
+    "minutes",
+]
 NUM_KEYS = 7  # columns that say what a row is; the others are what came out
 
 

@@ -146,7 +146,14 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "predictions": ([str], None),  # what the teacher says to each image of the grid
 }
 
-OPTIONAL = ("student_dir", "network", "grid", "predictions", "allocation", "estimated_drop")  # of DETAILS; null where missing
+OPTIONAL = (
+    "student_dir",
+    "network",
+    "grid",
+    "predictions",
+    "allocation",
+    "estimated_drop",
+)  # of DETAILS; null where missing
 
 
 def validate(report: Any) -> None:
