@@ -50,7 +50,7 @@ NETWORKS = {
         [("round_to_nearest", "w8a8 w4a8 w4a4 w3a3 w2a4", ALL), ("gptq", "w8a8 w4a8 w4a4 w3a3 w2a4", ALL)],
     ),
     "resnet20": Network(
-        4096,
+        2048,
         {"model": "factory", "factory": "resnet20:load", "input_size": [3, 32, 32], **IMAGENET},
         "cifar10_test.npz",
         [("round_to_nearest", "w8a8 w6a6 w5a5 w4a8 w4a4 w3a3", ALL), ("gptq", "w4a4 w3a3 w2a4", BOTH)],
