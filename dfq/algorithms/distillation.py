@@ -14,7 +14,8 @@ With ``time_limit_s`` the cosine schedule ends at the limit, counted from the st
 that allows depends on the machine, so that the same seed does not give the same bits.
 
 ``student_network`` trains a smaller network than the teacher (quantized distillation; Polino, Pascanu & Alistarh, ICLR
-2018, arXiv 1802.05668, section 3). Features are compared where both networks have maps of the same size.
+2018, arXiv 1802.05668, section 3). Features are compared where both networks have maps of the same size. The
+function is recorded with the student, which it rebuilds; no algorithm goes behind.
 
 Differences from the papers: LSQ's, see :mod:`dfq.quantizers.lsq`; Polino et al. distil into weights that are rounded at
 each step (here as all students are trained), and train batch norms, which are folded here before training begins: a
