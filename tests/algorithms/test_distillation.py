@@ -539,7 +539,9 @@ def test_memory_is_laid_out_for_convolutions_where_the_network_allows(make_datas
     dataset, seen = make_dataset(teacher), []
     train = DistillationModule.training_step
     monkeypatch.setattr(
-        DistillationModule, "training_step", lambda self, *a: (seen.append(self.channels_last), train(self, *a))[1]
+        DistillationModule,
+        "training_step",
+        lambda self, *a: (seen.append(self.layout is torch.channels_last), train(self, *a))[1],
     )
     student = run(teacher, dataset, tmp_path / "work")
     assert seen == [fast] * len(seen) and seen
