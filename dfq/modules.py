@@ -81,6 +81,14 @@ class Quantizer(nn.Module):
             return to_groups(x, self.axis, self.scheme.group_size).flatten(0, 1)
         return x.movedim(self.axis, 0).flatten(1)
 
+    def steps_of(self, x: Tensor) -> Tensor:
+        """The step that each value of a weight is rounded with, to broadcast against ``x``; detached."""
+        scale = self.scale.detach()
+        if self.scheme.group_size is None:
+            return broadcast(scale, x, self.axis)
+        groups = to_groups(x, self.axis or 0, self.scheme.group_size)
+        return from_groups(scale[..., None].expand_as(groups), self.axis or 0, x.shape)
+
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take a grid (as many entries as ``self.scale``) and start quantizing."""
         with torch.no_grad():

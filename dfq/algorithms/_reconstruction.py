@@ -33,6 +33,7 @@ from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.blocks import Block, Captured, capture, find_blocks, run_block
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
+from dfq.optimizer import ScaledAdam
 from dfq.progress import progress_bar
 from dfq.quantization import (
     broadcast,
@@ -259,23 +260,22 @@ class _Trainable:
             else:
                 soft.decide()
             if s.weight_step_lr > 0:
-                groups.append(self._group(soft.step, s.weight_step_lr))
+                groups.append(self._group(soft.step, s.weight_step_lr, soft.step.detach().abs()))
         if s.activation_step_lr > 0:
             for quantizer in self.activations:
                 steps = learn_step(quantizer, self.elements.get(quantizer, 1))
-                groups += [self._group(step, s.activation_step_lr) for step in steps]
+                groups += [self._group(step, s.activation_step_lr, step.detach().abs()) for step in steps]
         if s.bias_lr > 0:
             for layer in self.layers:
                 if layer.bias is not None:
                     layer.bias.requires_grad_(True)
-                    groups.append(self._group(layer.bias, s.bias_lr))
+                    groups.append(self._group(layer.bias, s.bias_lr, layer.bias.detach().abs().mean()))
         self.smallest = {quantizer: quantizer.scale.detach() * 1e-2 for quantizer in self.activations}
         return groups
 
     @staticmethod
-    def _group(parameter: Tensor, lr: float) -> dict[str, Any]:
-        # Adam does not see how large a gradient is: the rate has to know how large the parameter is.
-        return {"params": [parameter], "lr": lr * float(parameter.detach().abs().mean()), "decays": True}
+    def _group(parameter: Tensor, lr: float, size: Tensor) -> dict[str, Any]:
+        return {"params": [parameter], "lr": lr, "size": size, "decays": True}
 
     def __exit__(self, *_: Any) -> None:
         for layer, soft in self.soft.items():
@@ -307,7 +307,8 @@ def _descend(
     groups = [group for group in groups if group["lr"] > 0]
     start, step = time.perf_counter(), 0
     if groups:
-        optimizer = torch.optim.Adam(groups, fused=groups[0]["params"][0].device.type != "mps")
+        sizes = {group["params"][0]: group.pop("size") for group in groups if "size" in group}
+        optimizer = ScaledAdam(groups, sizes, fused=groups[0]["params"][0].device.type != "mps")
         first = [group["lr"] for group in optimizer.param_groups]
         while (done := max(step / iterations, (time.perf_counter() - start) / limit_s)) < 1:
             for group, lr in zip(optimizer.param_groups, first, strict=True):

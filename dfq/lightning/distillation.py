@@ -30,6 +30,7 @@ from dfq.losses.logits_mse import logits_mse
 from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
 from dfq.modules import Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
+from dfq.optimizer import ScaledAdam
 from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.teacher import InputSpec, Teacher
@@ -94,6 +95,7 @@ class DistillationModule(pl.LightningModule):
         # A step that crossed zero would flip the sign of its whole tensor.
         self.steps = [p for name, p in student.module.named_parameters() if _is_step(student.module, name)]
         self.smallest_steps = [p.detach().abs() * 1e-2 for p in self.steps]
+        self.sizes: dict[Tensor, Tensor] = {}  # parameter → what its learning rate is relative to
         self.groups = self._parameters_by_rate()
         self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self.averages = [p.detach().clone() for p in self.trained.values()] if s.average else None
@@ -118,7 +120,8 @@ class DistillationModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         # One kernel a group: small networks are all overhead.
         groups = [{"params": parameters, "lr": lr} for lr, parameters in self.groups.items()]
-        optimizer = torch.optim.Adam(groups, fused=True)
+        sizes = {parameter: size.to(parameter.device) for parameter, size in self.sizes.items()}
+        optimizer = ScaledAdam(groups, sizes, fused=True)
         cosine = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
         )
@@ -134,11 +137,11 @@ class DistillationModule(pl.LightningModule):
             owner = self.student_module.get_submodule(name.rpartition(".")[0])
             layer = own.get(id(parameter))
             if _is_step(self.student_module, name):
-                lr = self.settings.step_lr * float(parameter.detach().abs().mean())
+                lr, self.sizes[parameter] = self.settings.step_lr, parameter.detach().abs()
             elif isinstance(owner, Quantizer):  # a zero point, in units of codes
                 lr = self.settings.step_lr * owner.scheme.quant_max
             elif layer is not None and layer.weight_quantizer.has_qparams:
-                lr = self.settings.weight_lr * float(layer.weight_quantizer.scale.detach().mean())
+                lr, self.sizes[parameter] = self.settings.weight_lr, layer.weight_quantizer.steps_of(parameter.detach())
             else:
                 lr = self.settings.bias_lr
             groups.setdefault(lr, []).append(parameter)

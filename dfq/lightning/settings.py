@@ -17,7 +17,7 @@ class DistillationSettings:
 
     max_steps: PositiveInt = 400  # optimizer steps at most
     time_limit_s: PositiveFloat | None = None  # seconds until training ends; null: steps alone say when
-    weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of the layer's weight step
+    weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of each weight's step
     bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
     step_lr: PositiveFloat = 1e-3  # Adam on the quantizers' steps, relative to each step
 
