@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ScaledAdam(torch.optim.Adam):
-    """Adam (Kingma & Ba, ICLR 2015, arXiv 1412.6980), its step times a positive size: theta <- theta - lr size m / sqrt(v).
+    """Adam (Kingma & Ba, ICLR 2015, arXiv 1412.6980), its step times a size: theta <- theta - lr size m / sqrt(v).
 
     Adam's step does not depend on how large a gradient is, so it has to be told how large a parameter is. The channels
     of a layer differ by orders of magnitude where a batch norm was folded into them: with one rate for the tensor, the
