@@ -90,8 +90,7 @@ class PatchTokens(TorchFunctionMode):
         if x.dim() < 3:
             return
         patches = self.patches.get(x.shape[1])
-        if patches is not None:
-            x = x.index_select(1, patches)
+        x = x.clone() if patches is None else x.index_select(1, patches)  # what follows may write into it
         if x.shape[1] >= FEWEST_PATCHES:
             self.found(x)
 

@@ -15,7 +15,7 @@ from dfq.hooks import evaluation_mode, op_name
 from dfq.losses.affine_statistics import affine_distance
 from dfq.teacher import Teacher
 
-CHANNEL_DIM = {"layer_norm": -1, "group_norm": 1}
+NORMS = {"layer_norm", "group_norm"}
 
 
 class AffineNorms(TorchFunctionMode):
@@ -32,13 +32,14 @@ class AffineNorms(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = op_name(func)
-        if name in CHANNEL_DIM:
+        if name in NORMS:
             weight, bias = (
                 kwargs.get(key, args[place] if len(args) > place else None)
                 for place, key in ((2, "weight"), (3, "bias"))
             )
             if weight is not None and not weight.requires_grad:  # else it is computed from the image
-                rows = result.movedim(CHANNEL_DIM[name], -1) if name == "group_norm" else result
+                rows = result.clone()  # an activation may write into it
+                rows = rows.movedim(1, -1) if name == "group_norm" else rows
                 self.found(rows.reshape(-1, weight.numel()), weight.flatten(), None if bias is None else bias.flatten())
         return result
 

@@ -24,7 +24,7 @@ class SpectrumDistance:
     def __init__(self, size: tuple[int, int], device: torch.device):
         self.frequency = radial_frequency(size)
         periods = (self.frequency * max(size)).flatten()
-        ring = torch.floor(2 * torch.log2(periods.clamp(min=0.5))).long()
+        ring = torch.floor(2 * torch.log2(periods.clamp(min=0.5)) + 1e-4).long()  # rounded edges belong to their ring
         numbers = ring[periods > 0].unique()
         member = (ring == numbers[:, None]) & (periods > 0)
         # One product with a small matrix: the gradient of a scattered sum would not be the same from run to run.
