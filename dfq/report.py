@@ -534,10 +534,11 @@ def estimated_loss(details: Mapping[str, Any]) -> str:
 def true_loss(report: Mapping[str, Any]) -> float | None:
     """The same, measured on labelled data; None where there is none or it says nothing."""
     metric = _main_metric(report)
-    before, after = (part["metrics"].get(metric) if part else None for part in (report["teacher"], report["student"]))
-    if metric in LOWER_IS_BETTER or not (_is_number(before) and _is_number(after)) or before <= 0:
+    values = [part["metrics"].get(metric) if part else None for part in (report["teacher"], report["student"])]
+    if metric in LOWER_IS_BETTER or not all(_is_number(value) for value in values):
         return None
-    return 1 - after / before
+    before, after = map(float, values)
+    return 1 - after / before if before > 0 else None
 
 
 def _origin(dataset: Mapping[str, Any] | None) -> str:

@@ -23,6 +23,8 @@ class Generator:
 
     batch_size: PositiveInt = 128  # samples made together
     needs_batch_norm: ClassVar[bool] = False
+    needs_norm: ClassVar[bool] = False  # of any kind that has statistics or a weight
+    needs_attention: ClassVar[bool] = False  # between patches
     kind: ClassVar[str] = "images"  # what it makes, as the input spec of the networks that take it calls it
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:

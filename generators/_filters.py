@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dfq.errors import UserError
+from dfq.losses.power_spectrum import pink_gain, radial_frequency
+
 # Of the variance of photographs about a third lies between images (in units of the input's deviation).
 BRIGHTNESS, TINT, LEAST_CONTRAST, CONTRASTS = 0.45, 0.2, 0.4, 0.8
 
@@ -31,10 +34,7 @@ def low_pass(images: Tensor, cutoff: float) -> Tensor:
 
 def pink_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     """Gaussian noise [N, C, H, W] of variance 1 with amplitudes that fall as 1 / f, as those of photographs do."""
-    height, width = shape[-2:]
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width))
-    gain = 1 / frequency.clamp(min=1 / max(height, width))
-    gain = gain / gain.square().mean().sqrt()
+    gain = pink_gain(radial_frequency((shape[-2], shape[-1])))
     return torch.fft.ifft2(torch.fft.fft2(torch.randn(shape, generator=rng)) * gain).real
 
 
@@ -50,6 +50,13 @@ def diverse_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     tint = TINT * torch.randn(num_samples, channels, 1, 1, generator=rng)
     contrast = LEAST_CONTRAST + CONTRASTS * torch.rand(num_samples, 1, 1, 1, generator=rng)
     return contrast * pink_noise(shape, rng) + brightness + tint
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbors, down plus right, of images [N, C, H, W]; scalar."""
+    return sum(
+        (images.diff(dim=dim).abs().mean() for dim in (-2, -1) if images.shape[dim] > 1), start=images.new_zeros(())
+    )
 
 
 def gaussian_blur(size: tuple[int, int], sigma: float, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -88,3 +95,25 @@ def shift_reflecting(images: Tensor, offset: int, dim: int) -> Tensor:
         gap, rest = images.narrow(dim, length - 1 - distance, distance), images.narrow(dim, distance, length - distance)
     parts = [gap.flip(dim), rest] if offset > 0 else [rest, gap.flip(dim)]
     return torch.cat(parts, dim)
+
+
+def augment(images: Tensor, flip: bool, shift: int, rng: torch.Generator) -> Tensor:
+    """``images`` [N, C, H, W] as they are shown this time: mirrored in half of the cases, moved by up to ``shift``.
+
+    One draw for all of them, of random numbers on the CPU, so nothing waits.
+    """
+    if flip and torch.rand((), generator=rng) < 0.5:
+        images = images.flip(-1)
+    if shift:
+        down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
+        images = shift_reflecting(shift_reflecting(images, down, -2), right, -1)
+    return images
+
+
+def check_shift(shift: int, size: tuple[int, ...]) -> None:
+    """A reflection has no more pixels than the image (C, H, W)."""
+    if shift >= min(size[1:]):
+        raise UserError(
+            f"got generator.shift={shift} and images of {size[1]}x{size[2]} pixels",
+            f"a whole number from 0 to {min(size[1:]) - 1}",
+        )

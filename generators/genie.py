@@ -33,16 +33,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dfq.generators._base import Generator
 from dfq.generators._filters import shift_reflecting
-from dfq.generators._statistics import check_batch_norms, cosine, finish, match_statistics
+from dfq.generators._needs import check_needs
+from dfq.generators._optimization import cosine, finish, optimize, picture_distance, picture_statistics
+from dfq.generators._statistics import batch_norm_distances
 from dfq.hooks import forward_hooks
-from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import Advance
 from dfq.settings import Bound, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from dfq.teacher import InputSpec, Teacher
 
 LARGEST_LINEAR = 64  # pixels; larger images come from a map of latents
 PATCH = 16  # pixels of an image's side for one place of that map
-PICTURES = (0.45, 0.25)  # mean and deviation of photographs, in units of white
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Genie(Generator):
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
-        check_batch_norms(teacher, "genie")
+        check_needs(teacher, self, "genie", "matches batch-norm statistics")
         spec = teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
         network = GeneratorNetwork(spec.size, self.num_latents, self.num_channels, rng).to(teacher.device)
@@ -77,8 +77,7 @@ class Genie(Generator):
             return images.clamp(*limits) if self.clip else images
 
         def picture_loss(images: Tensor, _outputs: object) -> Tensor:
-            variance, means = torch.var_mean(images, dim=(2, 3), correction=0)
-            return share * batch_norm_distance(means, variance, mean, std.square()).mean()
+            return share * picture_distance(images, mean, std)
 
         of_latents = torch.optim.Adam([latents], lr=self.latent_learning_rate)
         of_network = torch.optim.Adam(network.parameters(), lr=self.network_learning_rate)
@@ -87,7 +86,8 @@ class Genie(Generator):
             LambdaLR(of_network, lambda step: self.network_decay ** (step // 100)),
         ]
         with swing_convolutions(teacher.module, rng, self.swing):
-            match_statistics(teacher, make, schedules, self.iterations, advance, penalty=picture_loss)
+            distances = batch_norm_distances(teacher)
+            optimize(teacher, distances, make, schedules, self.iterations, advance, penalty=picture_loss)
         with torch.no_grad():
             return finish(make(), spec, self.low_pass, self.clip)
 
@@ -141,18 +141,6 @@ class GeneratorNetwork(nn.Module):
         height, width = self.size
         maps = self.first(latents).contiguous(memory_format=torch.channels_last)
         return self.norm(self.layers(maps)[..., :height, :width])
-
-
-def picture_statistics(spec: InputSpec) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [C] that pictures have as the network takes them.
-
-    0 and 1 where the normalization is by the deviation of pictures; where it only sets the range of numbers ([0, 1],
-    [-1, 1], bytes), those of photographs, carried through it.
-    """
-    if all(0.05 < std < 0.45 for std in spec.std):
-        return torch.zeros(spec.size[0]), torch.ones(spec.size[0])
-    offset, unit = torch.tensor(spec.mean), torch.tensor(spec.std)
-    return (PICTURES[0] - offset) / unit, PICTURES[1] / unit
 
 
 @contextmanager

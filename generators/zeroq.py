@@ -37,19 +37,19 @@ Options from other methods, off unless asked for:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dfq.errors import UserError
 from dfq.generators._base import Generator
-from dfq.generators._filters import diverse_noise, gaussian_blur, pink_noise, shift_reflecting, white_noise
-from dfq.generators._statistics import Statistics, check_batch_norms, cosine, finish, match_statistics
+from dfq.generators._filters import augment, check_shift, diverse_noise, gaussian_blur, pink_noise, white_noise
+from dfq.generators._needs import check_needs
+from dfq.generators._optimization import class_penalty, cosine, finish, optimize
+from dfq.generators._statistics import Statistics, batch_norm_distances
 from dfq.progress import Advance
-from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
+from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from dfq.teacher import InputSpec, Teacher
 
 PHOTOGRAPH_BLUR = 0.8  # pixels
@@ -76,14 +76,10 @@ class ZeroQ(Generator):
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
-        check_batch_norms(teacher, "zeroq")
+        check_needs(teacher, self, "zeroq", "matches batch-norm statistics")
         spec = teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
-        if self.shift >= min(spec.size[1:]):
-            raise UserError(
-                f"got generator.shift={self.shift} and images of {spec.size[1]}x{spec.size[2]} pixels",
-                f"a whole number from 0 to {min(spec.size[1:]) - 1}",
-            )
+        check_shift(self.shift, spec.size)
         shape = (num_samples, *spec.size)
         noise = {"white": white_noise, "pink": pink_noise, "diverse": diverse_noise}[self.start](shape, rng)
         pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
@@ -92,50 +88,20 @@ class ZeroQ(Generator):
         limits = spec.limits(teacher.device)
         best = _Best(pixels) if self.keep_best else None
         optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.9, 0.9))
-        match_statistics(
+        class_targets = (self.class_weight, self.label_smoothing, self.min_confidence)
+        optimize(
             teacher,
-            lambda: self._augment(blur(pixels), rng),
+            batch_norm_distances(teacher, self.statistics),
+            lambda: augment(blur(pixels), self.flip, self.shift, rng),
             [cosine(optimizer, self.iterations)],
             self.iterations,
             advance,
-            self.statistics,
-            penalty=self._class_penalty(teacher, num_samples, rng) if self.class_weight > 0 else None,
+            penalty=class_penalty(teacher, num_samples, rng, *class_targets),
             observe=best.observe if best else lambda loss: None,
             after_step=lambda: pixels.clamp_(*limits) if self.clip else None,
         )
         found = best.images if best else pixels.detach()
         return finish(blur(found), spec, self.low_pass, self.clip)
-
-    def _augment(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """``images`` [N, C, H, W] as they are shown this time: random numbers on the CPU, so nothing waits."""
-        if self.flip and torch.rand((), generator=rng) < 0.5:
-            images = images.flip(-1)
-        if self.shift:
-            down, right = torch.randint(-self.shift, self.shift + 1, (2,), generator=rng).tolist()
-            images = shift_reflecting(shift_reflecting(images, down, -2), right, -1)
-        return images
-
-    def _class_penalty(
-        self, teacher: Teacher, num_samples: int, rng: torch.Generator
-    ) -> Callable[[Tensor, Any], Tensor]:
-        """The pull of each image to a class of its own, as :func:`match_statistics` calls it."""
-        task = resolve("task", teacher.task)
-        with torch.no_grad():
-            num_classes = task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
-        targets = task.synthesis_targets(num_samples, num_classes, rng, self.label_smoothing).to(teacher.device)
-        labels, far_enough = targets.argmax(1, keepdim=True), None
-        if self.min_confidence < 1:
-            drawn = torch.rand(num_samples, 1, generator=rng)
-            far_enough = (self.min_confidence + (1 - self.min_confidence) * drawn).to(teacher.device)
-
-        def penalty(images: Tensor, outputs: Any) -> Tensor:
-            logits = task.raw_outputs(lambda _: outputs, images)
-            if far_enough is not None:  # what is certain enough counts without pulling
-                reached = logits.detach().softmax(1).gather(1, labels) >= far_enough
-                logits = torch.where(reached, logits.detach(), logits)
-            return self.class_weight * task.synthesis_loss(logits, targets)
-
-        return penalty
 
 
 class _Best:

@@ -110,7 +110,7 @@ MISTAKES = {
         f"got generator.iteration; allowed: {options('generator', 'zeroq')}; did you mean 'generator.iterations'?"
     ),
     "run generator=gaussian generator.learning_rate=1": (
-        f"got generator.learning_rate; allowed: {options('generator', 'gaussian')}; generator=zeroq takes it"
+        f"got generator.learning_rate; allowed: {options('generator', 'gaussian')}; generator=deep_inversion takes it"
     ),
     "run teacher.weights=false": (
         "got teacher.weights; allowed: nothing, teacher=digits has no options; teacher=torchvision takes it"

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, as_teacher, settle
+from conftest import NETS, Transformer, as_teacher, settle
 from PIL import Image
 from torch import nn
 
@@ -63,9 +63,15 @@ def sample(generator, teacher, seed=0, index=0, num_samples=4, advance=lambda am
     return generator.sample(teacher, num_samples, batch_rng(seed, index), advance)
 
 
+def made_for(generator):
+    """A tiny teacher that has what the generator needs."""
+    return as_teacher(Transformer() if generator.needs_attention else NETS["plain"]())
+
+
 @every("generator")
-def test_generator(name, teacher):
+def test_generator(name):
     generator = build("generator", name)
+    teacher = made_for(generator)
     assert isinstance(generator, Generator)
     weights, done = hash_tensors(teacher.module.state_dict()), []
     modes = [m.training for m in teacher.module.modules()]
@@ -87,26 +93,34 @@ def test_generator(name, teacher):
 
 
 @every("generator")
-def test_generator_leaves_the_global_random_numbers_alone(name, teacher):
+def test_generator_leaves_the_global_random_numbers_alone(name):
+    generator = build("generator", name)
+    teacher = made_for(generator)
     state = torch.get_rng_state()
-    sample(build("generator", name), teacher)
+    sample(generator, teacher)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @every("generator")
-@pytest.mark.parametrize("kind", ["residual", "mlp", "bare"])
-def test_generator_on_other_networks(name, kind, make_teacher):
-    generator, teacher = build("generator", name), make_teacher(kind)
-    if kind == "bare" and generator.needs_batch_norm:
-        with pytest.raises(UserError, match=f"without batch norm .*{name}.*; allowed: generator="):
+@pytest.mark.parametrize("kind", ["residual", "mlp", "bare", "transformer"])
+def test_generator_on_other_networks(name, kind):
+    generator, teacher = build("generator", name), as_teacher({**NETS, "transformer": Transformer}[kind]())
+    has = {"residual": {"batch norm", "normalization"}, "bare": set(), "transformer": {"normalization", "attention"}}
+    has["mlp"] = has["residual"]
+    needs = {"batch norm": "needs_batch_norm", "normalization": "needs_norm", "attention": "needs_attention"}
+    lacks = [what for what, need in needs.items() if getattr(generator, need) and what not in has[kind]]
+    if lacks:
+        with pytest.raises(UserError, match=f"without {lacks[0]} .*{name}.*; allowed: generator=") as error:
             sample(generator, teacher)
+        assert f"generator={name}" not in str(error.value) and "generator=gaussian" in str(error.value)
     else:
         assert torch.isfinite(sample(generator, teacher, num_samples=1)).all()
 
 
 @every("generator")
-def test_generator_is_resumed_and_extended_bit_for_bit(name, teacher, tmp_path):
+def test_generator_is_resumed_and_extended_bit_for_bit(name, tmp_path):
     generator = build("generator", name)
+    teacher = made_for(generator)
     whole = generate(teacher, generator, 20, 3, tmp_path / "whole")
     part = generate(teacher, generator, 9, 3, tmp_path / "part")
     assert torch.equal(part.tensors()["images"], whole.tensors(9)["images"])

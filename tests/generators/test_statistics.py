@@ -1,4 +1,4 @@
-"""The loop that zeroq and genie share."""
+"""The loop that generators share, and batch-norm statistics."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from torch import nn
 
 from dfq.evaluation import batch_norm_match
 from dfq.generators._filters import low_pass
-from dfq.generators._statistics import batch_norm_distances, cosine, finish, input_statistics, match_statistics
+from dfq.generators._optimization import cosine, finish, optimize
+from dfq.generators._statistics import batch_norm_distances, input_statistics
 from dfq.teacher import InputSpec, Teacher
 
 
@@ -69,8 +70,9 @@ def test_steps_are_taken_by_every_optimizer_along_its_schedule(make_teacher):
         ]
         wanted_losses.append(float(loss.detach()))
     losses, done, steps = [], [], []
-    match_statistics(
+    optimize(
         teacher,
+        batch_norm_distances(teacher),
         lambda: parts[0] + parts[1],
         [cosine(optimizer, 3) for optimizer in optimizers],
         3,
@@ -114,5 +116,6 @@ def test_one_forward_a_step_in_evaluation_mode():
     net.train()
     net.seen.clear()
     pixels = noise(2, 3, 4, 4).requires_grad_()
-    match_statistics(teacher, lambda: pixels, [cosine(torch.optim.SGD([pixels], lr=0.1), 4)], 4, lambda amount: None)
+    schedule = cosine(torch.optim.SGD([pixels], lr=0.1), 4)
+    optimize(teacher, batch_norm_distances(teacher), lambda: pixels, [schedule], 4, lambda amount: None)
     assert net.seen == [False] * 4 and net.training and int(net.norm.num_batches_tracked) == 0

@@ -13,6 +13,7 @@ from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
 from dfq.generators._filters import low_pass, pink_noise
+from dfq.generators._optimization import class_penalty
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.zeroq import ZeroQ, _Best
 from dfq.settings import resolve
@@ -174,8 +175,7 @@ def test_class_targets_pull_the_teachers_answers_to_them(make_teacher):
 def test_images_that_are_certain_enough_are_pulled_no_further(make_teacher):
     """The gradient is that of the smoothed cross-entropy, and none where the class has its confidence already."""
     teacher = make_teacher("plain")
-    generator = ZeroQ(class_weight=0.7, label_smoothing=0.2, min_confidence=0.4)
-    penalty = generator._class_penalty(teacher, 200, batch_rng(0, 0))
+    penalty = class_penalty(teacher, 200, batch_rng(0, 0), weight=0.7, label_smoothing=0.2, min_confidence=0.4)
     rng = batch_rng(0, 0)  # the same numbers again
     targets = resolve("task", "classification").synthesis_targets(200, 10, rng, 0.2)
     enough = 0.4 + 0.6 * torch.rand(200, generator=rng)

@@ -1,0 +1,143 @@
+"""The loop of all generators that move images by gradient descent, and what they add to the loss.
+
+Whatever makes the images (pixels themselves, a network with its latents) is moved so that what is measured in the
+teacher's forward falls. Nothing in the loop waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from dfq.generators._filters import low_pass
+from dfq.hooks import evaluation_mode
+from dfq.losses.batch_norm_statistics import batch_norm_distance
+from dfq.progress import Advance
+from dfq.settings import resolve
+from dfq.teacher import InputSpec, Teacher
+
+Penalty = Callable[[Tensor, Any], Tensor]  # (images, the teacher's outputs) → what is added to the loss
+PICTURES = (0.45, 0.25)  # mean and deviation of photographs, in units of white
+
+
+def optimize(
+    teacher: Teacher,
+    measured: AbstractContextManager[list[Tensor]] | None,
+    make: Callable[[], Tensor],
+    schedules: Sequence[LRScheduler],
+    iterations: int,
+    advance: Advance,
+    penalty: Penalty | None = None,
+    observe: Callable[[Tensor], object] = lambda loss: None,
+    after_step: Callable[[], object] = lambda: None,
+) -> None:
+    """Take ``iterations`` steps.
+
+    Args:
+        measured: a list to which every forward in the context adds scalars, whose mean is the loss; None: the penalty
+            is.
+        make: the images [N, C, H, W] to show to the teacher, with the gradient of what makes them.
+        schedules: of the optimizers that hold what makes the images.
+        penalty: added to the loss.
+        observe: called with the loss, a scalar on the device, before each step; without gradient.
+        after_step: called after each step, without gradient.
+    """
+    nothing: list[Tensor] = []
+    with evaluation_mode(teacher.module), measured or nullcontext(nothing) as scalars:
+        for _ in range(iterations):
+            scalars.clear()
+            images = make()
+            outputs = teacher.module(images.clone())  # some networks write into their input
+            terms = [torch.stack(scalars).mean()] if scalars else []
+            if penalty is not None:
+                terms.append(penalty(images, outputs))
+            loss = sum(terms[1:], start=terms[0])
+            with torch.no_grad():
+                observe(loss)
+            for schedule in schedules:
+                schedule.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for schedule in schedules:
+                schedule.optimizer.step()
+                schedule.step()
+            with torch.no_grad():
+                after_step()
+            advance(len(images) / iterations)
+
+
+def cosine(optimizer: torch.optim.Optimizer, iterations: int, warmup: int = 0) -> LRScheduler:
+    """The optimizer's learning rate, reached in ``warmup`` equal steps; then to zero along half a cosine."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, iterations - warmup)))
+
+    return LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def finish(images: Tensor, spec: InputSpec, cutoff: float, clip: bool) -> Tensor:
+    """What is stored of the optimized images: filtered (``cutoff`` 0: not), then between black and white (if asked)."""
+    if cutoff > 0:
+        images = low_pass(images, cutoff)
+    return images.clamp(*spec.limits(images.device)) if clip else images
+
+
+def class_penalty(
+    teacher: Teacher,
+    num_samples: int,
+    rng: torch.Generator,
+    weight: float,
+    label_smoothing: float,
+    min_confidence: float = 1.0,
+) -> Penalty | None:
+    """The pull of each image to a class of its own; None for a weight of 0.
+
+    Args:
+        label_smoothing: share of a target spread over all classes.
+        min_confidence: an image is pulled up to a confidence drawn from [min_confidence, 1].
+    """
+    if weight == 0:
+        return None
+    task = resolve("task", teacher.task)
+    with torch.no_grad():
+        num_classes = task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
+    targets = task.synthesis_targets(num_samples, num_classes, rng, label_smoothing).to(teacher.device)
+    labels, far_enough = targets.argmax(1, keepdim=True), None
+    if min_confidence < 1:
+        drawn = torch.rand(num_samples, 1, generator=rng)
+        far_enough = (min_confidence + (1 - min_confidence) * drawn).to(teacher.device)
+
+    def penalty(images: Tensor, outputs: Any) -> Tensor:
+        logits = task.raw_outputs(lambda _: outputs, images)
+        if far_enough is not None:  # what is certain enough counts without pulling
+            reached = logits.detach().softmax(1).gather(1, labels) >= far_enough
+            logits = torch.where(reached, logits.detach(), logits)
+        return weight * task.synthesis_loss(logits, targets)
+
+    return penalty
+
+
+def picture_statistics(spec: InputSpec) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [C] that pictures have as the network takes them.
+
+    0 and 1 where the normalization is by the deviation of pictures; where it only sets the range of numbers ([0, 1],
+    [-1, 1], bytes), those of photographs, carried through it.
+    """
+    if all(0.05 < std < 0.45 for std in spec.std):
+        return torch.zeros(spec.size[0]), torch.ones(spec.size[0])
+    offset, unit = torch.tensor(spec.mean), torch.tensor(spec.std)
+    return (PICTURES[0] - offset) / unit, PICTURES[1] / unit
+
+
+def picture_distance(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """How far each image's own mean and deviation a channel are from those of pictures, mean over both; scalar."""
+    variance, means = torch.var_mean(images, dim=(2, 3), correction=0)
+    return batch_norm_distance(means, variance, mean, std.square()).mean()
