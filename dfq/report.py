@@ -23,7 +23,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 import torch
@@ -417,7 +417,7 @@ def _smaller(report: Mapping[str, Any], part: Mapping[str, Any] | None) -> str:
     return ratio_text(report["teacher"]["size_bytes"], part["size_bytes"], "smaller", "larger") if part else ""
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -534,11 +534,10 @@ def estimated_loss(details: Mapping[str, Any]) -> str:
 def true_loss(report: Mapping[str, Any]) -> float | None:
     """The same, measured on labelled data; None where there is none or it says nothing."""
     metric = _main_metric(report)
-    values = [part["metrics"].get(metric) if part else None for part in (report["teacher"], report["student"])]
-    if metric in LOWER_IS_BETTER or not all(_is_number(value) for value in values):
+    before, after = (part["metrics"].get(metric) if part else None for part in (report["teacher"], report["student"]))
+    if metric in LOWER_IS_BETTER or not (_is_number(before) and _is_number(after)) or before <= 0:
         return None
-    before, after = map(float, values)
-    return 1 - after / before if before > 0 else None
+    return 1 - after / before
 
 
 def _origin(dataset: Mapping[str, Any] | None) -> str:
