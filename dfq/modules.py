@@ -82,8 +82,8 @@ class Quantizer(nn.Module):
         return x.movedim(self.axis, 0).flatten(1)
 
     def steps_of(self, x: Tensor) -> Tensor:
-        """The step that each value of a weight is rounded with, to broadcast against ``x``; detached."""
-        scale = self.scale.detach()
+        """The step that each value of a weight is rounded with, to broadcast against ``x``; a copy."""
+        scale = self.scale.detach().clone()
         if self.scheme.group_size is None:
             return broadcast(scale, x, self.axis)
         groups = to_groups(x, self.axis or 0, self.scheme.group_size)
