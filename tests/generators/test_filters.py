@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfq.generators._filters import blur_matrix, gaussian_blur, low_pass, pink_noise, shift_reflecting
+from dfq.generators._filters import blur_matrix, diverse_noise, gaussian_blur, low_pass, pink_noise, shift_reflecting
 
 CPU = torch.device("cpu")
 SIZES = [(8, 8), (7, 10), (1, 5), (6, 1), (33, 32)]
@@ -104,3 +104,13 @@ def test_pink_noise_falls_as_one_over_frequency():
 def test_pink_noise_comes_from_the_given_numbers():
     made = [pink_noise((2, 1, 6, 6), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_diverse_noise_varies_between_images_as_photographs_do():
+    noise = diverse_noise((2000, 3, 16, 16), torch.Generator().manual_seed(0))
+    means = noise.mean((2, 3))
+    between, within = float(means.var(0).mean()), float(noise.var((2, 3)).mean())
+    assert 0.2 < between / (between + within) < 0.45 and 0.8 < between + within < 1.2
+    gray = means.mean(1)  # images differ in brightness more than in tint
+    assert float(gray.var()) > 2 * float((means - gray[:, None]).var())
+    assert float(noise.std((1, 2, 3)).std()) > 0.15  # and in contrast

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
-from dfq.generators._filters import low_pass, pink_noise
+from dfq.generators._filters import diverse_noise, low_pass, pink_noise
 from dfq.generators._optimization import class_penalty
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.zeroq import ZeroQ, _Best
@@ -81,7 +81,10 @@ def test_pixels_stay_between_black_and_white(make_teacher, blur):
 
 def test_start(make_teacher):
     teacher, rng = make_teacher("plain"), batch_rng(0, 0)
-    torch.testing.assert_close(sample(STILL, teacher), torch.randn(32, 3, 8, 8, generator=rng))
+    white = torch.randn(32, 3, 8, 8, generator=rng)
+    torch.testing.assert_close(sample(replace(STILL, start="white"), teacher), white)
+    diverse = diverse_noise((32, 3, 8, 8), batch_rng(0, 0))
+    torch.testing.assert_close(sample(STILL, teacher), diverse)
     pink = pink_noise((32, 3, 8, 8), batch_rng(0, 0))
     torch.testing.assert_close(sample(replace(STILL, start="pink"), teacher), pink)
 
@@ -150,7 +153,7 @@ def test_best_is_the_iterate_with_the_lowest_loss():
 
 def test_keep_best(make_teacher):
     """A step that is far too long: the start is better than all that follows."""
-    teacher, wild = make_teacher("plain"), ZeroQ(iterations=4, learning_rate=50.0, clip=False)
+    teacher, wild = make_teacher("plain"), ZeroQ(iterations=4, learning_rate=50.0, clip=False, start="white")
     best, last = sample(replace(wild, keep_best=True), teacher), sample(wild, teacher)
     assert torch.equal(best, torch.randn(32, 3, 8, 8, generator=batch_rng(0, 0)))
     assert mean_distance(teacher, best) < mean_distance(teacher, last)
@@ -199,7 +202,7 @@ def test_min_confidence_leaves_answers_less_certain():
         images = sample(ZeroQ(class_weight=1.0, label_smoothing=0.0, min_confidence=least), teacher, num_samples=50)
         with torch.no_grad():
             certainty.append(float(teacher(images).softmax(1).amax(1).mean()))
-    assert certainty[0] > 0.97 and certainty[1] < certainty[0] - 0.02
+    assert certainty[0] > 0.94 and certainty[1] < certainty[0] - 0.02
 
 
 def test_outputs_that_are_no_plain_tensor():
