@@ -7,8 +7,8 @@
 For every student: the estimate by the constants in dfq/drop.py, the estimate with A and B fitted to the other networks
 alone (what a new network would see), and the true drop on labelled pictures, which nothing but this comparison reads.
 Then rank correlation, how often the truth lies inside the interval, both ways, and the constants: A and B fitted to
-all, S the smallest with which nine in ten intervals hold for networks that A and B were not fitted to. Logits are kept in
-WORK, so that a second call takes seconds.
+all, S the smallest with which nine in ten intervals hold for networks that A and B were not fitted to. Logits are kept
+in WORK, so that a second call takes seconds.
 """
 
 from __future__ import annotations
