@@ -5,6 +5,7 @@
     DIR/manifest.json              what made it: teacher hash, generator and settings, seed, versions, provenance
     DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs)
     DIR/shards/000003.json         num_samples, sha256 and seconds of that shard
+    DIR/quality.json               once it is whole: figures and a verdict, see dfq/quality.py; may be missing
 
 A shard is written to a temporary name and renamed, and counts only once its json is there: a killed run loses at most
 the batch in flight. Batch i depends on (seed, i) alone, so whoever continues makes the same bits. Reading is
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ import dfq
 from dfq.errors import UserError
 
 SCHEMA_VERSION = 1
+QUALITY = "quality.json"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -182,7 +184,8 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def discard_if_empty(self) -> None:
         """Remove the folder again if no sample ever got into it."""
         if not self.shards:
-            (self.path / "manifest.json").unlink(missing_ok=True)
+            for name in ("manifest.json", QUALITY):
+                (self.path / name).unlink(missing_ok=True)
             remove_if_empty(self.path)
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -236,15 +239,16 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
 
-    def tensors(self, num_samples: int | None = None) -> dict[str, Tensor]:
-        """All samples (or the first ``num_samples``) as one dict of stacked tensors."""
+    def tensors(self, num_samples: int | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """All samples (or the first ``num_samples``) as one dict of stacked tensors (or of those with ``names``)."""
         if not self.shards:
             raise UserError(f"got {self.path}, a dataset without samples", do="generate into it first")
         parts: dict[str, list[Tensor]] = {}
         for position in range(len(self.shards)):
             file = self._file(position)
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                parts.setdefault(name, []).append(file.get_tensor(name))
+                if names is None or name in names:
+                    parts.setdefault(name, []).append(file.get_tensor(name))
             if num_samples is not None and self._starts[position + 1] >= num_samples:
                 break
         return {name: torch.cat(rows)[:num_samples] for name, rows in parts.items()}

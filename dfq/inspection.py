@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
+from dfq import quality
 from dfq.dataset import SyntheticDataset, file_sha256, read_json
 from dfq.errors import UserError
-from dfq.report import flat
+from dfq.report import flat, quality_facts
 from dfq.student import read_manifest
 
 
@@ -65,13 +66,18 @@ def _dataset(dataset: SyntheticDataset) -> Table:
         "checksums": f"all {len(dataset.shards)} shards match; sha256 of the content {dataset.sha256[:12]}",
     }
     if "logits" in first and first["logits"].dim() == 1:
-        logits = dataset.tensors()["logits"]
+        logits = dataset.tensors(names=("logits",))["logits"]
         counts = logits.argmax(1).bincount(minlength=logits.shape[1]).tolist()
         most = sorted(range(len(counts)), key=lambda c: -counts[c])[:10]
         rows["teacher's answers"] = f"{sum(c > 0 for c in counts)} of {len(counts)} classes; most often " + ", ".join(
             f"{c}: {counts[c]}" for c in most if counts[c]
         )
         rows["confidence"] = f"{float(logits.softmax(1).amax(1).mean()):.3f} on average"
+    found = quality.read(dataset)
+    if found is None:
+        rows["quality"] = "not measured; the generate command that made it measures it"
+    else:
+        rows |= {"quality": found["verdict"], "because": "; ".join(found["reasons"]), **quality_facts(found)}
     return _table("Synthetic dataset", rows)
 
 

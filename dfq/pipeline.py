@@ -25,7 +25,7 @@ from torch import Tensor
 
 import dfq
 from dfq import evaluation as evaluations
-from dfq import mixed_precision
+from dfq import mixed_precision, quality
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
@@ -99,6 +99,7 @@ def generate(
     missing = [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
     if not missing:
         say(f"generate: the {num_samples} samples are there already, in {path}")
+        quality.assess(teacher, dataset)  # reads what is there; measures where a run ended just before
         return dataset
     task = resolve("task", teacher.task)
     done = num_samples - sum(sizes[index] for index in missing)
@@ -117,6 +118,7 @@ def generate(
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
         dataset.discard_if_empty()
         raise
+    quality.assess(teacher, dataset)
     return dataset
 
 
@@ -381,6 +383,7 @@ def _details(
         "kept_float": student.swap.kept_float,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "estimated_drop": fidelity.get("estimated_drop"),
+        "quality": None if dataset is None else quality.read(dataset),
         "notes": [],
     }
 

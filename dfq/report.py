@@ -139,6 +139,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
         {"drop": NUMBER, "low": NUMBER, "high": NUMBER, "disagreement": NUMBER, "doubled_disagreement": NUMBER},
         None,
     ),
+    "quality": ({str: object}, None),  # what quality.json of the dataset holds
     "student_dir": TEXT,
     "network": TEXT,  # of a student that is not made of its teacher's: what builds it
     "notes": [str],
@@ -153,6 +154,7 @@ OPTIONAL = (
     "predictions",
     "allocation",
     "estimated_drop",
+    "quality",
 )  # of DETAILS; null where missing
 
 
@@ -613,6 +615,9 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
         truth = true_loss(report)
         measured = f"; measured: {format_number(100 * truth, 1)} %" if truth is not None else ""
         lines.insert(0, ("estimate", f"{estimate} of the teacher's accuracy lost{measured}"))
+    quality = details["quality"]
+    if quality and quality["verdict"] in ("doubtful", "poor"):
+        lines.append(("data", f"{quality['verdict']}: {'; '.join(quality['reasons'])}"))
     if artifact:
         latency = artifact["latency_ms"] or {}
         if latency:
@@ -665,6 +670,29 @@ def flat(values: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def quality_facts(quality: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of a quality.json, each in a line; those that were not measured are left out."""
+    q = {key: value for key, value in quality.items() if value is not None}
+    found: dict[str, str] = {}
+    if "statistic_distance" in q:
+        noise = f", {format_percent(q['distance_to_noise'])} of Gaussian noise's" if "distance_to_noise" in q else ""
+        norms = f"on average of {len(q['statistic_distances'])} batch norms"
+        found["statistic distance"] = f"{format_number(q['statistic_distance'])} {norms}{noise}"
+    if "class_entropy" in q:
+        found["class entropy"] = f"{format_number(q['class_entropy'], 3)} of the largest possible"
+    found["duplicates"] = f"{format_percent(q['duplicates'])} of {q['num_looked_at']} samples"
+    if "deviation" in q:
+        found["deviation"] = f"{format_number(q['deviation'], 2)}, in units of that of the input's normalization"
+    if "between_images" in q:
+        found["variance"] = f"{format_percent(q['between_images'])} of it between images"
+    if "spectrum" in q:
+        found["spectrum"] = f"power falls with the frequency to the power of {format_number(q['spectrum'], 2)}"
+    if "agreement" in q:
+        share = format_percent(q["agreement"])
+        found["cheap student"] = f"says what the teacher says on {share} of held-out samples (w8a4, calibrated only)"
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ page
 
 
@@ -708,6 +736,8 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], tiles: list[str
         "median_sqnr_db": median(sqnr) if sqnr else None,
         "allocation_chart": _allocation_chart(details["allocation"] or {}),
         "match_chart": _match_chart(details["batch_norm_match"]),
+        "quality_facts": quality_facts(details["quality"]) if details["quality"] else {},
+        "class_chart": _class_chart((details["quality"] or {}).get("class_counts") or []),
         "estimated_loss": estimated_loss(details),
         "true_loss": true_loss(report),
         "series": [s for s in SERIES if any(_is_number(entry[s[0]]) for entry in details["batch_norm_match"])],
@@ -773,6 +803,18 @@ def _layer_chart(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             {"name": name, "y": y, "runs": _runs([la[key] for la in layers], step)}
             for name, key, y in (("weights", "weight_bits", 8), ("inputs", "activation_bits", 38))
         ],
+    }
+
+
+def _class_chart(counts: Sequence[int]) -> dict[str, Any] | None:
+    """Samples of each class; none for more classes than there are pixels."""
+    if not 1 < len(counts) <= WIDTH:
+        return None
+    step, labels = _columns(len(counts))
+    return {
+        "right": LEFT + step * len(counts),
+        "labels": [{**label, "text": str(int(label["text"]) - 1)} for label in labels],  # classes count from 0
+        "bars": _bars(counts, step, 24, 90, 1, 3, ""),
     }
 
 
