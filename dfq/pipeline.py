@@ -29,7 +29,7 @@ from dfq import mixed_precision, quality
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
-from dfq.generators._base import Generator, batch_rng
+from dfq.generators._base import Generator, batch_rng, dataset_rng
 from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
@@ -104,17 +104,19 @@ def generate(
     task = resolve("task", teacher.task)
     done = num_samples - sum(sizes[index] for index in missing)
     try:
+        start = time.perf_counter()  # the first batch pays for what all share
+        sampler = generator.prepare(teacher, dataset_rng(seed))
         with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
             for index in missing:
-                start = time.perf_counter()
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
-                images = generator.sample(teacher, batch_size, batch_rng(seed, index), told)
+                images = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
                 told(batch_size - told.amount)  # a generator need not tell how far it is
                 images = images.detach().float().contiguous()
                 with torch.no_grad():
                     logits = task.raw_outputs(teacher, images)
                 tensors = {"images": images[: sizes[index]], "logits": logits[: sizes[index]]}
                 dataset.write_shard(index, tensors, time.perf_counter() - start)
+                start = time.perf_counter()
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
         dataset.discard_if_empty()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from torch import Tensor
 from dfq.progress import Advance
 from dfq.settings import PositiveInt
 from dfq.teacher import Teacher
+
+
+class Sampler(Protocol):
+    """What batches are asked of."""
+
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
+        """See :meth:`Generator.sample`."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,30 @@ class Generator:
         """
         raise NotImplementedError
 
+    def prepare(self, teacher: Teacher, rng: torch.Generator) -> Sampler:
+        """What all batches of a dataset share, made once before the first of them that is missing.
+
+        Called again where a dataset is resumed or grown, so what it gives depends on its arguments only.
+
+        Args:
+            rng: random numbers on the CPU, seeded with the seed alone.
+
+        Returns:
+            what batches are then asked of.
+        """
+        return self
+
 
 def batch_rng(seed: int, index: int) -> torch.Generator:
     """The random numbers of batch ``index``; hashed, so that no (seed, index) shares a stream with another."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return _hashed(f"{seed}:{index}")
+
+
+def dataset_rng(seed: int) -> torch.Generator:
+    """The random numbers of what all batches share; no batch has them."""
+    return _hashed(f"{seed}:all")
+
+
+def _hashed(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

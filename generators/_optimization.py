@@ -106,9 +106,7 @@ def class_penalty(
     """
     if weight == 0:
         return None
-    task = resolve("task", teacher.task)
-    with torch.no_grad():
-        num_classes = task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
+    task, num_classes = task_and_classes(teacher)
     targets = task.synthesis_targets(num_samples, num_classes, rng, label_smoothing).to(teacher.device)
     labels, far_enough = targets.argmax(1, keepdim=True), None
     if min_confidence < 1:
@@ -123,6 +121,13 @@ def class_penalty(
         return weight * task.synthesis_loss(logits, targets)
 
     return penalty
+
+
+def task_and_classes(teacher: Teacher) -> tuple[Any, int]:
+    """What the network's outputs mean, and how many classes they tell apart."""
+    task = resolve("task", teacher.task)
+    with torch.no_grad():
+        return task, task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
 
 
 def picture_statistics(spec: InputSpec) -> tuple[Tensor, Tensor]:

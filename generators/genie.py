@@ -34,15 +34,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from dfq.generators._base import Generator
 from dfq.generators._filters import shift_reflecting
 from dfq.generators._needs import check_needs
+from dfq.generators._network import GeneratorNetwork
 from dfq.generators._optimization import cosine, finish, optimize, picture_distance, picture_statistics
 from dfq.generators._statistics import batch_norm_distances
 from dfq.hooks import forward_hooks
 from dfq.progress import Advance
 from dfq.settings import Bound, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from dfq.teacher import InputSpec, Teacher
-
-LARGEST_LINEAR = 64  # pixels; larger images come from a map of latents
-PATCH = 16  # pixels of an image's side for one place of that map
 
 
 @dataclass(frozen=True)
@@ -90,57 +88,6 @@ class Genie(Generator):
             optimize(teacher, distances, make, schedules, self.iterations, advance, penalty=picture_loss)
         with torch.no_grad():
             return finish(make(), spec, self.low_pass, self.clip)
-
-
-class GeneratorNetwork(nn.Module):
-    """Latents to images [N, C, H, W] whose channels have mean 0 and variance 1 over the batch.
-
-    Up to 64 pixels, after the paper: a linear layer to a map of a quarter of the size, then twice (upsampling,
-    convolution). Larger: a map of latents of a 16th of the size, and four times. Each upsampling doubles the nearest
-    pixels; what exceeds the size is cut off.
-
-    Args:
-        size: C, H, W.
-        num_latents, num_channels: see :class:`Genie`.
-        rng: for the weights; drawn as PyTorch draws its own layers', from U(-1, 1) / sqrt(fan in).
-    """
-
-    def __init__(self, size: tuple[int, ...], num_latents: int, num_channels: int, rng: torch.Generator):
-        super().__init__()
-        colors, *self.size = size
-        widths = [num_channels, num_channels // 2]
-        with torch.device("meta"):  # the layers' own start would draw from the global random numbers
-            if max(self.size) <= LARGEST_LINEAR:
-                coarse = [max(2, -(-length // 4)) for length in self.size]  # one place could not be normalized alone
-                self.latent_shape: tuple[int, ...] = (num_latents,)
-                linear = nn.Linear(num_latents, num_channels * coarse[0] * coarse[1])
-                self.first: nn.Module = nn.Sequential(linear, nn.Unflatten(1, (num_channels, *coarse)))
-            else:
-                in_latents = -(-num_latents * PATCH**2 // 32**2)
-                self.latent_shape = (in_latents, *(-(-length // PATCH) for length in self.size))
-                self.first = nn.Conv2d(in_latents, num_channels, 3, padding=1)
-                widths = [num_channels, *widths, num_channels // 4]
-            layers: list[nn.Module] = [nn.BatchNorm2d(num_channels, track_running_stats=False)]
-            for narrow, wide in zip(widths[1:], widths, strict=False):
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, padding=1)]
-                layers += [nn.BatchNorm2d(narrow, track_running_stats=False), nn.LeakyReLU(0.2)]
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(widths[-1], colors, 3, padding=1), nn.Tanh()]
-            self.layers = nn.Sequential(*layers)
-            self.norm = nn.BatchNorm2d(colors, affine=False, track_running_stats=False)
-        self.to_empty(device="cpu").to(memory_format=torch.channels_last)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                bound = layer.weight[0].numel() ** -0.5
-                for parameter in layer.parameters():
-                    nn.init.uniform_(parameter, -bound, bound, generator=rng)
-            elif isinstance(layer, nn.BatchNorm2d):
-                layer.reset_parameters()  # ones and zeros
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """[N, *latent_shape] to images [N, C, H, W]."""
-        height, width = self.size
-        maps = self.first(latents).contiguous(memory_format=torch.channels_last)
-        return self.norm(self.layers(maps)[..., :height, :width])
 
 
 @contextmanager

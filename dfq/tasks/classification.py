@@ -33,8 +33,9 @@ class Classification:
         return F.cross_entropy(logits, targets)
 
     def synthesis_targets(self, num_samples: int, num_classes: int, rng: torch.Generator, smoothing: float) -> Tensor:
-        """Class-balanced, smoothed targets [N, num_classes] in random order."""
-        labels = torch.randperm(num_samples, generator=rng) % num_classes
+        """Smoothed targets [N, num_classes] in random order; classes come equally often, but for one sample."""
+        rounds = -(-num_samples // num_classes)  # fewer samples than classes: which ones there are is drawn
+        labels = torch.cat([torch.randperm(num_classes, generator=rng) for _ in range(rounds)])[:num_samples]
         return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
     def distillation_loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

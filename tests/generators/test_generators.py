@@ -10,6 +10,7 @@ from torch import nn
 from dfq.dataset import SyntheticDataset
 from dfq.generators._base import batch_rng
 from dfq.generators.gaussian import Gaussian
+from dfq.generators.gdfq import GDFQ
 from dfq.generators.genie import Genie
 from dfq.generators.zeroq import ZeroQ
 from dfq.pipeline import generate
@@ -17,6 +18,9 @@ from dfq.teacher import Teacher
 
 ZEROQ = ZeroQ(batch_size=8, iterations=2)
 GENIE = Genie(batch_size=8, iterations=2, num_channels=8)
+QIMERA = GDFQ(
+    batch_size=8, iterations=2, train_batch_size=8, num_channels=8, superposed=0.5, embedding="classifier", low_pass=0.3
+)
 AUGMENTED = replace(ZEROQ, start="pink", blur=0.6, flip=True, shift=2, low_pass=0.3, keep_best=True)
 AUGMENTED = replace(AUGMENTED, class_weight=1.0, min_confidence=0.3)
 
@@ -45,7 +49,7 @@ def test_gaussian_is_standard_normal(make_teacher):
     assert float(images.abs().max()) > 3.5
 
 
-@every(AUGMENTED, replace(GENIE, swing="shared", low_pass=0.3))
+@every(AUGMENTED, replace(GENIE, swing="shared", low_pass=0.3), QIMERA)
 def test_same_bits_whatever_was_drawn_before(generator, make_teacher):
     teacher = make_teacher("plain")
     torch.manual_seed(0)
@@ -93,7 +97,7 @@ class InPlace(nn.Module):
         return self.net(x)
 
 
-@every(Gaussian(batch_size=8), ZEROQ, AUGMENTED, GENIE)
+@every(Gaussian(batch_size=8), ZEROQ, AUGMENTED, GENIE, QIMERA)
 def test_a_network_that_writes_into_its_input(generator, tmp_path):
     """What is stored is what the generator made: the teacher says the same of it again."""
     net = InPlace()
@@ -111,7 +115,7 @@ class Fails(nn.Module):
         return x
 
 
-@every(ZEROQ, GENIE)
+@every(ZEROQ, GENIE, QIMERA)
 def test_no_hook_stays_behind_when_the_network_fails(generator):
     net = NETS["plain"]()
     net.append(Fails())
@@ -121,7 +125,7 @@ def test_no_hook_stays_behind_when_the_network_fails(generator):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
 
-@every(ZEROQ, GENIE)
+@every(ZEROQ, GENIE, QIMERA)
 def test_a_teacher_in_training_mode_stays_as_it_was(generator, make_teacher):
     teacher = make_teacher("plain")
     before = {k: v.clone() for k, v in teacher.module.state_dict().items()}

@@ -11,9 +11,10 @@ from torch import nn
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
+from dfq.generators._network import GeneratorNetwork
 from dfq.generators._optimization import picture_statistics
 from dfq.generators.gaussian import Gaussian
-from dfq.generators.genie import GeneratorNetwork, Genie, swing_convolutions
+from dfq.generators.genie import Genie, swing_convolutions
 from dfq.settings import resolve
 from dfq.teacher import InputSpec
 from dfq.teachers.digits import load
