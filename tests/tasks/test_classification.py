@@ -1,3 +1,9 @@
+"""Classification: the targets that generators pull images toward."""
+
+import pytest
+import torch
+
+from dfq.settings import resolve
 
 
 @pytest.mark.parametrize("num_samples, num_classes", [(20, 3), (7, 7), (5, 40)])
