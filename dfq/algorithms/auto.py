@@ -2,7 +2,8 @@
 
 Each rung is judged by KL(teacher || student) on held-out synthetic samples, which no rung is trained on. The ladder
 ends where the budget ends, or where what is left to gain is not worth the time: a rung that takes m minutes can raise
-the agreement with the teacher by (1 - agreement) / m a minute at most.
+the agreement with the teacher by (1 - agreement) / m a minute at most, and behind one that went on from the best
+student and gained too little another will not do better. One that began anew and failed says nothing about the next.
 
 The time counts from the start of quantization (the dataset is there already). Rungs that stop by the clock do not give
 the same bits twice; a run with a budget is repeatable as far as a clock is.
@@ -67,7 +68,8 @@ class Auto(Algorithm):
                 if _is_timed(rung):
                     rung = replace(rung, time_limit_s=limit)
             before = time.perf_counter()
-            candidate = copy.deepcopy(best if getattr(rung, "goes_on", False) else base)
+            goes_on = getattr(rung, "goes_on", False)
+            candidate = copy.deepcopy(best if goes_on else base)
             work.hand_to(rung, candidate, f"{position}_{name}")
             found = judge(candidate)
             took = time.perf_counter() - before
@@ -84,7 +86,7 @@ class Auto(Algorithm):
             if is_better:
                 best, figures = candidate, found
                 base = candidate if getattr(rung, "weights_stay_float", False) else base
-            if _is_timed(rung) and gain < self.min_gain:
+            if _is_timed(rung) and goes_on and gain < self.min_gain:
                 say(f"auto: ends, {name} raised the agreement by {max(gain, 0):.5f} a minute")
                 break
         work.student.become(best)

@@ -119,6 +119,17 @@ def test_the_first_rung_always_runs_and_the_ladder_ends_where_nothing_is_gained(
     assert "auto: ends, Timed raised the agreement by 0.00000 a minute" in capsys.readouterr().err
 
 
+@dataclass(frozen=True)
+class Anew(Timed):
+    goes_on: ClassVar[bool] = False
+
+
+def test_a_rung_that_began_anew_and_failed_does_not_end_the_ladder(parts, capsys):
+    run(Auto(rungs=(Rung(), Anew(shift=1.0), Timed(shift=1.0), Timed())), parts)
+    assert [entry[0] for entry in Rung.log if entry[0] != "limit"] == ["Rung", "Anew", "Timed"]
+    assert "auto: ends, Timed raised" in capsys.readouterr().err
+
+
 def test_the_time_limit_is_no_longer_than_what_could_be_gained_is_worth(parts):
     run(Auto(budget="10h", rungs=(Rung(), Timed()), min_gain=0.5), parts)
     limits = [entry[1] for entry in Rung.log if entry[0] == "limit"]
