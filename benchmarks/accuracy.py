@@ -114,7 +114,7 @@ def measure(
                 "scheme": scheme,
                 "policy": options.policy,
                 "data": label,
-                "samples": str(seeds[0]["num_samples"] or ""),
+                "samples": str(seeds[0].get("num_samples") or ""),
                 "seeds": str(len(seeds)),
                 "top-1": f"{statistics.mean(top1):.4f}",
                 "spread": f"{max(top1) - min(top1):.4f}",
