@@ -146,7 +146,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
                     "choose another dataset_dir",
                 )
         else:
-            if path.exists() and (not path.is_dir() or any(not _is_temporary(file) for file in path.iterdir())):
+            if path.exists() and (not path.is_dir() or any(map(_is_foreign, path.iterdir()))):
                 raise UserError(
                     f"got dataset_dir={path}, which is {'not empty' if path.is_dir() else 'a file'} and no dataset",
                     "an empty or new folder",
@@ -318,6 +318,11 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
         return {**self.__dict__, "_open": {}}
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether somebody else has put ``file`` into a folder that has no manifest yet."""
+    return not _is_temporary(file) and file.name != QUALITY
 
 
 def _is_temporary(file: Path) -> bool:

