@@ -8,9 +8,10 @@ smoothed as (n d + 1/2) / (n + 1)::
 
     logit(drop) = A + B (logit d_1 + logit d_2) / 2        drop = 1 - accuracy of the student / accuracy of the teacher
 
-A and B were fitted once by ``benchmarks/drop.py`` to students of three public networks (see :data:`FITTED_ON`). S, the
-deviation of what is left on that scale, is such that the interval holds nine in ten students of a network that A and B
-were not fitted to: 1.645 S to both sides, and FLOOR more, because a handful of test images is won or lost by chance.
+A and B were fitted once by ``benchmarks/drop.py`` to 38 students of three public networks (8x8 digits, CIFAR-10
+ResNet-20, ImageNet FD-MobileNet 0.25; docs/drop.md). S, the deviation of what is left on that scale, is such that the
+interval holds nine in ten students of a network that A and B were not fitted to: 1.645 S to both sides, and FLOOR more,
+because a handful of test images is won or lost by chance.
 
 It is a rule of thumb from three networks, and says so by the width of its interval. Where the generator fails (a
 student from Gaussian noise) the samples say little about real images, and so does the estimate.
@@ -25,7 +26,6 @@ from torch import Tensor
 
 A, B, S = -0.82, 1.64, 1.2
 FLOOR = 0.01
-FITTED_ON = "38 students of an 8x8 digits network, CIFAR-10 ResNet-20 and ImageNet FD-MobileNet 0.25"
 Z = 1.645  # of a normal distribution: 90 % lie within
 
 

@@ -12,6 +12,7 @@ from dfq.drop import estimate_drop
 from dfq.evaluation import fidelity
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
+from dfq.student import Student
 from tests.test_report import make_details, make_report
 
 
@@ -54,8 +55,6 @@ def test_fidelity_has_it_for_classifiers(make_teacher, make_dataset):
     images = dataset.tensors()["images"][:20]
     drops = []
     for bits in (8, 2):
-        from dfq.student import Student
-
         student = Student.from_teacher(teacher, Scheme(TensorScheme(bits, True, "per_channel"), TensorScheme(bits)))
         quantizer = resolve("quantizer", "min_max")
         resolve("algorithm", "round_to_nearest").quantize(student, teacher, dataset, quantizer, quantizer, 0, None)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dfq.algorithms import _reconstruction
-from dfq.algorithms._reconstruction import SoftQuantizer, float_copy
+from dfq.algorithms._reconstruction import SoftQuantizer, _Fit, float_copy
 from dfq.algorithms.reconstruction import Reconstruction
 from dfq.modules import Quantizer
 from dfq.pipeline import quantize
@@ -251,3 +251,14 @@ def test_the_finish_moves_steps_and_biases_toward_the_teachers_outputs_and_no_co
         assert torch.equal(found[0].integer_weight(name), found[1].integer_weight(name))
         assert not torch.equal(layer.weight_quantizer.scale, other.weight_quantizer.scale)
         assert not torch.equal(layer.input_quantizer.scale, other.input_quantizer.scale)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.001, 0.25, 0.5, 0.75, 0.999, 1.0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_chance_is_what_was_asked_for_up_to_always(p, layout):
+    fit = _Fit.__new__(_Fit)
+    fit.rng = torch.Generator().manual_seed(0)
+    chosen = fit._chance(torch.zeros(16, 5, 31, 33).contiguous(memory_format=layout), p)
+    assert set(chosen.unique().tolist()) <= {0.0, 1.0} and chosen.is_contiguous(memory_format=layout)
+    assert float(chosen.mean()) == pytest.approx(round(256 * p) / 256, abs=0.01)
+    assert p < 0.998 or float(chosen.min()) == 1.0

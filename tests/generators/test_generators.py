@@ -8,12 +8,14 @@ from conftest import NETS, SPEC, as_teacher
 from torch import nn
 
 from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
 from dfq.generators._base import batch_rng
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.gdfq import GDFQ
 from dfq.generators.genie import Genie
 from dfq.generators.zeroq import ZeroQ
 from dfq.pipeline import generate
+from dfq.settings import resolve
 from dfq.teacher import Teacher
 
 ZEROQ = ZeroQ(batch_size=8, iterations=2)
@@ -136,3 +138,58 @@ def test_a_teacher_in_training_mode_stays_as_it_was(generator, make_teacher):
     assert [m.training for m in teacher.module.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in teacher.module.state_dict().items())
     assert not any(m._forward_pre_hooks for m in teacher.module.modules())
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+NEEDS = {
+    "zeroq": "without batch norm (bare), and zeroq matches batch-norm statistics",
+    "genie": "without batch norm (bare), and genie matches batch-norm statistics",
+    "gdfq": "without batch norm (bare), and gdfq matches batch-norm statistics",
+    "deep_inversion": "without normalization that has statistics or a weight (bare), and deep_inversion matches the "
+    "features behind it",
+    "psaq": "without attention between patches (bare), and psaq maximizes the entropy of its patches' similarities",
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_network_that_lacks_what_is_needed_is_told_which_generators_would_do(name, make_teacher):
+    with pytest.raises(UserError) as error:
+        sample(resolve("generator", name), make_teacher("bare"))
+    got, _, allowed = str(error.value).partition("; allowed: ")
+    assert got == f"got a network {NEEDS[name]}"
+    names = {f"generator={other}" for other in NEEDS}
+    assert {"generator=gaussian", "generator=spectrum"} <= set(allowed.split(" | ")) and not names & set(
+        allowed.split(" | ")
+    )
+
+
+WRONG = [
+    ("deep_inversion", {"affine_weight": -1}, "got generator.affine_weight=-1; allowed: a number >= 0"),
+    ("deep_inversion", {"flip": 1}, "got generator.flip=1; allowed: "),
+    ("deep_inversion", {"statistics": "batch"}, "got generator.statistics='batch'; allowed: "),
+    ("genie", {"swing": "always"}, "got generator.swing='always'; allowed: independent | shared | none"),
+    ("genie", {"num_channels": 2}, "got generator.num_channels=2; allowed: a whole number >= 4"),
+    ("genie", {"network_decay": 1.5}, "got generator.network_decay=1.5; allowed: a number from 0 to 1"),
+    ("genie", {"latent_learning_rate": 0}, "got generator.latent_learning_rate=0; allowed: a number > 0"),
+    ("genie", {"iterations": 0}, "got generator.iterations=0; allowed: a whole number >= 1"),
+    ("psaq", {"entropy": "renyi"}, "got generator.entropy='renyi'; allowed: gaussian | kernel"),
+    ("psaq", {"prior": "task"}, "got generator.prior='task'; allowed: class | task_independent"),
+    ("psaq", {"bandwidth": 0}, "got generator.bandwidth=0; allowed: a number from 0.005 to 0.5"),
+    ("psaq", {"warmup": 2}, "got generator.warmup=2; allowed: a number from 0 to 1"),
+    ("psaq", {"iterations": 0}, "got generator.iterations=0; allowed: a whole number >= 1"),
+    ("zeroq", {"start": "brown"}, "got generator.start='brown'; allowed: white | pink | diverse"),
+    ("zeroq", {"statistics": "all"}, "got generator.statistics='all'; allowed: batch | image"),
+    ("zeroq", {"blur": -1}, "got generator.blur=-1; allowed: a number >= 0"),
+    ("zeroq", {"shift": 0.5}, "got generator.shift=0.5; allowed: a whole number >= 0"),
+    ("zeroq", {"low_pass": True}, "got generator.low_pass=true; allowed: a number >= 0"),
+    ("zeroq", {"min_confidence": 2}, "got generator.min_confidence=2; allowed: a number from 0 to 1"),
+    ("zeroq", {"smoothing": 0.1}, "got generator.smoothing=0.1; allowed: "),
+]
+
+
+@pytest.mark.parametrize("name, setting, message", WRONG)
+def test_wrong_settings(name, setting, message):
+    with pytest.raises(UserError) as error:
+        resolve("generator", name, **setting)
+    assert str(error.value).startswith(message)

@@ -8,14 +8,12 @@ import torch
 from conftest import NETS, SPEC, as_teacher
 from torch import nn
 
-from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
 from dfq.generators._network import GeneratorNetwork
 from dfq.generators._optimization import picture_statistics
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.genie import Genie, swing_convolutions
-from dfq.settings import resolve
 from dfq.teacher import InputSpec
 from dfq.teachers.digits import load
 
@@ -257,27 +255,3 @@ def test_swing_gives_every_pixel_a_gradient():
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
-
-
-def test_it_needs_batch_norm(make_teacher):
-    with pytest.raises(UserError) as error:
-        sample(Genie(), make_teacher("bare"))
-    assert str(error.value).startswith(
-        "got a network without batch norm (bare), and genie matches batch-norm statistics; allowed: generator="
-    )
-
-
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ({"swing": "always"}, "got generator.swing='always'; allowed: independent | shared | none"),
-        ({"num_channels": 2}, "got generator.num_channels=2; allowed: a whole number >= 4"),
-        ({"network_decay": 1.5}, "got generator.network_decay=1.5; allowed: a number from 0 to 1"),
-        ({"latent_learning_rate": 0}, "got generator.latent_learning_rate=0; allowed: a number > 0"),
-        ({"iterations": 0}, "got generator.iterations=0; allowed: a whole number >= 1"),
-    ],
-)
-def test_wrong_settings(setting, message):
-    with pytest.raises(UserError) as error:
-        resolve("generator", "genie", **setting)
-    assert str(error.value) == message

@@ -293,38 +293,10 @@ def test_variation_weight_makes_images_smooth():
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def test_it_needs_attention(make_teacher):
-    with pytest.raises(UserError) as error:
-        sample(QUICK, make_teacher("bare"))
-    got, _, allowed = str(error.value).partition("; allowed: ")
-    assert got == (
-        "got a network without attention between patches (bare), and psaq maximizes the entropy of its patches' "
-        "similarities"
-    )
-    assert {"generator=gaussian", "generator=spectrum"} <= set(allowed.split(" | "))
-    assert not {"generator=zeroq", "generator=psaq", "generator=deep_inversion"} & set(allowed.split(" | "))
-
-
 def test_a_network_that_does_not_take_its_input():
     teacher = Teacher(seeded(vit), "classification", SPEC)
     with pytest.raises(UserError, match=r"got an error from VisionTransformer on an input of \[2, 3, 8, 8\]"):
         sample(QUICK, teacher)
-
-
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ({"entropy": "renyi"}, "got generator.entropy='renyi'; allowed: gaussian | kernel"),
-        ({"prior": "task"}, "got generator.prior='task'; allowed: class | task_independent"),
-        ({"bandwidth": 0}, "got generator.bandwidth=0; allowed: a number from 0.005 to 0.5"),
-        ({"warmup": 2}, "got generator.warmup=2; allowed: a number from 0 to 1"),
-        ({"iterations": 0}, "got generator.iterations=0; allowed: a whole number >= 1"),
-    ],
-)
-def test_wrong_settings(setting, message):
-    with pytest.raises(UserError) as error:
-        resolve("generator", "psaq", **setting)
-    assert str(error.value).startswith(message)
 
 
 def test_a_shift_that_no_reflection_can_fill():

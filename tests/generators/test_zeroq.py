@@ -222,33 +222,6 @@ def test_outputs_that_are_no_plain_tensor():
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def test_it_needs_batch_norm(make_teacher):
-    with pytest.raises(UserError) as error:
-        sample(ZeroQ(), make_teacher("bare"))
-    got, _, allowed = str(error.value).partition("; allowed: ")
-    assert got == "got a network without batch norm (bare), and zeroq matches batch-norm statistics"
-    names = allowed.split(" | ")
-    assert "generator=gaussian" in names and not {"generator=zeroq", "generator=genie"} & set(names)
-
-
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ({"start": "brown"}, "got generator.start='brown'; allowed: white | pink | diverse"),
-        ({"statistics": "all"}, "got generator.statistics='all'; allowed: batch | image"),
-        ({"blur": -1}, "got generator.blur=-1; allowed: a number >= 0"),
-        ({"shift": 0.5}, "got generator.shift=0.5; allowed: a whole number >= 0"),
-        ({"low_pass": True}, "got generator.low_pass=true; allowed: a number >= 0"),
-        ({"min_confidence": 2}, "got generator.min_confidence=2; allowed: a number from 0 to 1"),
-        ({"smoothing": 0.1}, "got generator.smoothing=0.1; allowed: "),
-    ],
-)
-def test_wrong_settings(setting, message):
-    with pytest.raises(UserError) as error:
-        resolve("generator", "zeroq", **setting)
-    assert str(error.value).startswith(message)
-
-
 def test_a_shift_that_no_reflection_can_fill(make_teacher):
     with pytest.raises(UserError) as error:
         sample(ZeroQ(shift=8), make_teacher("plain"))
