@@ -176,7 +176,7 @@ def _label(choice: Choice, row: Mapping[str, float]) -> str:
 def find_units(student: Student, scheme: MixedScheme) -> list[Unit]:
     """The decisions to be made about a student of ``scheme``, in call order.
 
-    What the scheme's overrides say of bits and grids stays, and so do the 8 bits of edges.
+    What the scheme's overrides say of bits and grids stays, and so do the 8 bits of edges and ``input_bits``.
     """
     groups: dict[int, list[str]] = {}
     for name, layer in student.layers.items():
@@ -190,6 +190,8 @@ def _unit(names: list[str], student: Student, scheme: MixedScheme) -> Unit:
 
     def is_stated(name: str, part: str) -> bool:
         edge, inner = (scheme.for_layer(is_edge, name)[0] for is_edge in (True, False))
+        if part == "activation" and scheme.input_bits is not None and name in student.swap.read_input:
+            return True
         stated = [parts for pattern, parts in scheme.overrides.items() if fnmatchcase(name, pattern)]
         return layers[name][0] == edge != inner or any({"num_bits", "grid"} & set(p.get(part, ())) for p in stated)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -278,6 +278,7 @@ class Swap:
 
     layers: dict[str, tuple[TensorScheme, TensorScheme]]
     kept_float: dict[str, str]
+    read_input: frozenset[str] = field(default=frozenset(), compare=False)  # layers that multiply the network's input
 
 
 def product_of(name: str, flow: Dataflow) -> Op | None:
@@ -287,6 +288,18 @@ def product_of(name: str, flow: Dataflow) -> Op | None:
     readers = [op for op in flow.ops if op.module == name and numbers & set(op.inputs)]
     products = [op for op in readers if op.name in PRODUCTS | LOOKUPS]
     return products[0] if products and len(products) == len(readers) else None
+
+
+def input_values(flow: Dataflow) -> set[int]:
+    """Numbers of the values that are the network's input still: moved, normalized, but not multiplied by a weight."""
+    found, active = set(flow.inputs), set(flow.inputs)
+    for op in flow.ops:
+        sources = active & set(op.inputs)
+        if sources:
+            active |= set(op.outputs)
+            if sources <= found and op.name not in PRODUCTS | LOOKUPS:
+                found |= set(op.outputs)
+    return found
 
 
 def functional_uses(module: nn.Module, flow: Dataflow) -> dict[str, list[Op]]:
@@ -334,7 +347,15 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     }
     kept_float |= {name: "did not run in a forward of the network" for name in layers if name not in ran}
     kept_float |= _other_products(module, flow, {f"{name}.weight".lstrip(".") for name in layers})
-    chosen = {name: scheme.for_layer(name in (possible[0], possible[-1]), name) for name in possible}
+    images, products = input_values(flow), {name: product_of(name, flow) for name in possible}
+    read_input = frozenset(
+        name
+        for name in possible
+        for op in functional.get(name, [op for op in [products[name]] if op is not None])
+        if images & set(op.inputs)
+    )
+    edges = (possible[0], possible[-1]) if possible else ()
+    chosen = {name: scheme.for_layer(name in edges, name, name in read_input) for name in possible}
     _check_patterns(scheme, list(chosen))
     for name, (weight_scheme, _) in chosen.items():
         if isinstance(layers[name], nn.Embedding):
@@ -355,7 +376,9 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     for name, schemes in chosen.items():
         swap_layer(layers[name], *schemes)
     share_tied_grids(module)
-    return Swap({name: (layers[name].weight_quantizer.scheme, chosen[name][1]) for name in chosen}, kept_float)
+    return Swap(
+        {name: (layers[name].weight_quantizer.scheme, chosen[name][1]) for name in chosen}, kept_float, read_input
+    )
 
 
 def _other_products(module: nn.Module, flow: Dataflow, known: set[str]) -> dict[str, str]:

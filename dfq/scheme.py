@@ -8,7 +8,8 @@ Policies (the convention has to be named, or two papers cannot be compared):
 
 ``all``
     every weight layer, first and last included, at the stated bits, weights and inputs alike: the network's
-    own input is rounded too. Stricter than SynQ and GDFQ, which leave the input of the first layer float.
+    own input is rounded too. Stricter than SynQ and GDFQ, which leave the input of the first layer float; comparable to
+    them with ``input_bits=8``, the bits that an image comes with.
 ``edges_8bit``
     the first and the last weight layer at 8 bits, weights and inputs (the BRECQ, QDrop and Genie convention).
 ``hardware``
@@ -213,9 +214,13 @@ class Scheme:
     overrides: Overrides = field(default_factory=dict)  # by name of the layer: '{head.*: {weight: {num_bits: 8}}}'
     attention: TensorScheme = FLOAT  # queries, keys and values in attention's products
     softmax: TensorScheme = FLOAT  # probabilities in the second of them
+    input_bits: int | None = None  # bits of the network's own input; null: those of activations. Images come with 8
 
     def __post_init__(self):
         _choice("scheme.policy", self.policy, POLICIES)
+        bits = self.input_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16):
+            raise UserError(f"got scheme.input_bits={bits!r}", "a whole number from 2 to 16, or null")
         _check_weight(self.weight, "scheme.weight")
         for part in ("activation", *OPERANDS):
             _check_activation(getattr(self, part), f"scheme.{part}")
@@ -242,14 +247,28 @@ class Scheme:
             name += "_po2"
         return name
 
-    def for_layer(self, is_edge: bool, name: str = "") -> tuple[TensorScheme, TensorScheme]:
-        """(weight, activation) scheme of one layer; ``is_edge``: it is the first or the last weight layer."""
+    @property
+    def network_input(self) -> TensorScheme:
+        """Of what goes into the network, before policies and overrides."""
+        if self.input_bits is None or self.activation.is_float:
+            return self.activation
+        return replace(self.activation, num_bits=self.input_bits, grid="uniform", scale_format="float32")
+
+    def for_layer(self, is_edge: bool, name: str = "", reads_input: bool = False) -> tuple[TensorScheme, TensorScheme]:
+        """(weight, activation) scheme of one layer.
+
+        Args:
+            is_edge: it is the first or the last weight layer.
+            reads_input: what it multiplies is the network's input.
+        """
         weight, activation = self.weight, self.activation
         if self.policy == "edges_8bit" and is_edge:
             weight, activation = (
                 part if part.num_bits >= 8 else replace(part, num_bits=8, grid="uniform", scale_format="float32")
                 for part in (weight, activation)  # float ones have 16
             )
+        if reads_input and self.input_bits is not None:
+            activation = self.network_input
         return self._overridden(weight, activation, [p for p in self.overrides if fnmatchcase(name, p)])
 
     def _overridden(
@@ -278,6 +297,8 @@ class Scheme:
                 del values[part]
         if not self.overrides:
             del values["overrides"]
+        if self.input_bits is None:
+            del values["input_bits"]
         return values
 
     @classmethod
@@ -537,7 +558,8 @@ class MixedScheme(Scheme):
             chosen = overrides.get(pattern, {})
             parts = dict.fromkeys([*chosen, *mine])
             both[pattern] = {part: {**chosen.get(part, {}), **mine.get(part, {})} for part in parts}
-        return Scheme(self.weight, self.activation, self.policy, self.name, both, self.attention, self.softmax)
+        parts = (self.weight, self.activation, self.policy, self.name, both, self.attention, self.softmax)
+        return Scheme(*parts, self.input_bits)
 
 
 MIXED_KEYS = {entry.name for entry in fields(MixedScheme)} - {entry.name for entry in fields(Scheme)}

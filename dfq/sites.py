@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, Op, each_once, op_name, tensors_in
-from dfq.modules import LOOKUPS, PRODUCTS, BiasQuantizer, QuantizedLayer, Quantizer, Swap, product_of
+from dfq.modules import LOOKUPS, PRODUCTS, BiasQuantizer, QuantizedLayer, Quantizer, Swap, input_values, product_of
 from dfq.scheme import Scheme, TensorScheme
 
 HOLDER = "sites"
@@ -232,7 +232,7 @@ def _held_by_hardware(
     scheme: Scheme, swap: Swap, flow: Dataflow, uses: Mapping[str, Sequence[Op]]
 ) -> tuple[dict[str, TensorScheme], dict[str, str], dict[str, str]]:
     """Every tensor between operations gets a grid where it is made; operations that only move values hand it on."""
-    active, constants = _activations(flow), _constants(flow)
+    active, constants, images = _activations(flow), _constants(flow), input_values(flow)
     readers: dict[int, list[Op | None]] = {}
     for op in flow.ops:
         for number in set(op.inputs):
@@ -244,7 +244,7 @@ def _held_by_hardware(
     aliases: dict[str, str] = {}
     grids: dict[int, str] = {}  # number of a value → path of the quantizer it comes from
     if any(op.is_floating and set(flow.inputs) & set(op.inputs) and op.name not in LOOKUPS for op in flow.ops):
-        found[INPUT] = scheme.activation
+        found[INPUT] = scheme.network_input
         grids.update(dict.fromkeys(flow.inputs, INPUT))
     for op in flow.ops:
         sources = [number for number in op.inputs if number in active]
@@ -270,7 +270,7 @@ def _held_by_hardware(
             continue
         if len(op.outputs) == 1:
             path = _path(op, "output")
-            found[path] = scheme.activation
+            found[path] = scheme.network_input if op.outputs[0] in images else scheme.activation
             grids[op.outputs[0]] = path
     layer_inputs = {}
     for name, product in layers.items():

@@ -340,6 +340,15 @@ def test_edges_overrides_and_hardware_stay(make_teacher, make_dataset, tmp_path)
     assert len({w.num_bits for w, _ in student.swap.layers.values()} | {8}) > 1
 
 
+def test_bits_of_the_networks_input_stay(make_teacher, make_dataset, tmp_path):
+    teacher = make_teacher("residual")
+    scheme = replace(mixed_scheme(bops=250_000), input_bits=7)
+    student, _, found = make(teacher, make_dataset(teacher), scheme, tmp_path / "s")
+    (name, first), *others = student.swap.layers.items()
+    assert first[1].num_bits == 7 and 7 not in {activation.num_bits for _, (_, activation) in others}
+    assert "activation" not in found["overrides"][name] and student.scheme.input_bits == 7
+
+
 def test_hardware_says_that_inputs_stay(make_teacher, make_dataset, tmp_path, capsys):
     teacher = make_teacher("bare")
     make(teacher, make_dataset(teacher), mixed_scheme("hardware", bops=300_000), tmp_path / "s")

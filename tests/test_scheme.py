@@ -150,7 +150,8 @@ STATIC = (
     "use scheme.policy=all for others"
 )
 KEYS = (
-    "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax"
+    "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax, "
+    "scheme.input_bits"
 )
 
 
@@ -159,6 +160,9 @@ def listed(where):
 
 
 SCHEMES_REFUSED = [
+    ({"input_bits": 1}, "got scheme.input_bits=1; allowed: a whole number from 2 to 16, or null"),
+    ({"input_bits": True}, "got scheme.input_bits=True; allowed: a whole number from 2 to 16, or null"),
+    ({"input_bits": "8"}, "got scheme.input_bits='8'; allowed: a whole number from 2 to 16, or null"),
     (
         {"policy": "edges"},
         "got scheme.policy='edges'; allowed: all | edges_8bit | hardware; did you mean 'edges_8bit'?",

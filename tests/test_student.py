@@ -1,6 +1,7 @@
 """Student: saved and loaded bit for bit, small on disk, and exact words for everything that is wrong with a folder."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dfq.modules import Swap
 from dfq.quantization import fake_quantize
 from dfq.quantizers.min_max import MinMax
 from dfq.quantizers.mse import MSE
-from dfq.scheme import Scheme, TensorScheme
+from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.student import Student, read_manifest
 from dfq.teacher import Teacher
 
@@ -97,6 +98,45 @@ def test_every_weight_grid_survives(tmp_path, make_teacher, symmetric, granulari
         shape = (-1, *[1] * (codes.dim() - 1)) if granularity == "per_channel" else ()
         values = (codes - quantizer.zero_point.view(shape)).float() * quantizer.scale.view(shape)
         assert torch.equal(values, layer.weight)
+
+
+class Normalizes(nn.Module):
+    """Takes pictures as bytes would be, and has two layers that read them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.beside = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.last = nn.Linear(4, 10)
+
+    def forward(self, x):
+        x = torch.nn.functional.pad(x, (1, 1, 1, 1)) * 2 - 1
+        return self.last((self.first(x) + self.beside(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("policy", ["all", "edges_8bit", "hardware"])
+def test_input_bits_are_those_of_what_multiplies_the_networks_input(policy):
+    narrow = replace(scheme(3, policy), activation=TensorScheme(3))
+    last = 8 if policy == "edges_8bit" else 3
+    bits = {"first": 6, "beside": 6, "last": last}
+    student = Student.from_teacher(as_teacher(Normalizes()), replace(narrow, input_bits=6))
+    assert {name: activation.num_bits for name, (_, activation) in student.swap.layers.items()} == bits
+    assert {name: layer.input_quantizer.scheme.num_bits for name, layer in student.layers.items()} == bits
+    sites = {path: site.num_bits for path, site in student.surgery.sites.quantizers.items()}
+    if policy == "hardware":  # the input, and what pad and arithmetic make of it; then conv, add, mean, linear
+        assert sites["input_0"] == sites["sub_0_output"] == 6 and sites["add_0_output"] == 3
+        first, beside = student.layers["first"], student.layers["beside"]
+        assert first.input_quantizer is beside.input_quantizer  # one grid, as without input_bits
+    weights = {name: weight.num_bits for name, (weight, _) in student.swap.layers.items()}
+    assert weights == {name: 8 if policy == "edges_8bit" and name != "beside" else 3 for name in bits}
+    overridden = replace(narrow, input_bits=6, overrides={"first": {"activation": {"num_bits": 5}}})
+    if policy != "hardware":
+        assert Student.from_teacher(as_teacher(Normalizes()), overridden).swap.layers["first"][1].num_bits == 5
+
+
+def test_input_bits_of_tokens_and_of_float_inputs_are_nobodys(make_teacher):
+    floats = Scheme(scheme(4).weight, FLOAT, input_bits=8)
+    student = Student.from_teacher(make_teacher("plain"), floats)
+    assert all(activation.is_float for _, activation in student.swap.layers.values())
 
 
 FP4 = {"grid": "fp4_e2m1", "symmetric": True}
