@@ -558,8 +558,9 @@ class MixedScheme(Scheme):
             chosen = overrides.get(pattern, {})
             parts = dict.fromkeys([*chosen, *mine])
             both[pattern] = {part: {**chosen.get(part, {}), **mine.get(part, {})} for part in parts}
-        parts = (self.weight, self.activation, self.policy, self.name, both, self.attention, self.softmax)
-        return Scheme(*parts, self.input_bits)
+        return Scheme(
+            self.weight, self.activation, self.policy, self.name, both, self.attention, self.softmax, self.input_bits
+        )
 
 
 MIXED_KEYS = {entry.name for entry in fields(MixedScheme)} - {entry.name for entry in fields(Scheme)}
