@@ -30,6 +30,7 @@ from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng, dataset_rng
+from dfq.generators._memory import fitting_batch_size
 from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
@@ -73,9 +74,10 @@ def generate(
     Samples that are there already, whole and made with the same settings, stay; a larger ``num_samples`` appends.
     """
     _check_kind(teacher, generator, "generator")
-    batch_size = min(generator.batch_size, num_samples)
+    batch_size = min(_batch_size(teacher, generator, dataset_dir), num_samples)
     config = to_config(generator)
-    config.pop("batch_size")  # what counts is the size that batches really have, which is recorded below
+    for key in ("batch_size", "memory_bytes"):
+        config.pop(key, None)  # what counts is the size that batches really have, which is recorded below
     settings = {
         "generator": config,
         "seed": seed,
@@ -460,6 +462,18 @@ def _write(
 
 
 # ------------------------------------------------------------------------------------------------ pieces
+
+
+def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -> int:
+    """What the generator states; for ``auto`` that of the dataset in one of the ``folders``, else what fits."""
+    if generator.batch_size != "auto":
+        return generator.batch_size
+    for folder in folders:
+        if folder is not None and (folder / "manifest.json").exists():
+            recorded = SyntheticDataset(folder).manifest["settings"].get("batch_size")
+            if recorded is not None:
+                return recorded
+    return fitting_batch_size(generator, teacher)
 
 
 class _Told:
