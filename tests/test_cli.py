@@ -100,7 +100,8 @@ MISTAKES = {
     "run ~generator": "got ~generator, and generator can't be left out; allowed: option=value",
     "generate algorithm=distillation": (
         "got algorithm, which dfq generate does not use; allowed: "
-        "teacher, generator, num_samples, seed, device, dataset_dir, name, experiment; dfq run takes it"
+        "teacher, generator, num_samples, seed, device, dataset_dir, rank, world_size, parts, name, experiment; "
+        "dfq run takes it"
     ),
     "run generator=zeroqq": f"got generator=zeroqq; allowed: {listed('generator')}; did you mean 'zeroq'?",
     "run weight_quantizer=msee": f"got weight_quantizer=msee; allowed: {listed('quantizer')}; did you mean 'mse'?",
