@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from dfq.hooks import forward_hooks
-from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics
+from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics, moments
 from dfq.teacher import Teacher
 
 Statistics = Literal["batch", "image"]
@@ -36,6 +35,5 @@ def input_statistics(x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]
     nothing, and the batch's counts.
     """
     if statistics == "image" and x[0, 0].numel() > 1:
-        variance, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
-        return mean, variance
+        return moments(x, tuple(range(2, x.dim())))
     return channel_statistics(x)

@@ -20,8 +20,33 @@ from torch import Tensor
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance [C] of ``x`` [N, C, ...] over everything but the channel."""
-    variance, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, variance
+    return moments(x, tuple(d for d in range(x.dim()) if d != 1))
+
+
+def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of ``x`` over ``dims``: ``torch.var_mean`` in the other order, by plain passes.
+
+    On a CPU that one takes two thirds of the time of a 3x3 convolution of the same maps if channels lie side by side.
+    """
+    return _Moments.apply(x, dims)
+
+
+class _Moments(torch.autograd.Function):
+    """Keeps what it was given and no map of its own; its gradient is one pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        mean = x.mean(dims, keepdim=True)
+        variance = (x - mean).square_().mean(dims)
+        ctx.save_for_backward(x, mean)
+        return mean.view_as(variance).clone(), variance
+
+    @staticmethod
+    def backward(ctx, of_mean: Tensor, of_variance: Tensor) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        count = x.numel() / mean.numel()
+        slope = (2 / count) * of_variance.view_as(mean)
+        return torch.addcmul(of_mean.view_as(mean) / count - mean * slope, x, slope), None
 
 
 def batch_norm_distance(
