@@ -50,14 +50,26 @@ class _Moments(torch.autograd.Function):
 
 
 def batch_norm_distance(
-    mean: Tensor, variance: Tensor, running_mean: Tensor, running_var: Tensor, eps: float = 1e-5
+    mean: Tensor,
+    variance: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float = 1e-5,
+    slack: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """d_c of one layer [C].
 
     Channels that were (nearly) constant in training have no scale of their own; they are measured in units of a
     hundredth of the layer's mean variance at least, so that a dead channel does not outweigh all the living ones.
+
+    Args:
+        slack: by how much mean and deviation may be off at no cost (DSG, Zhang et al., CVPR 2021, arXiv 2103.01049).
     """
     floor = eps + 1e-2 * running_var.mean()
     unit = (running_var + eps).clamp(min=floor).sqrt()
     std, running_std = (variance + eps).sqrt(), (running_var + eps).sqrt()
-    return ((mean - running_mean) / unit).square() + ((std - running_std) / unit).square()
+    if slack is None:
+        return ((mean - running_mean) / unit).square() + ((std - running_std) / unit).square()
+    free_mean, free_std = slack
+    too_far = ((mean - running_mean).abs() - free_mean).clamp(min=0) / unit
+    return too_far.square() + (((std - running_std).abs() - free_std).clamp(min=0) / unit).square()
