@@ -1,9 +1,12 @@
 """benchmarks/generation.py on the embedded digits: that it runs, and that what it counts is what there is."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +60,21 @@ def test_worker(generation, capsys):
     generation.main([*SMALL, "--mode", "worker", "--generators", "gaussian", "--samples", "4"])
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"] > 0 and found["bytes"] >= 0
+
+
+def test_cost_asks_for_every_size_and_count(generation, capsys, monkeypatch):
+    """Each in a process of its own; here in this one."""
+
+    def run(words, stdout, **_):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            generation.main(words[2:])
+        return SimpleNamespace(stdout=text.getvalue())
+
+    monkeypatch.setattr(generation.subprocess, "run", run)
+    generation.main([*SMALL, "--mode", "cost", "--sizes", "8", "--counts", "2,6", "--generators", "zeroq"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 |")]
+    assert [line.split("|")[2].strip() for line in lines] == ["2", "6"]
 
 
 def test_counted_arithmetic(generation):
