@@ -83,6 +83,9 @@ def generate(
     num_samples: int = 1024,
     dataset_dir: str | os.PathLike | None = None,
     seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    parts: Iterable[str | os.PathLike] = (),
     **settings: Any,
 ) -> SyntheticDataset:
     """Synthetic samples for ``teacher``, on disk; goes on where an interrupted call stopped.
@@ -90,10 +93,13 @@ def generate(
     Args:
         generator: a yaml's name (``zeroq``, ``gaussian``) with settings as keywords, or an object.
         dataset_dir: null: a folder under ``outputs/datasets`` named after what makes it.
+        rank, world_size: make every ``world_size``-th batch only, beginning with batch ``rank``; several processes can
+            fill one folder.
+        parts: folders that ranks elsewhere have filled; their batches are taken over.
     """
-    return pipeline.generate(
-        teacher, resolve("generator", generator, **settings), num_samples, seed, _path(dataset_dir)
-    )
+    chosen = resolve("generator", generator, **settings)
+    folders = [Path(part) for part in parts]
+    return pipeline.generate(teacher, chosen, num_samples, seed, _path(dataset_dir), rank, world_size, folders)
 
 
 def quantize(
@@ -232,8 +238,18 @@ def _run(config: Mapping[str, Any]) -> float | None:
 def _generate(config: Mapping[str, Any]) -> None:
     teacher = _build_teacher(config["teacher"], config["device"])
     generator = build(config["generator"], "generator")
-    dataset = pipeline.generate(teacher, generator, config["num_samples"], config["seed"], _path(config["dataset_dir"]))
-    Console().print(inspection.describe(dataset.path), soft_wrap=True)
+    dataset = pipeline.generate(
+        teacher,
+        generator,
+        config["num_samples"],
+        config["seed"],
+        _path(config["dataset_dir"]),
+        config["rank"],
+        config["world_size"],
+        [Path(part) for part in config["parts"]],
+    )
+    if len(dataset) >= config["num_samples"]:  # else other ranks are not done
+        Console().print(inspection.describe(dataset.path), soft_wrap=True)
 
 
 def _quantize(config: Mapping[str, Any]) -> None:

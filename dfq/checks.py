@@ -26,6 +26,9 @@ from dfq.teachers._folder import check_folder
 PLAIN_TYPES = {
     "num_samples": "PositiveInt",
     "seed": "NonNegativeInt",
+    "rank": "NonNegativeInt",
+    "world_size": "PositiveInt",
+    "parts": "list[str]",
     "dataset_dir": "str | None",
     "student_dir": "str | None",
     "artifact_path": "str | None",
@@ -80,6 +83,13 @@ def device(request: Request) -> None:
     name = text(request.config["device"])
     if request.uses("device") and not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
         raise UserError(f"got device={name}", "auto | cpu | cuda | cuda:N | mps")
+
+
+def ranks(request: Request) -> None:
+    if request.uses("rank"):
+        rank, world_size = request.config["rank"], request.config["world_size"]
+        if rank >= world_size:
+            raise UserError(f"got rank={rank} and world_size={world_size}", f"rank from 0 to {world_size - 1}")
 
 
 def scheme(request: Request) -> None:
@@ -380,6 +390,7 @@ CHECKS: list[Callable[[Request], None]] = [
     *OPTION_CHECKS,
     required_options,
     methods,
+    ranks,
     either_weights_or_checkpoint,
     input_spec,
     factories,

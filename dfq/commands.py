@@ -42,7 +42,10 @@ COMMANDS = {
     "generate": Command(
         "make synthetic samples out of the network alone",
         "dfq generate teacher=digits generator=zeroq num_samples=1024 dataset_dir=outputs/my_data",
-        ("teacher", "generator", "num_samples", "seed", "device", "dataset_dir", "name", "experiment"),
+        (
+            *("teacher", "generator", "num_samples", "seed", "device", "dataset_dir", "rank", "world_size", "parts"),
+            *("name", "experiment"),
+        ),
     ),
     "quantize": Command(
         "make a quantized student with a synthetic dataset",

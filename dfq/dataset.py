@@ -181,6 +181,42 @@ class SyntheticDataset(torch.utils.data.Dataset):
         )
         self._forget()
 
+    def adopt(self, other: SyntheticDataset) -> None:
+        """Take over the shards of ``other`` that are missing here: a part made elsewhere, with the same settings.
+
+        Each is checked against its checksum. Where both have a shard of as many samples, it has to be the same bits.
+        """
+        difference = first_difference(other.manifest["settings"], self.manifest["settings"])
+        if difference:
+            raise UserError(
+                f"got {other.path}, made with other settings than {self.path} ({difference})",
+                "parts of one dataset: the same teacher, generator, seed and batch size",
+            )
+        for shard in other.shards:
+            index, count = shard["index"], shard["num_samples"]
+            mine = self._entry(index)
+            if mine is not None and self.has_shard(index, mine["num_samples"]):
+                if mine["num_samples"] == count and mine["sha256"] != shard["sha256"]:
+                    raise UserError(
+                        f"got {other.path}, whose batch {index} has other bits than that in {self.path}",
+                        "parts made with the same version of torch on the same kind of machine",
+                        "make one of them again",
+                    )
+                if mine["num_samples"] >= count:
+                    continue
+            content = other._shard_path(index).read_bytes()
+            if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+                raise UserError(
+                    f"got {other._shard_path(index)}, whose content does not match its checksum",
+                    do="run the command that made it again to repair it",
+                )
+            self._shard_path(index, ".json").unlink(missing_ok=True)
+            write_atomic(self._shard_path(index), content)
+            write_json(
+                self._shard_path(index, ".json"), {key: shard[key] for key in ("num_samples", "sha256", "seconds")}
+            )
+        self._forget()
+
     def discard_if_empty(self) -> None:
         """Remove the folder again if no sample ever got into it."""
         if not self.shards:

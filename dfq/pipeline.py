@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng, dataset_rng
+from dfq.generators._memory import fitting_batch_size
 from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
@@ -66,16 +67,31 @@ class Experiment:
 
 
 def generate(
-    teacher: Teacher, generator: Generator, num_samples: int, seed: int = 0, dataset_dir: Path | None = None
+    teacher: Teacher,
+    generator: Generator,
+    num_samples: int,
+    seed: int = 0,
+    dataset_dir: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    parts: Sequence[Path] = (),
 ) -> SyntheticDataset:
     """Arrow 1: ``num_samples`` synthetic samples in ``dataset_dir`` (null: a folder named after what makes them).
 
     Samples that are there already, whole and made with the same settings, stay; a larger ``num_samples`` appends.
+
+    Args:
+        rank, world_size: make the batches rank, rank + world_size, ... only: in a folder of its own, or in one that all
+            ranks on this machine write to. Whoever adds the last one measures the dataset's quality.
+        parts: folders of datasets with the same settings, whose batches are taken over before missing ones are made.
     """
+    if not 0 <= rank < world_size:
+        raise UserError(f"got rank={rank} and world_size={world_size}", f"rank from 0 to {max(0, world_size - 1)}")
     _check_kind(teacher, generator, "generator")
-    batch_size = min(generator.batch_size, num_samples)
+    batch_size = min(_batch_size(teacher, generator, dataset_dir, *parts), num_samples)
     config = to_config(generator)
-    config.pop("batch_size")  # what counts is the size that batches really have, which is recorded below
+    for key in ("batch_size", "memory_bytes"):
+        config.pop(key, None)  # what counts is the size that batches really have, which is recorded below
     settings = {
         "generator": config,
         "seed": seed,
@@ -96,17 +112,21 @@ def generate(
             "choose another dataset_dir for fewer",
         )
     sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
-    missing = [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
-    if not missing:
+    for part in parts:
+        dataset.adopt(SyntheticDataset(part))
+    absent = _absent(dataset, sizes)
+    if not absent:
         say(f"generate: the {num_samples} samples are there already, in {path}")
         quality.assess(teacher, dataset)  # reads what is there; measures where a run ended just before
         return dataset
+    missing = [index for index in absent if index % world_size == rank]
     task = resolve("task", teacher.task)
-    done = num_samples - sum(sizes[index] for index in missing)
+    mine = sum(sizes[rank::world_size])
+    done = mine - sum(sizes[index] for index in missing)
     try:
         start = time.perf_counter()  # the first batch pays for what all share
-        sampler = generator.prepare(teacher, dataset_rng(seed))
-        with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
+        sampler = generator.prepare(teacher, dataset_rng(seed)) if missing else generator
+        with progress_bar(f"generate {_label(generator)}", mine, "samples", completed=done) as advance:
             for index in missing:
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
                 images = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
@@ -120,7 +140,13 @@ def generate(
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
         dataset.discard_if_empty()
         raise
-    quality.assess(teacher, dataset)
+    dataset = SyntheticDataset(path)  # with what other ranks have added meanwhile
+    absent = _absent(dataset, sizes)
+    if absent:
+        count = num_samples - sum(sizes[index] for index in absent)
+        say(f"generate: {count} of {num_samples} samples are there, in {path}; the others are for other ranks to make")
+    else:
+        quality.assess(teacher, dataset)
     return dataset
 
 
@@ -460,6 +486,23 @@ def _write(
 
 
 # ------------------------------------------------------------------------------------------------ pieces
+
+
+def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -> int:
+    """What the generator states; for ``auto`` that of the dataset in one of the ``folders``, else what fits."""
+    if generator.batch_size != "auto":
+        return generator.batch_size
+    for folder in folders:
+        if folder is not None and (folder / "manifest.json").exists():
+            recorded = SyntheticDataset(folder).manifest["settings"].get("batch_size")
+            if recorded is not None:
+                return recorded
+    return fitting_batch_size(generator, teacher)
+
+
+def _absent(dataset: SyntheticDataset, sizes: Sequence[int]) -> list[int]:
+    """The batches that are not there, or not whole."""
+    return [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
 
 
 class _Told:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class Generator:
     A sub-class writes :meth:`sample`; everything else (batching, storage, resuming, progress) is done around it.
     """
 
-    batch_size: PositiveInt = 128  # samples made together
+    batch_size: PositiveInt | Literal["auto"] = 128  # samples made together; auto: as many as memory_bytes allow
+    memory_bytes: PositiveInt = 2_000_000_000  # of tensors at once, for batch_size=auto; the network's come on top
     needs_batch_norm: ClassVar[bool] = False
     needs_norm: ClassVar[bool] = False  # of any kind that has statistics or a weight
     needs_attention: ClassVar[bool] = False  # between patches

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from dfq.errors import UserError
 from dfq.generators._filters import low_pass
-from dfq.hooks import evaluation_mode
+from dfq.hooks import evaluation_mode, tensors_in
 from dfq.losses.batch_norm_statistics import batch_norm_distance
+from dfq.losses.output_stretching import log_output_range
 from dfq.progress import Advance
 from dfq.settings import resolve
 from dfq.teacher import InputSpec, Teacher
@@ -97,12 +100,14 @@ def class_penalty(
     weight: float,
     label_smoothing: float,
     min_confidence: float = 1.0,
+    difficulty: float = 0.0,
 ) -> Penalty | None:
     """The pull of each image to a class of its own; None for a weight of 0.
 
     Args:
         label_smoothing: share of a target spread over all classes.
         min_confidence: an image is pulled up to a confidence drawn from [min_confidence, 1].
+        difficulty: exponent of what the class lacks to certainty, by which an image's pull is multiplied.
     """
     if weight == 0:
         return None
@@ -118,7 +123,11 @@ def class_penalty(
         if far_enough is not None:  # what is certain enough counts without pulling
             reached = logits.detach().softmax(1).gather(1, labels) >= far_enough
             logits = torch.where(reached, logits.detach(), logits)
-        return weight * task.synthesis_loss(logits, targets)
+        if difficulty == 0:
+            return weight * task.synthesis_loss(logits, targets)
+        lacks = 1 - logits.softmax(1).gather(1, labels)
+        pulls = F.cross_entropy(logits, targets, reduction="none")
+        return weight * (lacks.flatten().clamp(min=1e-6) ** difficulty * pulls).mean()
 
     return penalty
 
@@ -128,6 +137,30 @@ def task_and_classes(teacher: Teacher) -> tuple[Any, int]:
     task = resolve("task", teacher.task)
     with torch.no_grad():
         return task, task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
+
+
+def mean_log_range(outputs: Any, without: str) -> Tensor:
+    """:func:`log_output_range` of every tensor among ``outputs`` that the images have a say in, mean over them.
+
+    Args:
+        without: what is left without it, for the message where no tensor is.
+    """
+    found = [log_output_range(tensor) for tensor in tensors_in(outputs) if tensor.requires_grad and tensor.numel() > 1]
+    if not found:
+        raise UserError(
+            f"got a {type(outputs).__name__} from the network, without a tensor that its input has a gradient to",
+            "a network whose outputs follow its input, for generator.stretch_weight",
+            f"set generator.stretch_weight=0, which leaves {without}",
+        )
+    return torch.stack(found).mean()
+
+
+def together(*penalties: Penalty | None) -> Penalty | None:
+    """The sum of those that there are."""
+    wanted = [penalty for penalty in penalties if penalty is not None]
+    if not wanted:
+        return None
+    return lambda images, outputs: sum((one(images, outputs) for one in wanted[1:]), start=wanted[0](images, outputs))
 
 
 def picture_statistics(spec: InputSpec) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq.errors import UserError
 from dfq.generators._filters import pink_noise
-from dfq.generators._optimization import picture_distance, picture_statistics
+from dfq.generators._optimization import mean_log_range, picture_distance, picture_statistics
 from dfq.generators._pixels import PixelGenerator
-from dfq.hooks import tensors_in
-from dfq.losses.output_stretching import log_output_range
 from dfq.losses.power_spectrum import SpectrumDistance
 from dfq.progress import Advance
 from dfq.settings import NonNegativeFloat, PositiveInt
@@ -56,19 +53,9 @@ class Spectrum(PixelGenerator):
             spectrum = distance((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).mean()
             pictures = picture_distance(images, mean, std)
             loss = self.spectrum_weight * spectrum + self.picture_weight * pictures
-            return loss - self.stretch_weight * mean_log_range(outputs) if self.stretch_weight > 0 else loss
+            if self.stretch_weight > 0:
+                loss = loss - self.stretch_weight * mean_log_range(outputs, "the spectrum alone")
+            return loss
 
         noise = pink_noise((num_samples, colors, height, width), rng)
         return self.descend(teacher, rng, advance, noise, None, penalty)
-
-
-def mean_log_range(outputs: Any) -> Tensor:
-    """:func:`log_output_range` of every tensor among ``outputs`` that the images have a say in, mean over them."""
-    found = [log_output_range(tensor) for tensor in tensors_in(outputs) if tensor.requires_grad and tensor.numel() > 1]
-    if not found:
-        raise UserError(
-            f"got a {type(outputs).__name__} from the network, without a tensor that its input has a gradient to",
-            "a network whose outputs follow its input, for generator=spectrum",
-            "set generator.stretch_weight=0, which leaves the spectrum alone",
-        )
-    return torch.stack(found).mean()

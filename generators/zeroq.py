@@ -29,6 +29,16 @@ Options from other methods, off unless asked for:
 - ``min_confidence``: an image is pulled to its class only up to a confidence of its own, drawn from [min_confidence, 1]
   (as IntraQ's soft inception loss draws it, Zhong et al., CVPR 2022, arXiv 2111.09136, which also pulls down what lies
   above), because images of which the teacher is certain teach a student little;
+- ``difficulty``: an image's pull to its class is multiplied by (1 - p)^difficulty, p the confidence that it has
+  reached, so that images stay which are not easy (HAST, Li et al., "Hard Sample Matters a Lot in Zero-Shot
+  Quantization", CVPR 2023, arXiv 2303.13826; without its adversarial part, which needs the student);
+- ``slack``: what lies within a margin of the statistics costs nothing; the margin of a layer is that quantile over its
+  channels of the distances of Gaussian noise. ``emphasis``: with ``statistics: image``, every image has one layer that
+  counts 1 + emphasis times as much, the layers in turn (DSG, Zhang et al., "Diversifying Sample Generation for Accurate
+  Data-Free Quantization", CVPR 2021, arXiv 2103.01049, eq. of SDA and LSE, where emphasis is 1);
+- ``stretch_weight``: outputs are driven apart, since nothing holds what lies behind the last batch norm
+  (:mod:`dfq.losses.output_stretching`, DGH);
+- ``variation_weight``: neighboring pixels alike (total variation, as in DeepInversion);
 - ``flip``, ``shift``: augmentation in every step (DGH, which crops from larger images in place of a shift with
   reflection); one draw for the whole batch;
 - ``low_pass``: the finished images without their finest detail (SynQ, Kim et al., ICLR 2025);
@@ -37,17 +47,27 @@ Options from other methods, off unless asked for:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from dfq.errors import UserError
 from dfq.generators._base import Generator
-from dfq.generators._filters import augment, check_shift, diverse_noise, gaussian_blur, pink_noise, white_noise
+from dfq.generators._filters import (
+    augment,
+    check_shift,
+    diverse_noise,
+    gaussian_blur,
+    pink_noise,
+    total_variation,
+    white_noise,
+)
 from dfq.generators._needs import check_needs
-from dfq.generators._optimization import class_penalty, cosine, finish, optimize
-from dfq.generators._statistics import Statistics, batch_norm_distances
+from dfq.generators._optimization import Penalty, class_penalty, cosine, finish, mean_log_range, optimize, together
+from dfq.generators._statistics import Statistics, batch_norm_distances, noise_slack
 from dfq.progress import Advance
 from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from dfq.teacher import InputSpec, Teacher
@@ -73,6 +93,11 @@ class ZeroQ(Generator):
     class_weight: NonNegativeFloat = 0.0  # weight of the class targets; 0: statistics alone
     label_smoothing: Fraction = 0.3  # share of a class target spread over all classes
     min_confidence: Fraction = 1.0  # an image is pulled to its class up to a confidence between this and 1; 1: always
+    difficulty: NonNegativeFloat = 0.0  # exponent: how much less images count whose class is nearly certain; 0: no less
+    slack: Fraction = 0.0  # quantile of the distances of noise, below which a distance costs nothing; 0: all cost
+    emphasis: NonNegativeFloat = 0.0  # with statistics=image: additional weight of one layer in each image, in turn
+    stretch_weight: NonNegativeFloat = 0.0  # weight of the logarithm of the outputs' range, which grows; 0: none
+    variation_weight: NonNegativeFloat = 0.0  # weight of the total variation: mean difference of neighbors; 0: none
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
@@ -80,6 +105,11 @@ class ZeroQ(Generator):
         spec = teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
         check_shift(self.shift, spec.size)
+        if self.emphasis > 0 and self.statistics != "image":
+            raise UserError(
+                f"got generator.emphasis={self.emphasis} and generator.statistics={self.statistics}",
+                "statistics=image: in a batch's statistics no image has a layer of its own",
+            )
         shape = (num_samples, *spec.size)
         noise = {"white": white_noise, "pink": pink_noise, "diverse": diverse_noise}[self.start](shape, rng)
         pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
@@ -88,20 +118,31 @@ class ZeroQ(Generator):
         limits = spec.limits(teacher.device)
         best = _Best(pixels) if self.keep_best else None
         optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.9, 0.9))
-        class_targets = (self.class_weight, self.label_smoothing, self.min_confidence)
+        class_targets = (self.class_weight, self.label_smoothing, self.min_confidence, self.difficulty)
+        penalty = together(class_penalty(teacher, num_samples, rng, *class_targets), *self._penalties())
+        slack = None
+        if self.slack > 0:
+            slack = noise_slack(teacher, self.statistics, self.slack, white_noise(shape, rng).to(teacher.device))
         optimize(
             teacher,
-            batch_norm_distances(teacher, self.statistics),
+            batch_norm_distances(teacher, self.statistics, slack, self.emphasis),
             lambda: augment(blur(pixels), self.flip, self.shift, rng),
             [cosine(optimizer, self.iterations)],
             self.iterations,
             advance,
-            penalty=class_penalty(teacher, num_samples, rng, *class_targets),
+            penalty=penalty,
             observe=best.observe if best else lambda loss: None,
             after_step=lambda: pixels.clamp_(*limits) if self.clip else None,
         )
         found = best.images if best else pixels.detach()
         return finish(blur(found), spec, self.low_pass, self.clip)
+
+    def _penalties(self) -> Iterator[Penalty]:
+        """Those that look at nothing but images and outputs."""
+        if self.stretch_weight > 0:
+            yield lambda _images, outputs: -self.stretch_weight * mean_log_range(outputs, "the statistics alone")
+        if self.variation_weight > 0:
+            yield lambda images, _outputs: self.variation_weight * total_variation(images)
 
 
 class _Best:

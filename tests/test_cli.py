@@ -100,7 +100,8 @@ MISTAKES = {
     "run ~generator": "got ~generator, and generator can't be left out; allowed: option=value",
     "generate algorithm=distillation": (
         "got algorithm, which dfq generate does not use; allowed: "
-        "teacher, generator, num_samples, seed, device, dataset_dir, name, experiment; dfq run takes it"
+        "teacher, generator, num_samples, seed, device, dataset_dir, rank, world_size, parts, name, experiment; "
+        "dfq run takes it"
     ),
     "run generator=zeroqq": f"got generator=zeroqq; allowed: {listed('generator')}; did you mean 'zeroq'?",
     "run weight_quantizer=msee": f"got weight_quantizer=msee; allowed: {listed('quantizer')}; did you mean 'mse'?",
@@ -724,7 +725,8 @@ def test_the_groups_and_options_of_the_commands_are_those_of_the_configuration()
     for name, command in commands.COMMANDS.items():
         if name != "report":
             assert set(command.options) <= {*groups, *plain}
-    assert set(commands.COMMANDS["run"].options) == {*groups, *plain}
+    of_a_part = {"rank", "world_size", "parts"}  # of a dataset: a run needs the whole of it
+    assert set(commands.COMMANDS["run"].options) == {*groups, *plain} - of_a_part
 
 
 # ------------------------------------------------------------------------------------------------ completion

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dfq.losses.balance import balanced_sum
-from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics
+from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics, moments
 from dfq.losses.dampening import dampening_loss
 from dfq.losses.distillation import kl_divergence, relative_mse
 from dfq.losses.feature_affinity import feature_affinity, num_positions, random_projection
@@ -247,6 +247,24 @@ def test_channel_statistics(shape):
     others = tuple(d for d in range(len(shape)) if d != 1)
     np.testing.assert_allclose(mean, x.numpy().mean(others), atol=1e-12)
     np.testing.assert_allclose(variance, x.numpy().var(others), atol=1e-12)
+
+
+@pytest.mark.parametrize("dims", [(0, 2, 3), (2, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_and_their_gradient(dims, layout):
+    """Those of torch.var_mean, for means a hundred deviations away too; the gradient keeps the layout."""
+    x = (randn(3, 4, 5, 6) + 100).to(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: moments(x, dims), x)
+    weights = [randn(*mean.shape, seed=2) for mean in moments(x, dims)]
+    found, wanted = (
+        torch.autograd.grad(sum((part * w).sum() for part, w in zip(both, weights, strict=True)), x)[0]
+        for both in (moments(x, dims), torch.var_mean(x, dims, correction=0)[::-1])
+    )
+    torch.testing.assert_close(found, wanted)
+    assert found.stride() == x.stride()
+    single = x.detach().float()
+    _, variance = moments(single, dims)
+    np.testing.assert_allclose(variance, single.double().numpy().var(dims), rtol=1e-5)
 
 
 def test_batch_norm_distance():

@@ -11,7 +11,8 @@ from torch import nn
 from dfq.errors import UserError
 from dfq.generators._base import batch_rng
 from dfq.generators._filters import pink_noise, total_variation
-from dfq.generators.spectrum import Spectrum, mean_log_range
+from dfq.generators._optimization import mean_log_range
+from dfq.generators.spectrum import Spectrum
 from dfq.losses.output_stretching import log_output_range
 from dfq.losses.power_spectrum import SpectrumDistance
 from dfq.teacher import InputSpec, Teacher
@@ -77,7 +78,7 @@ def test_range_of_outputs():
     log_output_range(equal).backward()
     assert equal.grad.abs().sum() == 0
     several = [{"a": (x * 2).requires_grad_()}, (x.requires_grad_(), torch.arange(3))]
-    assert float(mean_log_range(several).detach()) == pytest.approx(wanted + np.log(2) / 2, rel=1e-5)
+    assert float(mean_log_range(several, "").detach()) == pytest.approx(wanted + np.log(2) / 2, rel=1e-5)
 
 
 def test_total_variation():
@@ -146,7 +147,7 @@ def test_outputs_that_do_not_follow_the_input():
         sample(QUICK, teacher)
     assert str(error.value) == (
         "got a Tensor from the network, without a tensor that its input has a gradient to; allowed: a network whose "
-        "outputs follow its input, for generator=spectrum; set generator.stretch_weight=0, which leaves the spectrum "
-        "alone"
+        "outputs follow its input, for generator.stretch_weight; set generator.stretch_weight=0, which leaves the "
+        "spectrum alone"
     )
     assert sample(replace(QUICK, stretch_weight=0.0), teacher).isfinite().all()

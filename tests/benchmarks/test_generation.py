@@ -1,0 +1,94 @@
+"""benchmarks/generation.py on the embedded digits: that it runs, and that what it counts is what there is."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import SPEC
+from torch import nn
+
+from dfq.teacher import Teacher
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "generation.py"
+
+
+@pytest.fixture(scope="module")
+def generation():
+    spec = importlib.util.spec_from_file_location("benchmarks_generation", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    module.LARGEST_MATRIX = 64
+    return module
+
+
+SMALL = ["--network", "digits", "--batch", "2", "--steps", "1", "--rounds", "1", "--clock", "cpu", "--device", "cpu"]
+
+
+def rows_of(text):
+    """label → cells of a markdown table."""
+    lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {cells[0]: cells[1:] for cells in lines[2:]}
+
+
+def test_the_table_has_a_row_for_every_generator_and_says_why_one_is_missing(generation, capsys):
+    generation.main(
+        [*SMALL, "--generators", "gaussian,gdfq,psaq,zeroq", "--iterations", "2", "--mct", "/no/such/python"]
+    )
+    text = capsys.readouterr().out
+    rows = rows_of(text)
+    assert list(rows) == ["reference loop", "gaussian", "gdfq (trained once for 1024 images)", "zeroq"]
+    assert rows["reference loop"][0] == "500" and rows["zeroq"][0] == "2" and rows["gaussian"][0] == "0"
+    assert float(rows["reference loop"][3]) > 0
+    assert "no row of psaq: got a network without attention" in text
+    assert "no row of model-compression-toolkit: /no/such/python says" in text
+
+
+def test_one_step(generation, capsys):
+    generation.main([*SMALL, "--mode", "step"])
+    rows = rows_of(capsys.readouterr().out)
+    assert list(rows) == ["forward and gradient alone", "reference loop", "zeroq"]
+
+
+def test_worker(generation, capsys):
+    generation.main([*SMALL, "--mode", "worker", "--generators", "gaussian", "--samples", "4"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] > 0 and found["bytes"] >= 0
+
+
+def test_cost_asks_for_every_size_and_count(generation, capsys, monkeypatch):
+    """Each in a process of its own; here in this one."""
+
+    def run(words, stdout, **_):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            generation.main(words[2:])
+        return SimpleNamespace(stdout=text.getvalue())
+
+    monkeypatch.setattr(generation.subprocess, "run", run)
+    generation.main([*SMALL, "--mode", "cost", "--sizes", "8", "--counts", "2,6", "--generators", "zeroq"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 |")]
+    assert [line.split("|")[2].strip() for line in lines] == ["2", "6"]
+
+
+def test_counted_arithmetic(generation):
+    """A forward and a gradient to the input, no gradient of weights: 2 x 2 FLOPs a multiply-accumulate."""
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(5 * 64, 10))
+    teacher = Teacher(net, "classification", SPEC)
+    assert generation.count_flops(teacher, 4) == 4 * 4 * (3 * 5 * 9 * 64 + 5 * 64 * 10)
+
+
+def test_the_reference_loop_descends_and_leaves_the_network_as_it_was(generation, make_teacher):
+    teacher = make_teacher("plain")
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    images = generation.reference_loop(teacher, 4, 3)
+    assert images.shape == (4, 3, 8, 8) and images.isfinite().all() and not images.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.module.parameters())
+    assert not any(m._forward_pre_hooks for m in teacher.module.modules())

@@ -1,0 +1,150 @@
+"""Arrow 1 split over ranks: whatever was killed, restarted or merged, the bits are those of a single run."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+import dfq
+from dfq.cli import main
+from dfq.dataset import QUALITY, SyntheticDataset
+from dfq.errors import UserError
+from dfq.generators.gaussian import Gaussian
+from dfq.generators.gdfq import GDFQ
+from dfq.generators.zeroq import ZeroQ
+from dfq.pipeline import generate
+
+ZEROQ = ZeroQ(batch_size=4, iterations=2)
+GDFQ_ = GDFQ(batch_size=4, iterations=2, train_batch_size=4, num_channels=8)
+SAMPLES = 22  # five whole batches and a shorter one
+
+
+def content(path):
+    return {file.name: file.read_bytes() for file in (path / "shards").glob("*.safetensors")}
+
+
+@pytest.fixture
+def teacher(make_teacher):
+    return make_teacher("plain")
+
+
+def no_more(*_):
+    raise AssertionError("a batch was made again")
+
+
+@pytest.mark.parametrize("generator", [ZEROQ, GDFQ_], ids=lambda generator: type(generator).__name__)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_in_a_folder_each_merged(generator, world_size, teacher, tmp_path, monkeypatch):
+    whole = generate(teacher, generator, SAMPLES, 3, tmp_path / "whole")
+    parts = [tmp_path / f"rank{rank}" for rank in range(world_size)]
+    for rank in reversed(range(world_size)):
+        part = generate(teacher, generator, SAMPLES, 3, parts[rank], rank, world_size)
+        assert [shard["index"] for shard in part.shards] == list(range(rank, 6, world_size))
+        assert (parts[rank] / QUALITY).exists() == (world_size == 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(generator), "sample", no_more)
+        merged = generate(teacher, generator, SAMPLES, 3, tmp_path / "merged", parts=parts)
+    assert [shard["sha256"] for shard in merged.shards] == [shard["sha256"] for shard in whole.shards]
+    assert merged.sha256 == whole.sha256 and merged.manifest["settings"] == whole.manifest["settings"]
+    assert content(merged.path) == content(whole.path) and (merged.path / QUALITY).exists()
+    assert merged.seconds == pytest.approx(sum(SyntheticDataset(part).seconds for part in parts))
+    merged.verify()
+
+
+def test_ranks_in_one_folder_one_of_them_killed_and_restarted(teacher, tmp_path, monkeypatch, capsys):
+    whole = generate(teacher, ZEROQ, SAMPLES, 3, tmp_path / "whole")
+    make, made = ZeroQ.sample, []
+
+    def killed(self, *arguments):
+        made.append(make(self, *arguments))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZeroQ, "sample", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate(teacher, ZEROQ, SAMPLES, 3, tmp_path / "all", 1, 3)
+    assert [shard["index"] for shard in SyntheticDataset(tmp_path / "all").shards] == [1]
+    for rank, there in ((0, 12), (2, 18)):  # batches 0, 3 and 1; then 2 and 5, which is the shorter one
+        assert len(generate(teacher, ZEROQ, SAMPLES, 3, tmp_path / "all", rank, 3)) == there
+        assert f"generate: {there} of 22 samples are there" in capsys.readouterr().err.replace("\n", " ")
+        assert not (tmp_path / "all" / QUALITY).exists()
+    assert generate(teacher, ZEROQ, SAMPLES, 3, tmp_path / "all", 1, 3).sha256 == whole.sha256
+    assert content(tmp_path / "all") == content(whole.path) and (tmp_path / "all" / QUALITY).exists()
+
+
+def test_a_rank_for_which_no_batch_is_left(teacher, tmp_path, monkeypatch):
+    """It trains nothing either, and leaves what others have made."""
+    generate(teacher, GDFQ_, 8, 0, tmp_path / "all", 0, 3)
+    monkeypatch.setattr(GDFQ, "prepare", no_more)
+    assert len(generate(teacher, GDFQ_, 8, 0, tmp_path / "all", 2, 3)) == 4
+
+
+def test_what_the_parts_lack_is_made(teacher, tmp_path):
+    whole = generate(teacher, ZEROQ, SAMPLES, 3, tmp_path / "whole")
+    generate(teacher, ZEROQ, SAMPLES, 3, tmp_path / "part", 1, 2)
+    (tmp_path / "part" / "shards" / "000003.json").unlink()
+    shutil.copytree(tmp_path / "part", tmp_path / "again")
+    merged = dfq.generate(teacher, ZEROQ, SAMPLES, tmp_path / "new", 3, parts=[tmp_path / "part", tmp_path / "again"])
+    assert merged.sha256 == whole.sha256
+
+
+def test_a_shorter_last_batch_gives_way_to_a_whole_one(teacher, tmp_path):
+    for name, samples in (("short", 6), ("long", 8)):
+        generate(teacher, ZEROQ, samples, 3, tmp_path / name)
+    for first, second in (("short", "long"), ("long", "short")):
+        parts = [tmp_path / first, tmp_path / second]
+        merged = generate(teacher, ZEROQ, 8, 3, tmp_path / first / "merged", parts=parts)
+        assert merged.sha256 == SyntheticDataset(tmp_path / "long").sha256
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+
+def test_parts_of_something_else(teacher, tmp_path):
+    generate(teacher, ZEROQ, 8, 3, tmp_path / "part")
+    for generator, seed, difference in (
+        (ZEROQ, 4, "seed: there 3, here 4"),
+        (replace(ZEROQ, iterations=3), 3, "generator.iterations: there 2, here 3"),
+        (replace(ZEROQ, batch_size=2), 3, "batch_size: there 4, here 2"),
+    ):
+        with pytest.raises(UserError, match=f"got .*part, made with other settings than .*new.*{difference}"):
+            generate(teacher, generator, 8, seed, tmp_path / f"new{seed}{difference[:3]}", parts=[tmp_path / "part"])
+
+
+def test_a_damaged_part_is_not_taken(teacher, tmp_path):
+    generate(teacher, ZEROQ, 8, 3, tmp_path / "part")
+    file = tmp_path / "part" / "shards" / "000001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"got .*part.*000001.safetensors, whose content does not match its checksum"):
+        generate(teacher, ZEROQ, 8, 3, tmp_path / "new", parts=[tmp_path / "part"])
+
+
+def test_the_same_batch_with_other_bits(teacher, tmp_path):
+    mine, other = (generate(teacher, ZEROQ, 8, 3, tmp_path / name) for name in ("mine", "other"))
+    tensors = {name: values[:4] + 1 for name, values in other.tensors().items()}
+    other.write_shard(0, tensors, 0.0)
+    with pytest.raises(UserError, match=r"got .*other, whose batch 0 has other bits than that in .*mine"):
+        mine.adopt(other)
+
+
+@pytest.mark.parametrize("rank, world_size, allowed", [(2, 2, "0 to 1"), (-1, 2, "0 to 1"), (1, 1, "0 to 0")])
+def test_a_rank_that_there_is_not(rank, world_size, allowed, teacher, tmp_path):
+    with pytest.raises(UserError) as error:
+        generate(teacher, Gaussian(), 8, 0, tmp_path / "new", rank, world_size)
+    assert str(error.value) == f"got rank={rank} and world_size={world_size}; allowed: rank from {allowed}"
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_line(tmp_path, monkeypatch, capfd):
+    """Two ranks with a folder each, merged; only who has all of it describes it."""
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "generator=gaussian", "num_samples=20", "generator.batch_size=8"]
+    for rank in (0, 1):
+        assert main([*words, f"rank={rank}", "world_size=2", f"dataset_dir=part{rank}"]) == 0
+        assert "checksums" not in capfd.readouterr().out
+    assert main([*words, "parts=[part0,part1]", "dataset_dir=all"]) == 0
+    assert "20 in 3 shards" in capfd.readouterr().out
+    assert main([*words, "rank=2", "world_size=2"]) == 2
+    assert "dfq: got rank=2 and world_size=2; allowed: rank from 0 to 1" in capfd.readouterr().err
