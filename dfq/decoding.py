@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from dfq.hooks import evaluation_mode
 
+CACHE = ("cache", "past_key_values")  # what transformers calls it, and called it before 5.24
+
 
 class Decoder:
     """One run through a causal network. One of transformers keeps keys and values; others see all ids at every step.
@@ -22,8 +24,10 @@ class Decoder:
     def __init__(self, module: nn.Module, raw_outputs: Callable[[Tensor], Tensor], device: torch.device):
         self.module, self.raw_outputs, self.device = module, raw_outputs, device
         forwards = [kind.__dict__["forward"] for kind in type(module).__mro__ if "forward" in kind.__dict__]
-        names = {name for forward in forwards for name in inspect.signature(forward).parameters}
-        self.keeps = names >= {"past_key_values", "use_cache"}
+        known = [entry for forward in forwards for entry in inspect.signature(forward).parameters.values()]
+        names = {entry.name for entry in known}
+        self.name = next((name for name in CACHE if name in names), None)
+        self.keeps = self.name is not None and "use_cache" in names
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
         self.cache: Any = None
 
@@ -34,8 +38,9 @@ class Decoder:
             return self.raw_outputs(ids)[:, -1].float().cpu()
         with evaluation_mode(self.module):
             new = ids if self.cache is None else ids[:, seen:]
-            outputs = self.module(new.to(self.device), past_key_values=self.cache, use_cache=True, **self.options)
-        self.cache = outputs.past_key_values
+            kept = {self.name: self.cache, "use_cache": True}
+            outputs = self.module(new.to(self.device), **kept, **self.options)
+        self.cache = next((found for name in CACHE if (found := getattr(outputs, name, None)) is not None), None)
         self.keeps = self.cache is not None
         return outputs.logits[:, -1].float().cpu()
 
