@@ -233,6 +233,8 @@ def settle_images():
 @every("algorithm")
 @pytest.mark.parametrize("kind", ["plain", "residual", "mlp", "bare"])
 def test_algorithm(name, kind, make_teacher, make_dataset, tmp_path):
+    if getattr(build("algorithm", name), "kind", "images") == "token ids":
+        pytest.skip("for language models; tests/algorithms")
     teacher = make_teacher(kind)
     dataset, weights = make_dataset(teacher), hash_tensors(teacher.module.state_dict())
     methods = [resolve("quantizer", "mse", num_candidates=10)] * 2
@@ -370,6 +372,8 @@ def test_exporter(name, teacher, make_dataset, tmp_path):
     methods = [resolve("quantizer", "min_max")] * 2
     student, _ = quantize(teacher, dataset, W4A8, build("algorithm", "round_to_nearest"), *methods, 0, tmp_path / "s")
     exporter = build("exporter", name)
+    if getattr(exporter, "kind", "images") == "token ids":
+        pytest.skip("for networks of transformers; tests/test_language_models.py, tests/exporters")
     path = tmp_path / f"artifact{exporter.suffix}"
     state = hash_tensors(student.module.state_dict())
     found = export(student, exporter, path, teacher, dataset)
