@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -263,6 +263,33 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def samples(self, num_samples: int | None = None) -> Tensor:
         """What the network takes of all samples (or the first ``num_samples``): images, or token ids."""
         return samples_of(self.tensors(num_samples, SAMPLES))
+
+    def texts(self) -> Iterator[list[int]]:
+        """Token ids of each sample, without padding."""
+        for sample in self:
+            ids = samples_of(sample)
+            yield ids[: int(sample.get("num_tokens", len(ids)))].tolist()
+
+    def to_jsonl(self, path: str | os.PathLike, decode: Callable[[list[int]], str] | None = None) -> Path:
+        """Token ids for other tools, ``{"input_ids": [...]}`` a line; with ``decode`` (a tokenizer's) ``text`` too."""
+        lines = []
+        for ids in self.texts():
+            lines.append(json.dumps({"input_ids": ids} | ({} if decode is None else {"text": decode(ids)})))
+        write_atomic(Path(path), ("\n".join(lines) + "\n").encode())
+        return Path(path)
+
+    def to_huggingface(self) -> Any:
+        """Token ids as a ``datasets.Dataset`` with ``input_ids`` and ``attention_mask``: what calibration asks for."""
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                "got to_huggingface(), which needs datasets, not installed here",
+                "to_jsonl(path), which needs nothing",
+                "pip install datasets",
+            ) from None
+        rows = list(self.texts())
+        return datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]})
 
     def note(self, **facts: Any) -> None:
         """Add what is known only once samples are there to the manifest, beside the settings that made them."""

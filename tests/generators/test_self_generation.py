@@ -333,3 +333,19 @@ def test_from_the_network_to_a_dataset_that_the_command_reads(llama, tmp_path):
     assert settings["generator"]["temperature"] == [1.0] and settings["tokenizer_sha256"] is None
     assert dataset.samples().shape == (6, 20) and dataset.samples().dtype == torch.int64
     assert dataset.provenance["pixels"] is False
+
+
+def test_other_tools_read_it(llama, tmp_path, monkeypatch):
+    dataset = generate(llama, SelfGeneration(at_end="pad", max_repetition=1.0), 8, 1, tmp_path / "d")
+    rows = [row["input_ids"][: row["num_tokens"]].tolist() for row in dataset]
+    lines = dataset.to_jsonl(tmp_path / "d.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"input_ids": row} for row in rows]
+    lines = dataset.to_jsonl(tmp_path / "t.jsonl", lambda ids: " ".join(map(str, ids))).read_text().splitlines()
+    assert json.loads(lines[3])["text"] == " ".join(map(str, rows[3]))
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError) as error:
+        dataset.to_huggingface()
+    assert str(error.value) == (
+        "got to_huggingface(), which needs datasets, not installed here; allowed: to_jsonl(path), which needs nothing; "
+        "pip install datasets"
+    )
