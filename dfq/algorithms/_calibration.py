@@ -13,7 +13,6 @@ from dfq.progress import progress_bar
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.student import Student
 
-
 MOST_TOKENS = 4096  # in a forward
 
 
