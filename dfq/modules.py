@@ -34,7 +34,7 @@ from dfq.scheme import FLOAT, ROLES, Scheme, TensorScheme
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 PRODUCTS = {  # operations that multiply matrices: what weight layers and attention are made of
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear"),
-    *("matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "tensordot", "scaled_dot_product_attention"),
+    *("matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "tensordot", "scaled_dot_product_attention", "grouped_mm"),
     *("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"),
 }
 LOOKUPS = {"embedding"}

@@ -80,7 +80,7 @@ class CompressedTensors:
         for name, form in packed.items():
             del state[f"{name}.weight"]
             state |= {f"{name}.{key}": tensor for key, tensor in codes_of(student, name, form, dtype).items()}
-        config |= {"dtype": self.dtype, "quantization_config": settings}
+        config |= {"dtype": self.dtype} | ({} if settings is None else {"quantization_config": settings})
         config.pop("torch_dtype", None)
         content = save_safetensors(state, metadata={"format": "pt", **artifact.provenance(student)})
         files = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **network.travelling(student)}
@@ -95,7 +95,7 @@ class CompressedTensors:
 # ------------------------------------------------------------------------------------------------ what is stored
 
 
-def quantization_config(student: Student) -> tuple[dict[str, Any], dict[str, str]]:
+def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """What config.json says, and layer → format of those whose codes are stored."""
     linear = set(network.linear_layers(student))
     groups: dict[tuple[str, str], list[str]] = {}
@@ -115,12 +115,8 @@ def quantization_config(student: Student) -> tuple[dict[str, Any], dict[str, str
         forms[name] = "int-quantized" if inputs and inputs["num_bits"] == weights["num_bits"] == 8 else "pack-quantized"
         key = json.dumps({"weights": weights, "input_activations": inputs, "output_activations": None}), forms[name]
         groups.setdefault(key, []).append(name)
-    if not forms:
-        raise UserError(
-            "got exporter=compressed_tensors and a student without a layer that it can store",
-            "quantized nn.Linear layers",
-            "choose another exporter, or scheme",
-        )
+    if not forms:  # a network without any nn.Linear: floats on their grids are all there is
+        return None, {}
     ignored = sorted(linear - forms.keys())
     has_zero_points = any(not student.swap.layers[name][0].symmetric for name in forms)
     found = {
@@ -211,7 +207,8 @@ def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:
 @torch.no_grad()
 def parity(student: Student, path: Path, ids: Tensor, teacher: Teacher | None) -> dict[str, Any]:
     """The folder in transformers against the student; of that nothing where compressed-tensors is not installed."""
-    if importlib.util.find_spec("compressed_tensors") is None:
+    needs_reader = "quantization_config" in json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    if needs_reader and importlib.util.find_spec("compressed_tensors") is None:
         return {"runtime": None, "note": "compressed-tensors is not installed here: the folder was not loaded again"}
     import transformers
 
