@@ -38,7 +38,7 @@ class Decoder:
             return self.raw_outputs(ids)[:, -1].float().cpu()
         with evaluation_mode(self.module):
             new = ids if self.cache is None else ids[:, seen:]
-            kept = {self.name: self.cache, "use_cache": True}
+            kept: dict[str, Any] = {str(self.name): self.cache, "use_cache": True}
             outputs = self.module(new.to(self.device), **kept, **self.options)
         self.cache = next((found for name in CACHE if (found := getattr(outputs, name, None)) is not None), None)
         self.keeps = self.cache is not None

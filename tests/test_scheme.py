@@ -80,7 +80,7 @@ REFUSED = [
     ),
     (
         {"scale_format": "e4m3"},
-        "got scale_format=e4m3 and grid=uniform; allowed: float32 | e8m0, or a grid of fp8_e4m3, fp8_e5m2, fp4_e2m1",
+        "got scale_format=e4m3 and grid=uniform; allowed: float32 | float16 | e8m0, or a grid of fp8_e4m3, fp8_e5m2, fp4_e2m1",
     ),
 ]
 
@@ -151,6 +151,7 @@ STATIC = (
 )
 KEYS = (
     "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax"
+    ", scheme.key_value, scheme.skip"
 )
 
 
