@@ -551,8 +551,8 @@ class MixedScheme(Scheme):
             chosen = overrides.get(pattern, {})
             parts = dict.fromkeys([*chosen, *mine])
             both[pattern] = {part: {**chosen.get(part, {}), **mine.get(part, {})} for part in parts}
-        parts = (self.attention, self.softmax, self.key_value)
-        return Scheme(self.weight, self.activation, self.policy, self.name, both, *parts, self.skip)
+        operands = (self.attention, self.softmax, self.key_value)
+        return Scheme(self.weight, self.activation, self.policy, self.name, both, *operands, self.skip)
 
 
 MIXED_KEYS = {entry.name for entry in fields(MixedScheme)} - {entry.name for entry in fields(Scheme)}
