@@ -87,7 +87,7 @@ class _Finder:
             return False
         if not any(self._bypassed(name, layer) for layer in inside):
             return len(inside) <= LONGEST_CHAIN
-        children = [f"{name}.{child}" for child, _ in module.named_children()]
+        children = list(self._called_children(name, module))
         children = [child for child in children if any(f"{layer}.".startswith(f"{child}.") for layer in inside)]
         is_chain = len(children) > 1 or children == inside
         is_chain = is_chain and all(self._ends(c) is not None and not self._bypassed(name, c) for c in children)
@@ -95,6 +95,15 @@ class _Finder:
         alone = len(children) == 1 and self._ends(children[0]) is not None and children[0] not in self.layers
         alone = alone and not self._bypassed(name, children[0])
         return not is_chain and not alone and len(inside) <= LARGEST_BLOCK
+
+    def _called_children(self, name: str, module: nn.Module) -> Iterator[str]:
+        """Sub-modules that run, looked for in lists too, which do not."""
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}"
+            if self.flow.calls_of(path) or not list(child.children()):
+                yield path
+            else:
+                yield from self._called_children(path, child)
 
     def _ops(self, name: str) -> list[Op]:
         return [op for op in self.flow.ops if op.module == name or op.module.startswith(f"{name}.")]

@@ -245,6 +245,12 @@ def _sources_of_models(package: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------ files
 
 
+TEXTS = {  # by evaluation
+    "text": ('a .txt file, or a .jsonl file with a {"text": ...} a line', (".txt", ".jsonl")),
+    "tokens": ("a .npz file with input_ids [N, T]", (".npz",)),
+}
+
+
 def files_to_read(request: Request) -> None:
     if (checkpoint := request.get("teacher", "checkpoint")) is not None:
         _is_file(
@@ -257,6 +263,8 @@ def files_to_read(request: Request) -> None:
         path = request.get("evaluation", option)
         if path is not None and request.choice("evaluation") == "arrays":
             _is_arrays(f"evaluation.{option}", path)
+        if path is not None and (kind := request.choice("evaluation")) in TEXTS:
+            _is_file(f"evaluation.{option}", path, *TEXTS[kind or ""])
         if path is not None and request.choice("evaluation") == "imagefolder":
             _is_folder(f"evaluation.{option}", path, "a folder with one folder of images per class")
             if not any(entry.is_dir() for entry in Path(path).iterdir()):
@@ -264,6 +272,10 @@ def files_to_read(request: Request) -> None:
                     f"got evaluation.{option}={path}, which has no folders in it", "one folder of images per class"
                 )
     command, config = request.command, request.config
+    if (prompts := request.get("generator", "prompts")) is not None and request.choice(
+        "generator"
+    ) == "self_generation":
+        _is_file("generator.prompts", prompts, "prompts as .txt (one a line) or .jsonl", (".txt", ".jsonl"))
     if request.choice("teacher") == "huggingface" and isinstance(name := request.get("teacher", "name"), str):
         check_folder(name)
     if command in ("evaluate", "export"):

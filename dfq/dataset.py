@@ -3,7 +3,8 @@
 ::
 
     DIR/manifest.json              what made it: teacher hash, generator and settings, seed, versions, provenance
-    DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs)
+    DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs);
+                                   of text: input_ids, num_tokens, the teacher's largest log-probabilities if asked for
     DIR/shards/000003.json         num_samples, sha256 and seconds of that shard
     DIR/quality.json               once it is whole: figures and a verdict, see dfq/quality.py; may be missing
 
@@ -19,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from dfq.errors import UserError
 
 SCHEMA_VERSION = 1
 QUALITY = "quality.json"
+SAMPLES = ("images", "input_ids")  # what a network takes, by its name in a shard
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -91,6 +93,11 @@ def read_manifest(path: Path, kind: str, schema_version: int, keys: tuple[str, .
     if missing:
         raise UserError(f"got {path} without {', '.join(missing)}", f"a whole {what} folder")
     return manifest
+
+
+def samples_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """What a network takes among ``tensors`` of a dataset or a batch: images [N, C, H, W], or token ids [N, T]."""
+    return next(tensors[name] for name in SAMPLES if name in tensors)
 
 
 def file_sha256(path: Path) -> str:
@@ -288,6 +295,43 @@ class SyntheticDataset(torch.utils.data.Dataset):
             if num_samples is not None and self._starts[position + 1] >= num_samples:
                 break
         return {name: torch.cat(rows)[:num_samples] for name, rows in parts.items()}
+
+    def samples(self, num_samples: int | None = None) -> Tensor:
+        """What the network takes of all samples (or the first ``num_samples``): images, or token ids."""
+        return samples_of(self.tensors(num_samples, SAMPLES))
+
+    def texts(self) -> Iterator[list[int]]:
+        """Token ids of each sample, without padding."""
+        for sample in self:
+            ids = samples_of(sample)
+            yield ids[: int(sample.get("num_tokens", len(ids)))].tolist()
+
+    def to_jsonl(self, path: str | os.PathLike, decode: Callable[[list[int]], str] | None = None) -> Path:
+        """Token ids for other tools, ``{"input_ids": [...]}`` a line; with ``decode`` (a tokenizer's) ``text`` too."""
+        lines = []
+        for ids in self.texts():
+            lines.append(json.dumps({"input_ids": ids} | ({} if decode is None else {"text": decode(ids)})))
+        write_atomic(Path(path), ("\n".join(lines) + "\n").encode())
+        return Path(path)
+
+    def to_huggingface(self) -> Any:
+        """Token ids as a ``datasets.Dataset`` with ``input_ids`` and ``attention_mask``: what calibration asks for."""
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                "got to_huggingface(), which needs datasets, not installed here",
+                "to_jsonl(path), which needs nothing",
+                "pip install datasets",
+            ) from None
+        rows = list(self.texts())
+        return datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]})
+
+    def note(self, **facts: Any) -> None:
+        """Add what is known only once samples are there to the manifest, beside the settings that made them."""
+        if any(self.manifest.get(key) != value for key, value in facts.items()):
+            self.manifest |= json.loads(json.dumps(facts))
+            write_json(self.path / "manifest.json", self.manifest)
 
     def split(self, fraction: float = 0.1) -> tuple[list[int], list[int]]:
         """Indices (kept, held out): every k-th sample is held out, k = 1 / fraction, so every batch gives its share.

@@ -7,11 +7,13 @@ data or students imports this file.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfq.decoding import Decoder, greedy
 from dfq.errors import UserError
 from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import progress_bar
 from dfq.settings import PositiveInt
 from dfq.student import Student
-from dfq.teacher import InputSpec, Teacher
+from dfq.tasks.language_modeling import NO_LABEL
+from dfq.teacher import InputSpec, Teacher, TokenSpec
+from dfq.tokenizer import folder_of, load_tokenizer
 
 Batch = tuple[Tensor, Tensor]
 DIGITS = Path(__file__).with_name("teachers") / "digits_data"
@@ -82,19 +87,7 @@ class Arrays:
     def _read(path: str) -> tuple[Tensor, Tensor]:
         """images uint8 [N, C, H, W], labels int64 [N]."""
         allowed = "a .npz file with images uint8 [N, H, W, C] and labels int64 [N]"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                missing = [name for name in ("images", "labels") if name not in arrays]
-                if missing:
-                    raise UserError(f"got {path} without {' and '.join(missing)}", allowed)
-                images, labels = arrays["images"], arrays["labels"]
-        except FileNotFoundError:
-            raise UserError(f"got {path}, which does not exist", allowed) from None
-        except UserError:
-            raise
-        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"got {path}, which can't be read ({reason})", allowed) from None
+        images, labels = _read_arrays(path, ("images", "labels"), allowed).values()
         if images.ndim == 3:
             images = images[..., None]
         integers = np.issubdtype(labels.dtype, np.integer)
@@ -171,6 +164,136 @@ class ImageFolder:
             ) from None
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of token ids; a label is the id itself, which a causal network has to predict from those before it."""
+
+    path: str  # .npz with input_ids [N, T], int; shorter rows end in negative numbers
+    reference_path: str | None = None  # real rows in the same format for the real-data reference row
+    length: PositiveInt | None = None  # tokens of a row at most, longer ones are cut into several; null: as they are
+    batch_size: PositiveInt = 16  # rows at a time
+
+    kind: ClassVar[str] = "token ids"
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._rows(self.path))
+
+    def batches(self, spec: TokenSpec) -> Iterator[Batch]:
+        rows = self._rows(self.path)
+        _check_ids(rows, spec, self.path)
+        for start in range(0, len(rows), self.batch_size):
+            yield padded(rows[start : start + self.batch_size])
+
+    def fingerprint(self) -> str:
+        """Changes when the file does."""
+        return fingerprint([Path(self.path)])
+
+    def reference_images(self, spec: TokenSpec, num_samples: int) -> Tensor:
+        """Up to ``num_samples`` real rows [N, T] of the samples' length, spread over the file; shorter ones go on with
+        the next."""
+        assert self.reference_path is not None
+        rows = self._rows(self.reference_path)
+        _check_ids(rows, spec, self.reference_path)
+        ids = torch.cat(rows)
+        if len(ids) < spec.length:
+            raise UserError(f"got {self.reference_path} of {len(ids)} tokens", f"at least {spec.length}")
+        ids = ids[: len(ids) // spec.length * spec.length].view(-1, spec.length)
+        return ids[torch.linspace(0, len(ids) - 1, min(num_samples, len(ids))).round().long()]
+
+    def _rows(self, path: str) -> list[Tensor]:
+        allowed = "a .npz file with input_ids [N, T], whole numbers, shorter rows ending in negative ones"
+        arrays = _read_arrays(path, ("input_ids",), allowed)
+        ids = arrays["input_ids"]
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"got {path} with input_ids {ids.dtype} {list(ids.shape)}", allowed)
+        rows = [torch.from_numpy(row[: int((row >= 0).sum())].astype(np.int64)) for row in ids]
+        if any((row < 0).any() for row in rows):
+            raise UserError(f"got {path} with rows that go on behind a negative number", allowed)
+        return _cut(rows, self.length)
+
+
+@dataclass(frozen=True)
+class Text(Tokens):
+    """Text, cut into rows of token ids: each begins anew, so its first token is not predicted."""
+
+    path: str  # .txt (one text) or .jsonl (one {"text": ...} a line)
+    tokenizer: str | None = None  # folder or hub id; null: the teacher's
+
+    def for_teacher(self, teacher: Teacher) -> Text:
+        """With the tokenizer and the length of a teacher, where the settings do not say."""
+        name = self.tokenizer or folder_of(teacher)
+        if name is None:
+            raise UserError(
+                f"got evaluation=text and {teacher.name}, which comes without a tokenizer",
+                "evaluation=tokens, or evaluation.tokenizer=FOLDER",
+            )
+        length = self.length or teacher.input_spec.size[0]
+        return replace(self, tokenizer=name, length=length)
+
+    def _rows(self, path: str) -> list[Tensor]:
+        if self.tokenizer is None:
+            raise UserError("got evaluation=text without a tokenizer", do="give evaluation.tokenizer=FOLDER")
+        return list(
+            _text_rows(path, self.tokenizer, self.length, fingerprint([Path(path)]) if Path(path).exists() else "")
+        )
+
+
+@lru_cache(maxsize=2)
+def _text_rows(path: str, tokenizer: str, length: int | None, _fingerprint: str) -> tuple[Tensor, ...]:
+    allowed = 'a .txt file, or a .jsonl file with a {"text": ...} a line'
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+        jsonl = Path(path).suffix == ".jsonl"
+        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()] if jsonl else [content]
+    except FileNotFoundError:
+        raise UserError(f"got {path}, which does not exist", allowed) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"got {path}, which can't be read ({type(error).__name__})", allowed) from None
+    read = load_tokenizer(tokenizer, "evaluation.tokenizer")
+    return tuple(_cut([torch.tensor(read(text)["input_ids"], dtype=torch.int64) for text in texts], length))
+
+
+def _cut(rows: Iterable[Tensor], length: int | None) -> list[Tensor]:
+    """Rows of at most ``length`` ids; those of one id predict nothing and are left out."""
+    parts = [part for row in rows for part in (row.split(length) if length else (row,))]
+    return [part for part in parts if len(part) > 1]
+
+
+def padded(rows: list[Tensor]) -> Batch:
+    """Ids [N, T] and labels: the same, of padding :data:`NO_LABEL`."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_LABEL)
+    return ids, labels
+
+
+def _check_ids(rows: list[Tensor], spec: TokenSpec, path: str) -> None:
+    largest = max((int(row.max()) for row in rows), default=0)
+    if largest >= spec.vocab_size:
+        raise UserError(
+            f"got {path} with id {largest} and a network with a vocabulary of {spec.vocab_size}",
+            f"ids from 0 to {spec.vocab_size - 1}",
+            "use the tokenizer of this network",
+        )
+
+
+def _read_arrays(path: str, names: tuple[str, ...], allowed: str) -> dict[str, Any]:
+    """The named arrays of a .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in names if name not in arrays]
+            if missing:
+                raise UserError(f"got {path} without {' and '.join(missing)}", allowed)
+            return {name: arrays[name] for name in names}
+    except FileNotFoundError:
+        raise UserError(f"got {path}, which does not exist", allowed) from None
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"got {path}, which can't be read ({reason})", allowed) from None
+
+
 def fingerprint(files: Iterable[Path]) -> str:
     """Hash of names, sizes and times of change: whether data on disk is still what was measured on."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -199,8 +322,9 @@ def measure(
             if metrics is None:
                 metrics = task.metrics(task.num_outputs(outputs))
             num_outputs = task.num_outputs(outputs)
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_outputs:
-                lowest, highest = int(labels.min()), int(labels.max())
+            known = labels[labels != NO_LABEL]
+            if len(known) and not 0 <= int(known.min()) <= int(known.max()) < num_outputs:
+                lowest, highest = int(known.min()), int(known.max())
                 raise UserError(
                     f"got labels from {lowest} to {highest} and a network with {num_outputs} outputs",
                     f"labels from 0 to {num_outputs - 1}",
@@ -217,12 +341,13 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-
     quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
     network up to there, and the share of the layer's inputs that its grid clips. A student with a network of its own
-    has no layer that is one of the teacher's, and no such ratio. estimated_drop: what is lost of the metric on real
-    data, by :mod:`dfq.drop`; None where the task has no rule for it.
+    has no layer that is one of the teacher's, and no such ratio; nor has one whose residual stream was rotated.
+    estimated_drop: what is lost of the metric on real data, by :mod:`dfq.drop`; None where the task has no rule for it.
     """
     folded = dict(student.surgery.folded)
     # A folded batch norm that carried an activation is still there under its name, with the activation alone.
-    at = {name: folded.get(name, name) for name in student.layers} if student.network is None else {}
+    is_alike = student.network is None and not student.surgery.rotated
+    at = {name: folded.get(name, name) for name in student.layers} if is_alike else {}
     here = {
         name: norm if not isinstance(student.module.get_submodule(norm), nn.Identity) else name
         for name, norm in at.items()
@@ -277,7 +402,31 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         )
     drop = None if estimate is None else asdict(estimate(*(torch.cat(parts) for parts in zip(*logits, strict=True))))
     found = {"agreement": agreement / len(images), "kl": kl / len(images), "layers": layers}
+    if getattr(task, "writes", False):
+        found["continuation"] = continuation(teacher, student, task, images)
     return found | {"estimated_drop": drop}
+
+
+@torch.no_grad()
+def continuation(
+    teacher: Teacher, student: Student, task: Any, ids: Tensor, num_prompts: int = 32, num_tokens: int = 32
+) -> dict[str, float]:
+    """How long a text stays the same: teacher and student go on greedily behind the first quarter of ids [N, T].
+
+    match_length: tokens until the first other one, on average; of ``num_tokens``.
+    """
+    start = max(1, ids.shape[1] // 4)
+    num_tokens = min(num_tokens, ids.shape[1] - start)
+    if num_tokens < 1:
+        return {"match_length": 0.0, "num_tokens": 0}
+    prompts = ids[:num_prompts, :start]
+
+    def written(model: Teacher | Student) -> Tensor:
+        return greedy(Decoder(model.module, lambda x: task.raw_outputs(model, x), model.device), prompts, num_tokens)
+
+    wanted, got = written(teacher), written(student)
+    same = (wanted == got).int().cumprod(1).sum(1).double()
+    return {"match_length": float(same.mean()), "num_tokens": num_tokens}
 
 
 @torch.no_grad()

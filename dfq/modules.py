@@ -29,12 +29,12 @@ from dfq.quantization import (
     scale_through,
     to_groups,
 )
-from dfq.scheme import FLOAT, Scheme, TensorScheme
+from dfq.scheme import FLOAT, ROLES, Scheme, TensorScheme
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 PRODUCTS = {  # operations that multiply matrices: what weight layers and attention are made of
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear"),
-    *("matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "tensordot", "scaled_dot_product_attention"),
+    *("matmul", "bmm", "baddbmm", "mm", "addmm", "einsum", "tensordot", "scaled_dot_product_attention", "grouped_mm"),
     *("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell"),
 }
 LOOKUPS = {"embedding"}
@@ -135,7 +135,7 @@ class Quantizer(nn.Module):
             return rounded.flatten(-2).movedim(-1, self.feature_axis)
         dims = tuple(range(x.dim()))
         if self.scheme.granularity == "per_token":
-            dims = dims[-1:] if self.feature_axis == -1 else dims[1:]
+            dims = (dims[self.feature_axis],) if self.feature_axis < 0 else dims[1:]
         return self._fake_quantize(x, *dynamic_qparams(x, self.scheme, dims))
 
     def extra_repr(self) -> str:
@@ -347,6 +347,10 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     }
     kept_float |= {name: "did not run in a forward of the network" for name in layers if name not in ran}
     kept_float |= _other_products(module, flow, {f"{name}.weight".lstrip(".") for name in layers})
+    _check_patterns(scheme, possible)
+    skipped = _skipped(module, scheme, possible, flow)
+    kept_float |= skipped
+    possible = [name for name in possible if name not in skipped]
     images, products = input_values(flow), {name: product_of(name, flow) for name in possible}
     read_input = frozenset(
         name
@@ -356,7 +360,6 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     )
     edges = (possible[0], possible[-1]) if possible else ()
     chosen = {name: scheme.for_layer(name in edges, name, name in read_input) for name in possible}
-    _check_patterns(scheme, list(chosen))
     for name, (weight_scheme, _) in chosen.items():
         if isinstance(layers[name], nn.Embedding):
             chosen[name] = (weight_scheme, FLOAT)
@@ -381,6 +384,53 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     )
 
 
+def _skipped(module: nn.Module, scheme: Scheme, names: list[str], flow: Dataflow) -> dict[str, str]:
+    """Layers that ``scheme.skip`` leaves float → the reason; not those that an override names in full."""
+    roles = {} if scheme.policy == "hardware" and scheme.skip == ROLES else _roles(module, names, flow)
+    found = {}
+    for name in names:
+        by = [p for p in scheme.skip if p == roles.get(name) or (p not in ROLES and fnmatchcase(name, p))]
+        if by and name not in scheme.overrides:
+            found[name] = f"scheme.skip leaves {by[0]} float" if by[0] in ROLES else f"scheme.skip has {by[0]}"
+    for pattern in scheme.skip:
+        if pattern not in ROLES and not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"got scheme.skip with {pattern!r}, which is the name of no layer", _some(names))
+    return found
+
+
+def _roles(module: nn.Module, names: list[str], flow: Dataflow) -> dict[str, str]:
+    """What layers are in a language model, as far as one of :data:`dfq.scheme.ROLES`; empty for another network.
+
+    Its first embedding reads token ids, and its last layer says something of each of them. A router's output is what
+    the experts are chosen by.
+    """
+    layers = {name: module.get_submodule(name) for name in names}
+    tables = [layer for layer in layers.values() if isinstance(layer, nn.Embedding)]
+    given = set(flow.inputs)
+    for op in flow.ops:  # reshaped, and the like
+        given |= set(op.outputs) if given & set(op.inputs) and not op.is_floating else set()
+    ids = {number for op in flow.ops if op.name in LOOKUPS for number in op.inputs} & given
+    last = layers[names[-1]] if names else None
+    if not tables or not ids or not isinstance(last, nn.Linear) or last.out_features != tables[0].num_embeddings:
+        return {}
+    found = {name: "embeddings" for name, layer in layers.items() if isinstance(layer, nn.Embedding)}
+    found[names[-1]] = "head"
+    made: dict[int, str] = {}  # number of a value → the layer whose output it is made of
+    for op in flow.ops:
+        of = {made[number] for number in op.inputs if number in made}
+        if op.name in PRODUCTS:
+            made.update(dict.fromkeys(op.outputs, op.module))
+        elif len(of) == 1 and op.name in ("topk", "sort", "argmax") and of <= layers.keys():
+            found[of.pop()] = "routers"
+        elif len(of) == 1 and op.name in ("softmax", "sigmoid", "to", "float", "view", "reshape", "add"):
+            made.update(dict.fromkeys(op.outputs, of.pop()))
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} layers)" if len(names) > 8 else "")
+
+
 def _other_products(module: nn.Module, flow: Dataflow, known: set[str]) -> dict[str, str]:
     """Matrices that take part in a product without being the weight of a layer, and modules that are not understood."""
     parameters = dict(module.named_parameters())
@@ -390,7 +440,8 @@ def _other_products(module: nn.Module, flow: Dataflow, known: set[str]) -> dict[
     for op in flow.ops:
         constants = [source[number] for number in op.inputs if number in source]
         read |= set().union(*constants)
-        if len(constants) == len(op.inputs):  # computed from constants alone: transposed, normalized
+        picked = op.name in ("getitem", "select", "index_select", "gather") and op.inputs and op.inputs[0] in source
+        if len(constants) == len(op.inputs) or picked:  # from constants alone: transposed, normalized, one of several
             source.update(dict.fromkeys(op.outputs, set().union(*constants)))
         elif op.name in PRODUCTS:
             where = op.module or "the network itself"
@@ -414,8 +465,7 @@ def _is_known(name: str, flow: Dataflow, known: set[str]) -> bool:
 def _check_patterns(scheme: Scheme, names: list[str]) -> None:
     for pattern in scheme.overrides:
         if not any(fnmatchcase(name, pattern) for name in names):
-            shown = ", ".join(names[:8]) + (f", ... ({len(names)} layers)" if len(names) > 8 else "")
-            raise UserError(f"got scheme.overrides[{pattern!r}], which is the name of no layer", shown)
+            raise UserError(f"got scheme.overrides[{pattern!r}], which is the name of no layer", _some(names))
 
 
 def _check_groups(name: str, layer: nn.Module, weight_scheme: TensorScheme, activation_scheme: TensorScheme) -> None:

@@ -27,9 +27,9 @@ import dfq
 from dfq import evaluation as evaluations
 from dfq import mixed_precision, quality
 from dfq import report as reports
-from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
+from dfq.dataset import SAMPLES, SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
-from dfq.generators._base import Generator, batch_rng, dataset_rng
+from dfq.generators._base import Generator, Independent, Sampler, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
 from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
@@ -39,6 +39,7 @@ from dfq.teacher import InputSpec, Teacher
 
 OUTPUTS = Path("outputs")
 DATA_FREE = {"pixels": False, "labels": False}
+NOISE = {"images": ("gaussian", "Gaussian noise"), "token ids": ("random_tokens", "random tokens")}  # by kind of input
 
 
 @dataclass
@@ -97,6 +98,7 @@ def generate(
         "seed": seed,
         "teacher_sha256": teacher.sha256,
         "input_spec": teacher.input_spec.to_dict(),
+        **generator.recorded(teacher),
     }
     name = f"{teacher.name}_{_label(generator)}"
     path = dataset_dir or OUTPUTS / "datasets" / f"{name}_{num_samples}_{_hash({**settings, 'batch_size': batch_size})}"
@@ -117,10 +119,9 @@ def generate(
     absent = _absent(dataset, sizes)
     if not absent:
         say(f"generate: the {num_samples} samples are there already, in {path}")
-        quality.assess(teacher, dataset)  # reads what is there; measures where a run ended just before
+        _describe_whole(teacher, generator, dataset)  # measures where a run ended just before
         return dataset
     missing = [index for index in absent if index % world_size == rank]
-    task = resolve("task", teacher.task)
     mine = sum(sizes[rank::world_size])
     done = mine - sum(sizes[index] for index in missing)
     try:
@@ -129,12 +130,13 @@ def generate(
         with progress_bar(f"generate {_label(generator)}", mine, "samples", completed=done) as advance:
             for index in missing:
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
-                images = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
-                told(batch_size - told.amount)  # a generator need not tell how far it is
-                images = images.detach().float().contiguous()
-                with torch.no_grad():
-                    logits = task.raw_outputs(teacher, images)
-                tensors = {"images": images[: sizes[index]], "logits": logits[: sizes[index]]}
+                if isinstance(sampler, Independent):
+                    start_at, told = index * batch_size, _Told(advance, 1)
+                    tensors = sampler.make(teacher, range(start_at, start_at + sizes[index]), seed, told)
+                    told(sizes[index] - told.amount)
+                else:
+                    tensors = _batch(sampler, teacher, batch_size, batch_rng(seed, index), told)
+                    tensors = {name: tensor[: sizes[index]] for name, tensor in tensors.items()}
                 dataset.write_shard(index, tensors, time.perf_counter() - start)
                 start = time.perf_counter()
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
@@ -146,7 +148,7 @@ def generate(
         count = num_samples - sum(sizes[index] for index in absent)
         say(f"generate: {count} of {num_samples} samples are there, in {path}; the others are for other ranks to make")
     else:
-        quality.assess(teacher, dataset)
+        _describe_whole(teacher, generator, dataset)
     return dataset
 
 
@@ -252,10 +254,8 @@ def export(
     """
     settings = {"exporter": to_config(exporter), "student_sha256": student.sha256}
     name = f"{student.teacher['name']}_{student.scheme.name}_{student.scheme.policy}_{_hash(settings)}"
-    path = (
-        artifact_path
-        or OUTPUTS / "artifacts" / name / f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
-    )
+    file_name = f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
+    path = artifact_path or OUTPUTS / "artifacts" / name / getattr(exporter, "file_name", file_name)
     description_path = path.with_name(path.name + ".json")
     if path.exists():
         known = read_json(description_path, "artifact") if description_path.exists() else {}
@@ -395,7 +395,7 @@ def _details(
         name = _target_label(dataset.manifest["settings"]["generator"])
         row |= {"row": f"synthetic ({name})", "generator": name, "seconds": dataset.seconds + student.seconds}
         row |= {"num_samples": len(dataset)}
-        synthetic = evaluations.batch_norm_match(teacher, dataset.tensors()["images"])
+        synthetic = evaluations.batch_norm_match(teacher, dataset.samples())
         noise = teacher.input_spec.example(min(256, len(dataset)), batch_rng(seed, -1))
         gaussian = evaluations.batch_norm_match(teacher, noise)
         match = [{"name": n, "synthetic": d, "gaussian": gaussian[n], "real": None} for n, d in synthetic.items()]
@@ -412,24 +412,30 @@ def _details(
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "estimated_drop": fidelity.get("estimated_drop"),
         "quality": None if dataset is None else quality.read(dataset),
-        "notes": [],
+        "continuation": (same := fidelity.get("continuation")),
+        "notes": [
+            f"goes on with a text as the teacher does for {same['match_length']:.1f} of {same['num_tokens']} tokens"
+        ]
+        if same
+        else [],
     }
 
 
 def _reference(
     e: Experiment, reference: str, task: Any, images: Tensor, details: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """A row made with the same algorithm from other images: Gaussian noise, or real ones."""
+    """A row made with the same algorithm from other samples: noise, or real ones."""
     if reference == "gaussian":
-        noise = resolve("generator", "gaussian", batch_size=e.generator.batch_size)
-        dataset, label = generate(e.teacher, noise, e.num_samples, e.seed), "Gaussian noise"
+        name, label = NOISE[e.teacher.input_spec.kind]
+        noise = resolve("generator", name, batch_size=e.generator.batch_size)
+        dataset = generate(e.teacher, noise, e.num_samples, e.seed)
     else:
         found = _real_dataset(e)
         if found is None:
             details["notes"].append("no real-data row: give evaluation.reference_path=... to have one")
             return None
         dataset, label = found, "real data"
-        match = evaluations.batch_norm_match(e.teacher, dataset.tensors()["images"])
+        match = evaluations.batch_norm_match(e.teacher, dataset.samples())
         for layer in details["batch_norm_match"]:
             layer["real"] = match[layer["name"]]
     student, _ = _quantize(e, dataset, None)
@@ -448,10 +454,11 @@ def _reference(
 
 
 def _real_dataset(e: Experiment) -> SyntheticDataset | None:
-    """The real images of the evaluation in the same kind of store, marked as what they are."""
+    """The real images (or texts) of the evaluation in the same kind of store, marked as what they are."""
     if getattr(e.evaluation, "reference_path", None) is None:
         return None
-    images = e.evaluation.reference_images(e.teacher.input_spec, e.num_samples)
+    evaluation = _for_teacher(e.evaluation, e.teacher)
+    images = evaluation.reference_images(e.teacher.input_spec, e.num_samples)
     digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     settings = {
         "generator": {"_target_": "real"},
@@ -462,10 +469,13 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
     dataset = SyntheticDataset.create(path, settings, {"pixels": True, "labels": False, "teacher": e.teacher.name})
     if not dataset.has_shard(0, len(images)):
-        task = resolve("task", e.teacher.task)
-        with torch.no_grad():
-            logits = torch.cat([task.raw_outputs(e.teacher, batch).cpu() for batch in images.split(128)])
-        dataset.write_shard(0, {"images": images, "logits": logits}, 0.0)
+        tensors = {SAMPLES[not images.is_floating_point()]: images}
+        if images.is_floating_point():
+            task = resolve("task", e.teacher.task)
+            with torch.no_grad():
+                logits = [task.raw_outputs(e.teacher, batch).cpu() for batch in images.split(128)]
+            tensors["logits"] = torch.cat(logits)
+        dataset.write_shard(0, tensors, 0.0)
     return dataset
 
 
@@ -500,9 +510,28 @@ def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -
     return fitting_batch_size(generator, teacher)
 
 
+def _describe_whole(teacher: Teacher, generator: Generator, dataset: SyntheticDataset) -> None:
+    """What can be said once all samples are there, whichever ranks have made them."""
+    if isinstance(generator, Independent):
+        dataset.note(**generator.facts(dataset))
+    quality.assess(teacher, dataset)
+
+
 def _absent(dataset: SyntheticDataset, sizes: Sequence[int]) -> list[int]:
     """The batches that are not there, or not whole."""
     return [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
+
+
+def _batch(sampler: Sampler, teacher: Teacher, batch_size: int, rng: torch.Generator, told: _Told) -> dict[str, Tensor]:
+    """A whole batch: what the network takes, and what the teacher says of images. What it says of each token of a text
+    would take a thousand times the room of the text."""
+    made = sampler.sample(teacher, batch_size, rng, told)
+    told(batch_size - told.amount)  # a generator need not tell how far it is
+    if not made.is_floating_point():
+        return {"input_ids": made}
+    made = made.detach().float().contiguous()
+    with torch.no_grad():
+        return {"images": made, "logits": resolve("task", teacher.task).raw_outputs(teacher, made)}
 
 
 class _Told:
@@ -518,7 +547,7 @@ class _Told:
 
 def held_out_images(dataset: SyntheticDataset) -> Tensor:
     """The samples that selection and fidelity look at, and training does not."""
-    return dataset.tensors()["images"][dataset.split()[1]]
+    return dataset.samples()[dataset.split()[1]]
 
 
 def _allocate(
@@ -560,6 +589,7 @@ def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None
 
 def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teacher, what: str) -> dict[str, float]:
     """Metrics of ``model`` (whose content is ``sha256``); those measured before on the same data are read again."""
+    evaluation = _for_teacher(evaluation, teacher)
     if not hasattr(evaluation, "batches"):  # any iterable of batches: nothing says whether it is the same as before
         return evaluations.measure(model, task, evaluation, 0, what)
     if not evaluation.num_samples:
@@ -576,6 +606,11 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
     metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
     write_json(path, {"format": "dfq.evaluation", **key, "metrics": metrics})
     return metrics
+
+
+def _for_teacher(evaluation: Any, teacher: Teacher) -> Any:
+    """An evaluation of text, with what it needs to know of the teacher: how text becomes token ids."""
+    return evaluation.for_teacher(teacher) if hasattr(evaluation, "for_teacher") else evaluation
 
 
 def _check_kind(teacher: Teacher, method: Any, family: str) -> None:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import dfq
 from dfq.algorithms._calibration import calibrate
-from dfq.dataset import QUALITY, SyntheticDataset, write_json
+from dfq.dataset import QUALITY, SyntheticDataset, samples_of, write_json
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
@@ -109,28 +109,33 @@ KEYS = ("format", "dataset_sha256", "verdict", "reasons", "statistic_distance", 
 
 
 @torch.no_grad()
-def measure(teacher: Teacher, images: Tensor, logits: Tensor, held_out: Tensor) -> Quality:
+def measure(
+    teacher: Teacher, images: Tensor, logits: Tensor | None, held_out: Tensor, num_samples: int | None = None
+) -> Quality:
     """The figures of a dataset, in a time that its size does not change.
 
     Args:
         images: samples [N, ...], of which at most :data:`MOST_SAMPLES` are looked at.
-        logits: what the teacher says to all samples of the dataset.
+        logits: what the teacher says to all samples of the dataset; None: not stored, as those of text are not.
         held_out: samples that are not among ``images``, for the cheap student.
+        num_samples: of the dataset; None: as many as there are logits.
     """
     seen = spread(images, MOST_SAMPLES)
     spec, pictures = teacher.input_spec, isinstance(teacher.input_spec, InputSpec)
     distances, to_noise = _distances(teacher, seen) if pictures else ({}, None)
-    of_classes = logits.dim() == 2 and logits.shape[1] > 1
-    counts = logits.argmax(1).bincount(minlength=logits.shape[1]).tolist() if of_classes else None
+    num_samples = num_samples or len(images if logits is None else logits)
+    if logits is not None and (logits.dim() != 2 or logits.shape[1] < 2):
+        logits = None  # no classes
+    counts = None if logits is None else logits.argmax(1).bincount(minlength=logits.shape[1]).tolist()
     return Quality(
-        num_samples=len(logits),
+        num_samples=num_samples,
         num_looked_at=len(seen),
         shorter_side=min(spec.size[1:]) if isinstance(spec, InputSpec) else None,
         statistic_distances=distances,
         distance_to_noise=to_noise,
         class_counts=counts,
         class_entropy=class_entropy(counts) if counts else None,
-        confidence=_finite(logits.softmax(1).amax(1).mean()) if of_classes else None,
+        confidence=None if logits is None else _finite(logits.softmax(1).amax(1).mean()),
         duplicates=duplicates(seen),
         deviation=_deviation(seen, spec) if isinstance(spec, InputSpec) else None,
         between_images=between_images(seen) if pictures else None,
@@ -283,10 +288,11 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
     if stored is not None:
         return stored
     kept, held_out = (
-        torch.stack([dataset[indices[i]]["images"] for i in places(len(indices), most)])
+        torch.stack([samples_of(dataset[indices[i]]) for i in places(len(indices), most)])
         for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
     )
-    found = measure(teacher, kept, dataset.tensors(names=("logits",))["logits"], held_out)
+    logits = dataset.tensors(names=("logits",)).get("logits")
+    found = measure(teacher, kept, logits, held_out, len(dataset))
     word, reasons = verdict(found)
     stored = {
         "format": "dfq.quality",

@@ -134,10 +134,13 @@ def dynamic_qparams(x: Tensor, scheme: TensorScheme, dims: tuple[int, ...]) -> t
 def round_scale(scale: Tensor, scheme: TensorScheme) -> Tensor:
     """``scale`` in its format.
 
+    float16: what GGUF stores.
     e8m0: a power of two; of a small float the one that OCP's microscaling formats take, 2^(floor(log2 max|x|) - largest
     exponent), which may clip the largest values; of other grids the next larger one. e4m3: a small float times one
     float32 scale for the tensor, which puts the largest at 448 (NVFP4).
     """
+    if scheme.scale_format == "float16":  # no denormals: few bits of them are left
+        return scale.clamp(2.0**-14, 65504.0).half().to(scale.dtype)
     if scheme.scale_format == "e8m0":
         if scheme.grid in FLOAT_FORMATS:
             maximum = FLOAT_FORMATS[scheme.grid].maximum

@@ -139,6 +139,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
         {"drop": NUMBER, "low": NUMBER, "high": NUMBER, "disagreement": NUMBER, "doubled_disagreement": NUMBER},
         None,
     ),
+    "continuation": ({"match_length": NUMBER, "num_tokens": int}, None),  # of texts that teacher and student go on with
     "quality": ({str: object}, None),  # what quality.json of the dataset holds
     "student_dir": TEXT,
     "network": TEXT,  # of a student that is not made of its teacher's: what builds it
@@ -154,6 +155,7 @@ OPTIONAL = (
     "predictions",
     "allocation",
     "estimated_drop",
+    "continuation",
     "quality",
 )  # of DETAILS; null where missing
 

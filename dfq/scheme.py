@@ -33,6 +33,9 @@ Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
 ``float``
     not quantized.
 
+Of a language model (token ids in, as many logits as it has token ids out) embeddings, head and routers stay float,
+unless ``skip`` says otherwise or ``overrides`` name such a layer in full; with ``policy=hardware`` they do not.
+
 A :class:`MixedScheme` is a scheme whose bits are still to be chosen, layer by layer, under a :class:`Budget`. What
 ``dfq.mixed_precision`` makes of it is a plain :class:`Scheme` again, whose overrides name every layer.
 """
@@ -53,7 +56,7 @@ from dfq.errors import UserError, did_you_mean
 POLICIES = ("all", "edges_8bit", "hardware")
 GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_token")
 GRIDS = ("uniform", "ternary", "seq", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "log2", "float")
-SCALE_FORMATS = ("float32", "e8m0", "e4m3")
+SCALE_FORMATS = ("float32", "float16", "e8m0", "e4m3")
 RANGES = ("full", "narrow", "7bit")
 FIXED_BITS = {"ternary": 2, "fp8_e4m3": 8, "fp8_e5m2": 8, "fp4_e2m1": 4, "float": 16}
 
@@ -89,7 +92,7 @@ class TensorScheme:
     group_size: int | None = None  # values that share a scale, along the input dimension; with per_group
     grid: str = "uniform"  # uniform | ternary | seq | fp8_e4m3 | fp8_e5m2 | fp4_e2m1 | log2 | float
     dynamic: bool = False  # activations: the range of each batch instead of a calibrated one
-    scale_format: str = "float32"  # float32 | e8m0 | e4m3; e8m0: powers of two, e4m3: beside one float32 scale a tensor
+    scale_format: str = "float32"  # float32 | float16 | e8m0 (powers of two) | e4m3 (beside one float32 a tensor)
     range: str = "full"  # full | narrow | 7bit; narrow: -127..127, 7bit: -64..63 in 8 bits, for CPUs without VNNI
 
     def __post_init__(self):
@@ -146,7 +149,7 @@ class TensorScheme:
         if self.scale_format == "e4m3" and self.grid not in FLOAT_FORMATS:
             raise UserError(
                 f"got scale_format=e4m3 and grid={self.grid}",
-                f"float32 | e8m0, or a grid of {', '.join(FLOAT_FORMATS)}",
+                f"float32 | float16 | e8m0, or a grid of {', '.join(FLOAT_FORMATS)}",
             )
 
     @property
@@ -198,7 +201,8 @@ class TensorScheme:
 
 
 FLOAT = TensorScheme(16, True, grid="float")
-OPERANDS = ("attention", "softmax")  # of attention's products, beside weight and activation
+OPERANDS = ("attention", "softmax", "key_value")  # of attention's products, beside weight and activation
+ROLES = ("embeddings", "head", "routers")  # of layers of a language model
 PARTS = ("weight", "activation", *OPERANDS)
 Overrides = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -214,6 +218,8 @@ class Scheme:
     overrides: Overrides = field(default_factory=dict)  # by name of the layer: '{head.*: {weight: {num_bits: 8}}}'
     attention: TensorScheme = FLOAT  # queries, keys and values in attention's products
     softmax: TensorScheme = FLOAT  # probabilities in the second of them
+    key_value: TensorScheme = FLOAT  # keys and values there, as a cache holds them; float: what scheme.attention says
+    skip: tuple[str, ...] = ROLES  # layers left float, by name or by what they are in a language model; []: none
     input_bits: int | None = None  # bits of the network's own input; null: those of activations. Images come with 8
 
     def __post_init__(self):
@@ -224,9 +230,13 @@ class Scheme:
         _check_weight(self.weight, "scheme.weight")
         for part in ("activation", *OPERANDS):
             _check_activation(getattr(self, part), f"scheme.{part}")
-        for part in OPERANDS:
+        for part in ("attention", "softmax"):
             if getattr(self, part).granularity == "per_group":
                 raise UserError(f"got scheme.{part}.granularity=per_group", "per_tensor | per_token")
+        _check_layer_input(self.key_value, "scheme.key_value")
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise UserError(f"got scheme.skip={self.skip!r}", f"a list of names of layers, or of {', '.join(ROLES)}")
+        object.__setattr__(self, "skip", tuple(self.skip))
         _check_layer_input(self.activation, "scheme.activation")
         if self.policy == "hardware":
             _check_hardware(self.weight, self.activation, "scheme")
@@ -240,6 +250,8 @@ class Scheme:
         weight, activation = self.weight.label, self.activation.label
         plain = weight.isdigit() and activation.isdigit()
         name = f"w{weight}a{activation}" if plain else f"w{weight}_a{activation}"
+        if not self.key_value.is_float:
+            name += f"kv{self.key_value.label}" if plain else f"_kv{self.key_value.label}"
         implied = {"mxfp4": 32, "nvfp4": 16}.get(weight)
         if self.weight.group_size not in (None, implied):
             name += f"_g{self.weight.group_size}"
@@ -299,6 +311,8 @@ class Scheme:
             del values["overrides"]
         if self.input_bits is None:
             del values["input_bits"]
+        if self.skip == ROLES:
+            del values["skip"]
         return values
 
     @classmethod
@@ -558,9 +572,8 @@ class MixedScheme(Scheme):
             chosen = overrides.get(pattern, {})
             parts = dict.fromkeys([*chosen, *mine])
             both[pattern] = {part: {**chosen.get(part, {}), **mine.get(part, {})} for part in parts}
-        return Scheme(
-            self.weight, self.activation, self.policy, self.name, both, self.attention, self.softmax, self.input_bits
-        )
+        operands = (self.attention, self.softmax, self.key_value)
+        return Scheme(self.weight, self.activation, self.policy, self.name, both, *operands, self.skip, self.input_bits)
 
 
 MIXED_KEYS = {entry.name for entry in fields(MixedScheme)} - {entry.name for entry in fields(Scheme)}

@@ -16,6 +16,7 @@ its bias a multiple of that grid's step times the weight's.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,9 @@ class Sites:
     aliases: dict[str, str] = field(default_factory=dict)  # path → path of the quantizer
     layer_inputs: dict[str, str] = field(default_factory=dict)  # layer → path
     has_integer_bias: bool = False
+    feature_axes: dict[str, int] = field(
+        default_factory=dict
+    )  # path → where a token's values lie, unless along the last
 
 
 def find_sites(
@@ -96,8 +100,10 @@ def find_sites(
     found: dict[str, TensorScheme] = {}
     uses = {name: ops for name, ops in (functional or {}).items() if name in swap.layers}
     aliases = {_path(op, "input_1"): f"{name}.weight_quantizer" for name, ops in uses.items() for op in ops}
-    if not (scheme.attention.is_float and scheme.softmax.is_float):
-        found |= _operands_of_attention(scheme, flow)
+    axes: dict[str, int] = {}
+    if not (scheme.attention.is_float and scheme.softmax.is_float and scheme.key_value.is_float):
+        operands, axes = _operands_of_attention(scheme, flow)
+        found |= operands
     layer_inputs: dict[str, str] = {}
     if scheme.policy == "hardware":
         outputs, moved, layer_inputs = _held_by_hardware(scheme, swap, flow, uses)
@@ -107,7 +113,7 @@ def find_sites(
             aliases |= {_path(op, "input_0"): f"{name}.input_quantizer" for op in ops}
         if scheme.policy == "hardware" and all(_adds_bias_of(name, op, flow) for op in ops):
             aliases |= {_path(op, "input_2"): f"{name}.bias_quantizer" for op in ops}
-    return Sites(found, aliases, layer_inputs, has_integer_bias=scheme.policy == "hardware")
+    return Sites(found, aliases, layer_inputs, scheme.policy == "hardware", axes)
 
 
 def place_sites(module: nn.Module, sites: Sites) -> nn.Module:
@@ -118,7 +124,8 @@ def place_sites(module: nn.Module, sites: Sites) -> nn.Module:
     holder = nn.Module()
     host.add_module(HOLDER, holder)
     for path, scheme in sites.quantizers.items():
-        holder.add_module(_key(path), Quantizer(scheme).to(host.weight.device))
+        axis = sites.feature_axes.get(path, -1)
+        holder.add_module(_key(path), Quantizer(scheme, feature_axis=axis).to(host.weight.device))
     own = {path: other for path, other in sites.aliases.items() if not other.endswith(BIAS)}
     for path, other in own.items():
         holder.add_module(_key(path), _quantizer(module, holder, other))
@@ -203,11 +210,16 @@ def _adds_bias_of(name: str, op: Op, flow: Dataflow) -> bool:
     return len(op.inputs) > 2 and f"{name}.bias".lstrip(".") in flow.parameters.get(op.inputs[2], ())
 
 
-def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> dict[str, TensorScheme]:
-    """Inputs of every product of two activations; probabilities with a grid of their own."""
+def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> tuple[dict[str, TensorScheme], dict[str, int]]:
+    """Inputs of every product of two activations; probabilities, and keys and values, with grids of their own.
+
+    Returns also where a token's values lie in keys that come transposed. Values come after the probabilities, keys in
+    the product that is none of those.
+    """
     active = _activations(flow)
     probabilities: set[int] = set()
     found: dict[str, TensorScheme] = {}
+    axes: dict[str, int] = {}
     for op in flow.ops:
         if op.name == "softmax" or (op.name in MOVING and set(op.inputs[:1]) & probabilities):
             probabilities |= set(op.outputs)
@@ -221,11 +233,16 @@ def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> dict[str, TensorSc
         first = op.inputs.index(operands[0])
         for position, number in enumerate(operands, start=first):
             part = scheme.softmax if number in probabilities else scheme.attention
+            if position > first and not scheme.key_value.is_float:
+                part = scheme.key_value
             if not part.is_float:
-                found[_path(op, f"input_{position}")] = part
+                path = _path(op, f"input_{position}")
+                found[path] = part
+                if position > first and op.name != FUSED_ATTENTION and operands[0] not in probabilities:
+                    axes[path] = -2
         if op.name == FUSED_ATTENTION and not scheme.softmax.is_float:
             found[_path(op, SOFTMAX)] = scheme.softmax
-    return found
+    return found, axes
 
 
 def _held_by_hardware(
@@ -359,7 +376,11 @@ def _first_tensor_through(quantizer: nn.Module, args: tuple, kwargs: dict) -> tu
 
 @functools.cache
 def _with_sites(kind: Any) -> Any:
-    return type(kind.__name__, (_WithSites, kind), {"__module__": kind.__module__})
+    def forward(self: _WithSites, *args: Any, **kwargs: Any) -> Any:
+        return _WithSites.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]  # generate() looks at it
+    return type(kind.__name__, (_WithSites, kind), {"__module__": kind.__module__, "forward": forward})
 
 
 class _CallSites(TorchFunctionMode):

@@ -76,6 +76,7 @@ class Surgery:
     swap: Swap
     sites: Sites
     rescaled: dict[str, Rescaled] = field(default_factory=dict, compare=False)  # layer → what equalization did to it
+    rotated: bool = field(default=False, compare=False)  # outputs of layers are the teacher's in other coordinates
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,6 +90,8 @@ class Surgery:
             "aliases": self.sites.aliases,
             "layer_inputs": self.sites.layer_inputs,
             "integer_bias": self.sites.has_integer_bias,
+            **({"site_axes": self.sites.feature_axes} if self.sites.feature_axes else {}),
+            **({"rotated": True} if self.rotated else {}),
             "rescaled": {
                 name: {part: values.tolist() for part, values in vars(record).items()}
                 for name, record in self.rescaled.items()
@@ -110,8 +113,15 @@ class Surgery:
             [(name, kind) for name, kind in values["rewrites"]],
             [(layer, norm) for layer, norm in values["folded"]],
             Swap(layers, dict(values["kept_float"])),
-            Sites(quantizers, dict(values["aliases"]), dict(values["layer_inputs"]), values["integer_bias"]),
+            Sites(
+                quantizers,
+                dict(values["aliases"]),
+                dict(values["layer_inputs"]),
+                values["integer_bias"],
+                dict(values.get("site_axes", {})),  # not in students from before it
+            ),
             rescaled,
+            values.get("rotated", False),
         )
 
     def repeat(self, module: nn.Module) -> nn.Module:
@@ -368,13 +378,15 @@ def _once(module: nn.Module) -> set[str]:
 
 
 def _pack_scale(name: str, scheme: TensorScheme, state: dict[str, Tensor]) -> None:
-    """A scale in the format that the scheme gives it: e8m0 one byte, e4m3 one byte beside a float32 for the tensor."""
+    """A scale in the format of its scheme: float16 two bytes, e8m0 one, e4m3 one beside a float32 for the tensor."""
     scale = state[name + SCALE]
     if scheme.scale_format == "e8m0":
         state[name + SCALE] = (torch.log2(scale).round() + 127).clamp(0, 254).to(torch.uint8)
     elif scheme.scale_format == "e4m3":
         state[name + TENSOR_SCALE] = tensor_scale(scale)
         state[name + SCALE] = (scale / state[name + TENSOR_SCALE]).to(torch.float8_e4m3fn)
+    elif scheme.scale_format == "float16":
+        state[name + SCALE] = scale.half()
 
 
 def _unpack_scale(name: str, scheme: TensorScheme, tensors: dict[str, Tensor]) -> None:
@@ -383,6 +395,8 @@ def _unpack_scale(name: str, scheme: TensorScheme, tensors: dict[str, Tensor]) -
         tensors[name + SCALE] = torch.exp2(scale.float() - 127)
     elif scheme.scale_format == "e4m3":
         tensors[name + SCALE] = scale.float() * tensors.pop(name + TENSOR_SCALE)
+    elif scheme.scale_format == "float16":
+        tensors[name + SCALE] = scale.float()
 
 
 def _describe(teacher: Teacher) -> dict[str, Any]:

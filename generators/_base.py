@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from dfq.dataset import SyntheticDataset, samples_of
 from dfq.progress import Advance
 from dfq.settings import PositiveInt
 from dfq.teacher import Teacher
@@ -45,7 +47,7 @@ class Generator:
             advance: long work calls it with the number of samples' worth just done, ``num_samples`` in all.
 
         Returns:
-            images [num_samples, C, H, W] as the network takes them (normalized), float32.
+            images [num_samples, C, H, W] as the network takes them (normalized), float32; or ids [num_samples, T].
         """
         raise NotImplementedError
 
@@ -62,10 +64,36 @@ class Generator:
         """
         return self
 
+    def recorded(self, teacher: Teacher) -> dict[str, Any]:
+        """What decides the samples beside settings and weights: hashes of files that are read."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Independent(Generator):
+    """Makes each sample by itself: sample i depends on (seed, i) only, whatever the batches and their size are."""
+
+    def make(self, teacher: Teacher, indices: Sequence[int], seed: int, advance: Advance) -> dict[str, Tensor]:
+        """The samples of these numbers, as they are stored: ``images`` or ``input_ids`` and what belongs to them."""
+        raise NotImplementedError
+
+    def facts(self, dataset: SyntheticDataset) -> dict[str, Any]:
+        """What the manifest says of all samples of a dataset beside the settings."""
+        return {}
+
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
+        seed = int(torch.randint(2**62, (), generator=rng))
+        return samples_of(self.make(teacher, range(num_samples), seed, advance))
+
 
 def batch_rng(seed: int, index: int) -> torch.Generator:
     """The random numbers of batch ``index``; hashed, so that no (seed, index) shares a stream with another."""
     return _hashed(f"{seed}:{index}")
+
+
+def sample_rng(seed: int, index: int, attempt: int = 0) -> torch.Generator:
+    """The random numbers of one sample of an :class:`Independent` generator."""
+    return _hashed(f"{seed}:sample:{index}:{attempt}")
 
 
 def dataset_rng(seed: int) -> torch.Generator:

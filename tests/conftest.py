@@ -135,6 +135,25 @@ def make_teacher():
     return lambda kind="plain", seed=0: as_teacher(NETS[kind](), name=kind, seed=seed)
 
 
+class _Language(nn.Module):
+    """Each token says what comes next, from itself and the one before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.hidden, self.head = nn.Embedding(30, 16), nn.Linear(16, 16), nn.Linear(16, 30)
+
+    def forward(self, input_ids):
+        x = self.tokens(input_ids)
+        return self.head(x + self.hidden(nn.functional.pad(x, (0, 0, 1, -1))).relu())
+
+
+def language():
+    """A tiny causal language model that is none of transformers'."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Teacher(_Language(), "language_modeling", TokenSpec(30, 12), name="language")
+
+
 @pytest.fixture
 def make_dataset(tmp_path):
     """A dataset of smooth images, or random token ids, and the teacher's logits, in shards of ``batch_size``."""

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, Transformer, as_teacher, settle
+from conftest import NETS, Transformer, as_teacher, language, settle
 from PIL import Image
 from torch import nn
 
@@ -18,7 +18,7 @@ from dfq.quantizers._observation import Histogram, Observation
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import MISSING, choices, load, resolve, signature, to_config
 from dfq.student import Student
-from dfq.teacher import hash_tensors
+from dfq.teacher import TokenSpec, hash_tensors
 
 FAMILIES = ["algorithm", "evaluation", "exporter", "generator", "quantizer", "task"]
 UNIFORM = [TensorScheme(bits, symmetric) for bits in (2, 4, 8) for symmetric in (True, False)]
@@ -35,6 +35,17 @@ def build(family, name):
     config = load(family, name)
     known = signature(config["_target_"]) or {}
     return resolve(family, name, **{key: value for key, value in FAST.items() if key in known})
+
+
+def word_tokenizer(folder):
+    """The folder of a tokenizer of three words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
 
 
 def every(family):
@@ -65,6 +76,8 @@ def sample(generator, teacher, seed=0, index=0, num_samples=4, advance=lambda am
 
 def made_for(generator):
     """A tiny teacher that has what the generator needs."""
+    if generator.kind == "token ids":
+        return language()
     return as_teacher(Transformer() if generator.needs_attention else NETS["plain"]())
 
 
@@ -78,14 +91,15 @@ def test_generator(name):
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.module.modules()]
     torch.manual_seed(0)
     images = sample(generator, teacher, advance=done.append)
-    assert images.shape == (4, *teacher.input_spec.size) and images.dtype == torch.float32 and not images.requires_grad
-    assert torch.isfinite(images).all() and float(images.std()) > 0
+    kind = torch.int64 if generator.kind == "token ids" else torch.float32
+    assert images.shape == (4, *teacher.input_spec.size) and images.dtype == kind and not images.requires_grad
+    assert torch.isfinite(images).all() and float(images.double().std()) > 0
     assert not done or (sum(done) == pytest.approx(4) and min(done) > 0), "progress is told in part"
     torch.manual_seed(1)  # global random numbers do not count, nor does what was made before
     other = sample(generator, teacher, index=1)
     assert torch.equal(sample(generator, teacher), images), "same (seed, index), other bits"
     assert not torch.equal(other, images) and not torch.equal(sample(generator, teacher, seed=1), images)
-    assert len({row.flatten().sum().item() for row in images}) == 4, "samples of a batch are equal"
+    assert len({tuple(row.flatten().tolist()) for row in images}) == 4, "samples of a batch are equal"
     assert hash_tensors(teacher.module.state_dict()) == weights
     assert modes == [m.training for m in teacher.module.modules()]
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.module.modules()]
@@ -105,6 +119,8 @@ def test_generator_leaves_the_global_random_numbers_alone(name):
 @pytest.mark.parametrize("kind", ["residual", "mlp", "bare", "transformer"])
 def test_generator_on_other_networks(name, kind):
     generator, teacher = build("generator", name), as_teacher({**NETS, "transformer": Transformer}[kind]())
+    if generator.kind == "token ids":
+        pytest.skip("the networks take images")
     has = {"residual": {"batch norm", "normalization"}, "bare": set(), "transformer": {"normalization", "attention"}}
     has["mlp"] = has["residual"]
     needs = {"batch norm": "needs_batch_norm", "normalization": "needs_norm", "attention": "needs_attention"}
@@ -123,7 +139,7 @@ def test_generator_is_resumed_and_extended_bit_for_bit(name, tmp_path):
     teacher = made_for(generator)
     whole = generate(teacher, generator, 20, 3, tmp_path / "whole")
     part = generate(teacher, generator, 9, 3, tmp_path / "part")
-    assert torch.equal(part.tensors()["images"], whole.tensors(9)["images"])
+    assert torch.equal(part.samples(), whole.samples(9))
     assert generate(teacher, generator, 20, 3, tmp_path / "part").sha256 == whole.sha256
 
 
@@ -217,6 +233,8 @@ def settle_images():
 @every("algorithm")
 @pytest.mark.parametrize("kind", ["plain", "residual", "mlp", "bare"])
 def test_algorithm(name, kind, make_teacher, make_dataset, tmp_path):
+    if getattr(build("algorithm", name), "kind", "images") == "token ids":
+        pytest.skip("for language models; tests/algorithms")
     teacher = make_teacher(kind)
     dataset, weights = make_dataset(teacher), hash_tensors(teacher.module.state_dict())
     methods = [resolve("quantizer", "mse", num_candidates=10)] * 2
@@ -314,15 +332,25 @@ def test_evaluation(name, teacher, tmp_path):
                 (tmp_path / f"class{i % 3}").mkdir(exist_ok=True)
                 Image.fromarray(image).save(tmp_path / f"class{i % 3}" / f"{i}.png")
             options["path"] = str(tmp_path)
+        elif name == "text":
+            (tmp_path / "a.txt").write_text("a b " * 20)
+            options |= {"path": str(tmp_path / "a.txt"), "tokenizer": word_tokenizer(tmp_path / "tokenizer")}
         else:
-            np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(12) % 10)
+            ids = np.arange(36).reshape(4, 9)
+            np.savez(tmp_path / "a.npz", images=pixels, labels=np.arange(12) % 10, input_ids=ids)
             options["path"] = str(tmp_path / "a.npz")
         options["reference_path"] = options["path"]
     elif name == "digits":
         spec = type(spec)((1, 8, 8), (0.3,), (0.4,))
     evaluation = resolve("evaluation", name, **options)
+    if getattr(evaluation, "kind", "images") == "token ids":
+        spec = TokenSpec(64, 5)
     batches = list(evaluation.batches(spec))
     assert sum(len(labels) for _, labels in batches) == evaluation.num_samples
+    if getattr(evaluation, "kind", "images") == "token ids":
+        assert all(torch.equal(ids, labels) and ids.dtype == torch.int64 for ids, labels in batches)
+        assert evaluation.reference_images(spec, 4).shape == (4, 5)
+        return
     for images, labels in batches:
         assert images.dtype == torch.float32 and images.shape[1:] == spec.size and len(images) == len(labels)
         assert labels.dtype == torch.int64 and labels.dim() == 1
@@ -344,6 +372,8 @@ def test_exporter(name, teacher, make_dataset, tmp_path):
     methods = [resolve("quantizer", "min_max")] * 2
     student, _ = quantize(teacher, dataset, W4A8, build("algorithm", "round_to_nearest"), *methods, 0, tmp_path / "s")
     exporter = build("exporter", name)
+    if getattr(exporter, "kind", "images") == "token ids":
+        pytest.skip("for networks of transformers; tests/test_language_models.py, tests/exporters")
     path = tmp_path / f"artifact{exporter.suffix}"
     state = hash_tensors(student.module.state_dict())
     found = export(student, exporter, path, teacher, dataset)

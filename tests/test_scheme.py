@@ -80,7 +80,8 @@ REFUSED = [
     ),
     (
         {"scale_format": "e4m3"},
-        "got scale_format=e4m3 and grid=uniform; allowed: float32 | e8m0, or a grid of fp8_e4m3, fp8_e5m2, fp4_e2m1",
+        "got scale_format=e4m3 and grid=uniform; allowed: float32 | float16 | e8m0, or a grid of fp8_e4m3, fp8_e5m2, "
+        "fp4_e2m1",
     ),
 ]
 
@@ -150,8 +151,8 @@ STATIC = (
     "use scheme.policy=all for others"
 )
 KEYS = (
-    "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax, "
-    "scheme.input_bits"
+    "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax"
+    ", scheme.key_value, scheme.skip, scheme.input_bits"
 )
 
 

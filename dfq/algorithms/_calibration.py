@@ -13,11 +13,13 @@ from dfq.progress import progress_bar
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.student import Student
 
+MOST_TOKENS = 4096  # in a forward
+
 
 def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
-    """Up to ``num_samples`` images [N, C, H, W] that are not held out."""
+    """Up to ``num_samples`` images [N, C, H, W], or ids [N, T], that are not held out."""
     indices, _ = dataset.split()
-    return dataset.tensors(indices[:num_samples][-1] + 1)["images"][indices[:num_samples]]
+    return dataset.samples(indices[:num_samples][-1] + 1)[indices[:num_samples]]
 
 
 def ensure_calibrated(
@@ -64,6 +66,8 @@ def calibrate(
     def look(name: str, _module: nn.Module, inputs: tuple) -> None:
         seen[name].add(inputs[0])
 
+    if not images.is_floating_point():  # a token has as many logits as there are ids
+        batch_size = max(1, min(batch_size, MOST_TOKENS // images[0].numel()))
     observed = [(name, quantizers[name]) for name in seen]
     with forward_hooks(observed, before=look), progress_bar("calibrate", len(images), "samples") as advance:
         for batch in images.split(batch_size):

@@ -108,17 +108,16 @@ class _Judge:
     """KL and agreement with the teacher on the held-out synthetic samples."""
 
     def __init__(self, teacher: Teacher, dataset: SyntheticDataset):
-        tensors, held_out = dataset.tensors(), dataset.split()[1]
-        self.images, self.logits = tensors["images"][held_out], tensors["logits"][held_out]
-        self.task = resolve("task", teacher.task)
+        held_out, logits = dataset.split()[1], dataset.tensors(names=("logits",)).get("logits")
+        self.images, self.task = dataset.samples()[held_out], resolve("task", teacher.task)
+        self.logits = self._outputs(teacher) if logits is None else logits[held_out]
         self.seconds = 0.0
 
     @torch.no_grad()
     def __call__(self, student: Student, batch_size: int = 64) -> _Figures:
         start = time.perf_counter()
         frozen = copy.deepcopy(student).freeze()  # judged as it will be saved
-        outputs: list[Tensor] = [self.task.raw_outputs(frozen, batch).cpu() for batch in self.images.split(batch_size)]
-        output = torch.cat(outputs)
+        output = self._outputs(frozen, batch_size)
         kl = float(self.task.distillation_loss(output, self.logits))
         self.seconds = time.perf_counter() - start
         estimate = getattr(self.task, "estimate_drop", None)
@@ -127,6 +126,11 @@ class _Judge:
             float(self.task.agreement(output, self.logits)),
             None if estimate is None else estimate(output, self.logits).drop,
         )
+
+    @torch.no_grad()
+    def _outputs(self, model: Any, batch_size: int = 64) -> Tensor:
+        outputs: list[Tensor] = [self.task.raw_outputs(model, batch).cpu() for batch in self.images.split(batch_size)]
+        return torch.cat(outputs)
 
 
 def seconds_of(budget: str | float) -> float:

@@ -36,6 +36,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from dfq.algorithms._base import Algorithm, Work
+from dfq.dataset import samples_of
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import stage_ends
 from dfq.quantizers.lsq import learn_step
@@ -68,6 +69,7 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.distillation import DistillationModule
         from dfq.lightning.looks import Looks, Patience
         from dfq.lightning.progress import StepProgress
+        from dfq.lightning.tokens import TokenDistillationModule
 
         features = {name: name for name in stage_ends(teacher.dataflow)}
         if self.student_network is not None:
@@ -75,9 +77,10 @@ class Distillation(DistillationSettings, Algorithm):
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
         data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
         task = resolve("task", teacher.task)
-        module = DistillationModule(student, teacher, task, features, self, seed, start)
+        kind = TokenDistillationModule if self._is_of_tokens(teacher) else DistillationModule
+        module = kind(student, teacher, task, features, self, seed, start)
         before = time.perf_counter()
-        given, loss_before = _state(module), _held_out_loss(student, task, data)
+        given, loss_before = _state(module), _held_out_loss(module, data)
         module.look_s = time.perf_counter() - before
         best = ModelCheckpoint(
             work_dir, filename="best", monitor="held_out_loss", save_weights_only=True, save_on_train_epoch_end=False
@@ -106,6 +109,12 @@ class Distillation(DistillationSettings, Algorithm):
         module.load_state_dict(given)
         student.module.to(teacher.device)
 
+    def _is_of_tokens(self, teacher: Teacher) -> bool:
+        """Whether nothing is asked for but a divergence of text, and features: logits need not be whole then."""
+        others = (self.reverse_kl_weight, self.jensen_shannon_weight, self.logits_weight, self.label_weight)
+        more = (*others, self.cam_weight, self.intervention, self.blocks_first, self.dampen, self.frozen_channels)
+        return teacher.task == "language_modeling" and not any(more) and self.balance == "fixed"
+
     def _learn_steps(self, student: Student, elements: dict[str, int]) -> None:
         student.module.requires_grad_(True)
         if self.gradient == "straight_through":
@@ -126,12 +135,13 @@ def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _held_out_loss(student: Student, task: Any, data: Any) -> float:
+def _held_out_loss(module: Any, data: Any) -> float:
     """Of the student as it is, on what the run will look at."""
+    device = next(module.parameters()).device
     total = 0.0
     for batch in data.val_dataloader():
-        output = task.raw_outputs(student, batch["images"])
-        total += float(task.distillation_loss(output, batch["logits"].to(student.device))) * len(output)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        total += float(module.look(batch)[0]) * len(samples_of(batch))
     return total / len(data.held_out_indices)
 
 

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from dfq.dataset import samples_of
 from dfq.errors import UserError
 from dfq.hooks import forward_hooks, tensors_in
 from dfq.lightning.augmentation import augment
@@ -194,7 +195,7 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         s, done = self.settings, self.done(self.trainer.global_step)
-        images = augment(batch["images"], self.rng, s.flip, s.shift, s.mixup, s.jitter, self.limits)
+        images = augment(samples_of(batch), self.rng, s.flip, s.shift, s.mixup, s.jitter, self.limits)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
         seen = self._teach(images)
@@ -319,10 +320,18 @@ class DistillationModule(pl.LightningModule):
             torch._foreach_copy_([p.data for p in self.trained.values()], self.averages)
 
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
-        output = self.task.raw_outputs(self.student_module, batch["images"])
-        size = len(batch["images"])
-        self.log("held_out_loss", self.task.distillation_loss(output, batch["logits"]), batch_size=size)
-        self.log("held_out_agreement", self.task.agreement(output, batch["logits"]), batch_size=size)
+        size, (loss, agreement) = len(samples_of(batch)), self.look(batch)
+        self.log("held_out_loss", loss, batch_size=size)
+        self.log("held_out_agreement", agreement, batch_size=size)
+
+    @torch.no_grad()
+    def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss and agreement of the student as it is."""
+        output, target = self.task.raw_outputs(self.student_module, samples_of(batch)), batch.get("logits")
+        if target is None:  # not stored, as those of text are not
+            target = self.task.raw_outputs(self.fast_teacher[0], samples_of(batch))
+        target = target.to(output.device)
+        return self.task.distillation_loss(output, target), self.task.agreement(output, target)
 
     def on_validation_end(self) -> None:  # after those of callbacks, which save what was looked at
         if self.set_aside is not None:

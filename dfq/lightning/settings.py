@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from dfq.losses.token_divergence import Divergence
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Share = Annotated[float, Bound(at_least=0, at_most=0.999)]  # of something of which a rest has to remain
@@ -32,6 +33,9 @@ class DistillationSettings:
     cam_weight: NonNegativeFloat = 0.0  # of the relative squared error of class activation maps (SynQ)
     label_weight: NonNegativeFloat = 0.0  # of cross-entropy to the teacher's class, easy samples only (SynQ)
     label_difficulty: Fraction = 0.5  # the teacher's 1 - p up to which a sample is easy
+    divergence: Divergence = "forward"  # of text, weighted by kl_weight: between distributions over the next token
+    top_k: PositiveInt = 64  # tokens that are told apart with top_k, all others being one
+    chunk_tokens: PositiveInt = 1024  # of text: tokens whose logits are in memory at a time
     balance: Literal["fixed", "learned"] = "fixed"  # learned: the weights of the terms are trained too (Kendall et al.)
 
     intervention: Fraction = 0.0  # chance that a sample's features are the teacher's, falls to zero half way

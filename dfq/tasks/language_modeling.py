@@ -32,6 +32,11 @@ class LanguageModeling:
             raise UserError(f"got logits {list(logits.shape)} of token ids {list(ids.shape)} from the network", allowed)
         return logits
 
+    @property
+    def writes(self) -> bool:
+        """Whether the network can go on with a text."""
+        return self.causal
+
     def num_outputs(self, logits: Tensor) -> int:
         return logits.shape[-1]
 

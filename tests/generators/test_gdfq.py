@@ -61,7 +61,7 @@ def test_superposed_images_lie_between_their_two_classes():
     _, mixtures, logits = drawn(source, teacher, 400)
     mixed = mixtures.max(1).values < 1
     first_two, meant = (values.topk(2, 1).indices.sort(1).values[mixed] for values in (logits, mixtures))
-    assert float((first_two == meant).all(1).float().mean()) > 0.1  # chance is 1 in 45
+    assert float((first_two == meant).all(1).float().mean()) > 0.06  # chance: 1 in 45, 0.022 +- 0.009
     confidence = logits.softmax(1).max(1).values
     assert confidence[mixed].mean() < confidence[~mixed].mean()
     assert float((logits.argmax(1) == mixtures.argmax(1))[~mixed].float().mean()) > 0.4

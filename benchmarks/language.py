@@ -1,0 +1,159 @@
+"""Language models: how fast text is generated, and what students lose, on the kit's 260,032-parameter Llama.
+
+    python benchmarks/language.py --kit DIR --folder WORK              tokens per second; a table of perplexities
+    python benchmarks/language.py --kit DIR --folder WORK --only speed
+
+Speed: tokens per second of ``generator=self_generation`` beside a loop that writes one sample after the other with
+transformers' ``generate()``, as published data pipelines do. Both draw from the whole vocabulary at temperature 1.
+
+Perplexity: on real stories that nothing else reads. Rows differ in the text that students are made with: written by the
+network itself, random tokens, and (as a bound) stories of the kit that are not among those of the evaluation. Seeds 0,
+1, 2; mean and spread. The same settings in all rows, none chosen for this network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dfq
+from dfq.dataset import SyntheticDataset
+from dfq.scheme import FLOAT, Scheme, TensorScheme
+
+G32 = {"granularity": "per_group", "group_size": 32}
+KV4 = TensorScheme(4, False, "per_token")
+SCHEMES = {
+    "w4a16_g32": Scheme(TensorScheme(4, False, **G32), FLOAT),
+    "w4a8kv4": Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"), key_value=KV4),
+    "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT),
+    "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT),
+}
+METHODS = {
+    "nearest": {"algorithm": "round_to_nearest", "weight_quantizer": "min_max"},
+    "hqq": {"algorithm": "hqq", "weight_quantizer": "min_max"},
+    "gptq": {"algorithm": "gptq"},
+    "distillation": {"algorithm": "distillation", "max_steps": 600, "batch_size": 16, "weight_lr": 0.02},
+}
+
+
+def speed(kit: Path, folder: Path, length: int, samples: int, batch_size: int) -> None:
+    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=length, device="cpu")
+    settings = {"greedy_tokens": [0], "max_repetition": 1.0, "batch_size": batch_size}
+    path = folder / f"speed_{length}_{samples}_{batch_size}_{os.getpid()}"
+    dataset = dfq.generate(teacher, "self_generation", num_samples=samples, dataset_dir=path, **settings)
+    mine = samples * length / dataset.seconds
+    start, written = time.perf_counter(), 0
+    torch.manual_seed(0)
+    while written < 8 * length:  # eight samples say how fast it is
+        first = torch.randint(3, teacher.input_spec.vocab_size, (1, 1))
+        ids = teacher.module.generate(
+            torch.cat([torch.ones_like(first), first], 1),
+            max_new_tokens=length - 2,
+            min_new_tokens=length - 2,
+            do_sample=True,
+            top_k=0,
+            use_cache=True,
+            pad_token_id=1,
+        )
+        written += ids.shape[1]
+    loop = written / (time.perf_counter() - start)
+    print(f"{torch.get_num_threads()} threads, samples of {length} tokens, batches of {batch_size}")
+    print(f"  self_generation          {mine:10.0f} tokens per second")
+    print(f"  one sample at a time     {loop:10.0f} tokens per second")
+    print(f"  ratio                    {mine / loop:10.1f}")
+
+
+def texts(teacher, kit: Path, folder: Path, seed: int, samples: int) -> dict[str, SyntheticDataset]:
+    """Text of each kind, in the same store."""
+    length = teacher.input_spec.length
+    found = {
+        "its own": dfq.generate(teacher, "self_generation", samples, folder / f"own_{samples}_{length}_{seed}", seed),
+        "random": dfq.generate(teacher, "random_tokens", samples, folder / f"random_{samples}_{length}_{seed}", seed),
+    }
+    stories = json.loads((kit / "data/stories_sampled.json").read_text())["ids"]
+    ids = torch.cat([torch.tensor(story) for story in stories])
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    path = folder / f"sampled_{length}"
+    real = SyntheticDataset.create(path, {"source": "stories_sampled"}, {"pixels": True, "labels": False})
+    if not real.has_shard(0, len(rows)):
+        real.write_shard(0, {"input_ids": rows}, 0.0)
+    return found | {"sampled": real}
+
+
+def perplexities(kit: Path, folder: Path, schemes: list[str], methods: list[str], seeds: int, samples: int) -> None:
+    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=128, device="cpu")
+    rows = json.loads((kit / "data/stories_tinystories.json").read_text())["ids"]
+    padded = np.full((len(rows), max(map(len, rows))), -1)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "real_stories.npz"
+    np.savez(path, input_ids=padded)
+    known = folder / "perplexities.json"
+    found: dict[str, list] = json.loads(known.read_text()) if known.exists() else {}
+
+    def measured(key: str, make) -> None:
+        if key not in found:
+            start = time.perf_counter()
+            student = make()
+            figures = dfq.evaluate(teacher, student, "tokens", path=str(path))
+            role = "teacher" if student is None else "student"
+            found[key] = [figures[role]["perplexity"], time.perf_counter() - start]
+            known.write_text(json.dumps(found, indent=1))
+
+    measured("float", lambda: None)
+    base = found["float"][0]
+    print(f"float: perplexity {base:.4f} on real stories")
+    for scheme in schemes:
+        for method in methods:
+            sources = ["its own"] if method in ("nearest", "hqq") else ["its own", "random", "sampled"]
+            for source in sources:
+                keys = []
+                for seed in range(seeds if method not in ("nearest", "hqq") else 1):
+                    keys.append(f"{scheme} {method} {source} {seed}")
+                    measured(
+                        keys[-1],
+                        lambda s=scheme, m=method, o=source, seed=seed: dfq.quantize(
+                            teacher, texts(teacher, kit, folder, seed, samples)[o], SCHEMES[s], seed=seed, **METHODS[m]
+                        ),
+                    )
+                values = [found[key][0] for key in keys]
+                spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+                minutes = sum(found[key][1] for key in keys) / len(keys) / 60
+                mean = statistics.fmean(values)
+                print(
+                    f"{scheme:18} {method:13} {source:9} {mean:9.4f}{spread}  ({100 * (mean / base - 1):+.1f} %)"
+                    f"  {minutes:.1f} min"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kit", type=Path, help="folder of the evaluation kit, with stories260k/ and data/")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/language"))
+    parser.add_argument("--only", choices=["speed", "perplexity"])
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    args = parser.parse_args()
+    if args.kit is None or not (args.kit / "stories260k").is_dir():
+        print("language.py: skipped, give --kit DIR with the evaluation kit (stories260k/ in it)")
+        return
+    if args.only != "perplexity":
+        speed(args.kit, args.folder, args.length, args.samples, args.batch_size)
+    if args.only != "speed":
+        perplexities(args.kit, args.folder, args.schemes, args.methods, args.seeds, args.samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What exporters of language models share: the network's configuration and tokenizer, its tensors by their names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.dataset import write_atomic
+from dfq.errors import UserError
+from dfq.modules import QuantizedLayer
+from dfq.sites import HOLDER
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", HOLDER)  # sub-modules that dfq has added
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*")
+COPIED = (*TOKENIZER, "generation_config.json", "spiece.model", "sentencepiece*.model")
+
+
+def configuration(student: Student, exporter: str) -> dict[str, Any]:
+    """config.json of the network as transformers reads it."""
+    config = getattr(student.module, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise UserError(
+            f"got exporter={exporter} and {student.teacher['name']}, which is no network of transformers",
+            "exporter=onnx_qdq | pt2 for such a network",
+        )
+    folder = source_folder(student)
+    if folder is not None:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {**config.to_dict(), "use_cache": True, "architectures": [architecture(student.module)]}
+
+
+def architecture(module: nn.Module) -> str:
+    """The name of the network's class in transformers."""
+    return next(kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers."))
+
+
+def source_folder(student: Student) -> Path | None:
+    """Where the teacher came from, if it is a folder here."""
+    names = [(student.teacher.get("config") or {}).get("name"), getattr(student.module.config, "_name_or_path", None)]
+    return next((Path(name) for name in names if name and (Path(name) / "config.json").is_file()), None)
+
+
+def travelling(student: Student) -> dict[str, bytes]:
+    """Files of tokenizer and generation settings that go with the network, by name."""
+    folder = source_folder(student)
+    if folder is None:
+        generation = getattr(student.module, "generation_config", None)
+        return {} if generation is None else {"generation_config.json": generation.to_json_string().encode()}
+    found = {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: file.read_bytes() for file in sorted(found)}
+
+
+def write_beside(path: Path, files: dict[str, bytes]) -> None:
+    """Each file into the folder of ``path``."""
+    for name, content in files.items():
+        write_atomic(path.parent / name, content)
+
+
+def tensors(student: Student, teacher: Teacher | None) -> dict[str, Tensor]:
+    """Every tensor of the network by the name that transformers has for it; quantized weights as floats on their grid.
+
+    A module that was rewritten (:mod:`dfq.surgery`) is stored as it was before; tied ones come once.
+    """
+    state = {}
+    tied = set(getattr(student.module, "all_tied_weights_keys", None) or {})
+    rewritten = dict(student.surgery.rewrites)
+    for name, tensor in student.module.state_dict().items():
+        parts = name.split(".")
+        if any(part in OWN for part in parts) or name in tied:
+            continue
+        kind = rewritten.get(name.rpartition(".")[0])
+        if kind == "transposed_linear" and parts[-1] == "weight":
+            tensor = tensor.mT
+        elif kind not in (None, "transposed_linear", "linear", "base_class"):
+            tensor = _as_it_was(name, kind, student, teacher)
+        state[name] = tensor.detach().cpu().contiguous().clone()
+    return state
+
+
+def _as_it_was(name: str, kind: str, student: Student, teacher: Teacher | None) -> Tensor:
+    owner = name.rpartition(".")[0]
+    own = None if teacher is None else teacher.module.state_dict().get(name)
+    if own is None or owner in student.layers:
+        raise UserError(
+            f"got a student whose {owner} was rewritten ({kind}), so that its weight is not the network's own",
+            "such a layer float, and the teacher at hand",
+            f"give scheme.skip=[...,{owner}]",
+        )
+    return own
+
+
+def linear_layers(student: Student) -> list[str]:
+    """Names of what transformers builds as nn.Linear."""
+    rewritten = dict(student.surgery.rewrites)
+    return [
+        name
+        for name, part in student.module.named_modules()
+        if isinstance(part, nn.Linear) and name not in rewritten and not any(p in OWN for p in name.split("."))
+    ]
+
+
+@torch.no_grad()
+def weight_grid(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a Linear's weight, [O, G]: one column for a channel, one entry in all for a tensor."""
+    scale, zero_point = (t.detach().cpu() for t in (layer.weight_quantizer.scale, layer.weight_quantizer.zero_point))
+    return (scale.view(len(scale), -1), zero_point.view(len(scale), -1)) if scale.dim() else (scale.view(1), zero_point)

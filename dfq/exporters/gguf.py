@@ -1,0 +1,338 @@
+"""GGUF: one file for llama.cpp, ollama and transformers' ``gguf_file=``, with the student's own codes and scales.
+
+Blocks of 32 weights of a row share a float16 scale d (GGUF specification, version 3)::
+
+    Q4_0    d, 16 bytes: weight j in the low and weight j + 16 in the high half of byte j, code + 8;  w = (code) d
+    Q8_0    d, 32 int8;                                                                               w = code d
+
+Nothing is derived from the weights again: codes and scales are the student's, so ``scheme.weight.scale_format=float16``
+makes the file exact; other scales are rounded to float16 here. Groups are multiples of 32, or whole rows. What is not
+quantized is float32. Rows of queries and keys are in the order of llama.cpp's rotary embedding, where it has one of its
+own. The vocabulary is written from ``tokenizer.json`` where the teacher came with one.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfq.errors import UserError
+from dfq.exporters import _artifact as artifact
+from dfq.exporters import _transformers as network
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+BLOCK = 32
+ALIGNMENT = 32
+F32, Q4_0, Q8_0 = 0, 2, 8  # numbers of tensor types
+FILE_TYPES = {Q4_0: 2, Q8_0: 7}
+UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # of values of metadata
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type → GGUF's
+NAMES = {  # sub-module of a layer → its name in GGUF
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """One ``.gguf`` file with Q4_0 and Q8_0 blocks."""
+
+    format: ClassVar[str] = "gguf"
+    suffix: ClassVar[str] = ".gguf"
+    kind: ClassVar[str] = "token ids"  # what its networks take
+
+    def export(
+        self, student: Student, path: Path, teacher: Teacher | None = None, images: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Write ``path`` and ``path``.json.
+
+        Args:
+            path: the file, usually ``*.gguf``.
+            teacher: the float network, for modules of it that the student has rewritten.
+            images: not used: the file is read again and compared weight by weight.
+
+        Returns:
+            what ``path``.json holds.
+        """
+        path = Path(path)
+        artifact.check(student, path)
+        config = network.configuration(student, "gguf")
+        kind = config.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise UserError(
+                f"got exporter=gguf and {student.teacher['name']} of type {kind}",
+                " | ".join(ARCHITECTURES),
+                "exporter=compressed_tensors takes others",
+            )
+        stored = dict(_stored(student, config, teacher))
+        content = serialize(_metadata(student, config, stored), stored)
+        return artifact.write(
+            path, content, self, student, {"parity": _parity(student, config, content), "latency_ms": None}
+        )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as it lies in the file."""
+
+    kind: int
+    shape: tuple[int, ...]  # as torch has it; the file has it the other way round
+    content: bytes
+
+
+def _stored(student: Student, config: dict[str, Any], teacher: Teacher | None) -> Iterator[tuple[str, Stored]]:
+    state = network.tensors(student, teacher)
+    for name, tensor in state.items():
+        owner, _, last = name.rpartition(".")
+        if owner == "lm_head" and config.get("tie_word_embeddings"):
+            continue
+        target = f"{_name(owner)}.{last}"
+        if owner in student.layers and last == "weight" and not student.swap.layers[owner][0].is_float:
+            kind, content = _blocks(student, owner, config)
+            yield target, Stored(kind, tuple(tensor.shape), content)
+        else:
+            values = _in_order(tensor.float(), owner, config).contiguous()
+            yield target, Stored(F32, tuple(tensor.shape), values.numpy().tobytes())
+
+
+def _name(owner: str) -> str:
+    if owner in WHOLE:
+        return WHOLE[owner]
+    _, _, layer, part = owner.split(".", 3)
+    return f"blk.{layer}.{NAMES[part]}"
+
+
+def _in_order(rows: Tensor, owner: str, config: dict[str, Any]) -> Tensor:
+    """Rows of queries and keys: pairs that are rotated together lie side by side, in the file of a Llama."""
+    part = owner.rpartition(".")[2]
+    if ARCHITECTURES[config["model_type"]] != "llama" or part not in ("q_proj", "k_proj"):
+        return rows
+    heads = config["num_attention_heads"]
+    if part == "k_proj":
+        heads = config.get("num_key_value_heads") or heads
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+
+
+def _blocks(student: Student, name: str, config: dict[str, Any]) -> tuple[int, bytes]:
+    """Codes and scales of one layer in blocks."""
+    scheme, activation = student.swap.layers[name]
+    size = scheme.group_size or 0
+    fits = scheme.grid == "uniform" and scheme.symmetric and scheme.num_bits in (4, 8) and size % BLOCK == 0
+    if not fits or not activation.is_float:
+        raise UserError(
+            f"got exporter=gguf and layer {name} with {scheme.num_bits} bits, symmetric="
+            f"{str(scheme.symmetric).lower()}, group_size={scheme.group_size}"
+            + ("" if activation.is_float else ", and quantized inputs"),
+            f"grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of {BLOCK}, and inputs that stay float",
+            "use scheme=w4a16_g32 scheme.weight.scale_format=float16",
+        )
+    codes = student.integer_weight(name).cpu()
+    if codes.shape[1] % BLOCK:
+        raise UserError(
+            f"got exporter=gguf and layer {name} with {codes.shape[1]} inputs",
+            f"a multiple of {BLOCK}",
+            f"give scheme.skip=[...,{name}]",
+        )
+    scale, _ = network.weight_grid(student.layers[name])
+    num_blocks = codes.shape[1] // BLOCK
+    scales = scale.view(-1, scale.shape[-1] if scale.dim() > 1 else 1)
+    scales = scales.repeat_interleave(num_blocks // scales.shape[1], 1).expand(len(codes), -1)
+    codes, scales = _in_order(codes, name, config), _in_order(scales.contiguous(), name, config)
+    d = scales.half().contiguous().numpy().view(np.uint8).reshape(len(codes), num_blocks, 2)
+    values = codes.view(len(codes), num_blocks, BLOCK)
+    if scheme.num_bits == 8:
+        quants = values.to(torch.int8).contiguous().numpy().view(np.uint8)
+        return Q8_0, np.concatenate([d, quants], -1).tobytes()
+    unsigned = (values + 8).to(torch.uint8)
+    quants = (unsigned[..., : BLOCK // 2] | unsigned[..., BLOCK // 2 :] << 4).numpy()
+    return Q4_0, np.concatenate([d, quants], -1).tobytes()
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def serialize(metadata: dict[str, tuple[int, Any]], tensors: dict[str, Stored]) -> bytes:
+    """Header, metadata, where each tensor lies, and the tensors."""
+    file = io.BytesIO()
+    file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)))
+    for key, (kind, value) in metadata.items():
+        file.write(_string(key) + struct.pack("<I", kind) + _value(kind, value))
+    offset = 0
+    for name, tensor in tensors.items():
+        dims = tensor.shape[::-1]
+        file.write(_string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
+        file.write(struct.pack("<IQ", tensor.kind, offset))
+        offset += -(-len(tensor.content) // ALIGNMENT) * ALIGNMENT
+    for tensor in [Stored(F32, (), b""), *tensors.values()]:
+        file.write(tensor.content)
+        file.write(bytes(-file.tell() % ALIGNMENT))
+    return file.getvalue()
+
+
+def _string(text: str) -> bytes:
+    content = text.encode("utf-8")
+    return struct.pack("<Q", len(content)) + content
+
+
+def _value(kind: int, value: Any) -> bytes:
+    if kind == STRING:
+        return _string(value)
+    if kind == ARRAY:
+        inner, items = value
+        return struct.pack("<IQ", inner, len(items)) + b"".join(_value(inner, item) for item in items)
+    return struct.pack({UINT32: "<I", INT32: "<i", FLOAT32: "<f"}[kind], value)
+
+
+def _metadata(student: Student, config: dict[str, Any], stored: dict[str, Stored]) -> dict[str, tuple[int, Any]]:
+    name = ARCHITECTURES[config["model_type"]]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
+    kinds = [tensor.kind for tensor in stored.values() if tensor.kind != F32]
+    found: dict[str, tuple[int, Any]] = {
+        "general.architecture": (STRING, name),
+        "general.name": (STRING, student.teacher["name"]),
+        "general.file_type": (UINT32, FILE_TYPES[max(set(kinds), key=kinds.count)] if kinds else 0),
+        "general.quantization_version": (UINT32, 2),
+        f"{name}.context_length": (UINT32, config["max_position_embeddings"]),
+        f"{name}.block_count": (UINT32, config["num_hidden_layers"]),
+        f"{name}.embedding_length": (UINT32, config["hidden_size"]),
+        f"{name}.feed_forward_length": (UINT32, config["intermediate_size"]),
+        f"{name}.attention.head_count": (UINT32, heads),
+        f"{name}.attention.head_count_kv": (UINT32, config.get("num_key_value_heads") or heads),
+        f"{name}.attention.key_length": (UINT32, head_dim),
+        f"{name}.attention.value_length": (UINT32, head_dim),
+        f"{name}.attention.layer_norm_rms_epsilon": (FLOAT32, config.get("rms_norm_eps", 1e-6)),
+        f"{name}.rope.dimension_count": (UINT32, head_dim),
+        f"{name}.rope.freq_base": (FLOAT32, rope),
+        f"{name}.vocab_size": (UINT32, config["vocab_size"]),
+    }
+    found |= {f"dfq.{key}": (STRING, str(value)) for key, value in artifact.provenance(student).items()}
+    return found | _vocabulary(student, config)
+
+
+def _vocabulary(student: Student, config: dict[str, Any]) -> dict[str, tuple[int, Any]]:
+    """Tokens, their kinds and merges, from tokenizer.json; empty where there is none of byte-pair encoding."""
+    folder = network.source_folder(student)
+    if folder is None or not (folder / "tokenizer.json").exists():
+        return {}
+    read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = read.get("model", {})
+    if model.get("type") != "BPE":
+        return {}
+    added = {token["id"]: token for token in read.get("added_tokens", [])}
+    by_id = {index: token for token, index in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
+    size = config["vocab_size"]
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(size)]
+    falls_back = bool(model.get("byte_fallback"))
+    kinds = []
+    for index, token in enumerate(tokens):
+        if index not in by_id:
+            kinds.append(5)  # unused
+        elif index in added:
+            kinds.append(2 if token == model.get("unk_token") else 3 if added[index].get("special") else 4)
+        else:
+            kinds.append(6 if falls_back and len(token) == 6 and token.startswith("<0x") else 1)
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    found: dict[str, tuple[int, Any]] = {
+        "tokenizer.ggml.model": (STRING, "llama" if falls_back else "gpt2"),
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens)),
+        "tokenizer.ggml.token_type": (ARRAY, (INT32, kinds)),
+    }
+    if falls_back:  # as sentencepiece has it: what is merged first scores highest
+        rank = {pair.replace(" ", ""): -float(i) for i, pair in reversed(list(enumerate(pairs)))}
+        found["tokenizer.ggml.scores"] = (ARRAY, (FLOAT32, [rank.get(token, 0.0) for token in tokens]))
+    else:
+        found["tokenizer.ggml.pre"] = (STRING, "default")
+        found["tokenizer.ggml.merges"] = (ARRAY, (STRING, pairs))
+    for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        value = config.get(key)
+        value = value[0] if isinstance(value, list) else value
+        if value is not None:
+            found[f"tokenizer.ggml.{name}_token_id"] = (UINT32, value)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+
+def read_weights(content: bytes) -> dict[str, np.ndarray]:
+    """Every tensor of such a file as floats, read by the specification."""
+    position = 0
+
+    def take(form: str) -> Any:
+        nonlocal position
+        values = struct.unpack_from("<" + form, content, position)
+        position += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def text() -> str:
+        nonlocal position
+        size = take("Q")
+        position += size
+        return content[position - size : position].decode("utf-8")
+
+    def value(kind: int) -> Any:
+        if kind == STRING:
+            return text()
+        if kind == ARRAY:
+            inner, count = take("I"), take("Q")
+            return [value(inner) for _ in range(count)]
+        return take({UINT32: "I", INT32: "i", FLOAT32: "f"}[kind])
+
+    magic, version, num_tensors, num_values = take("4sIQQ")
+    assert (magic, version) == (b"GGUF", 3)
+    for _ in range(num_values):
+        text()
+        value(take("I"))
+    where = []
+    for _ in range(num_tensors):
+        name, dims = text(), take("I")
+        shape = [take("Q") for _ in range(dims)][::-1]
+        where.append((name, shape, take("I"), take("Q")))
+    start = -(-position // ALIGNMENT) * ALIGNMENT
+    found = {}
+    for name, shape, kind, offset in where:
+        count, at = int(np.prod(shape)), start + offset
+        if kind == F32:
+            found[name] = np.frombuffer(content, "<f4", count, at).reshape(shape)
+            continue
+        width = 2 + (16 if kind == Q4_0 else 32)
+        blocks = np.frombuffer(content, np.uint8, count // BLOCK * width, at).reshape(-1, width)
+        d, quants = blocks[:, :2].copy().view("<f2").astype(np.float32), blocks[:, 2:]
+        if kind == Q4_0:
+            codes = np.concatenate([quants & 15, quants >> 4], -1).astype(np.float32) - 8
+        else:
+            codes = quants.copy().view(np.int8).astype(np.float32)
+        found[name] = (d * codes).reshape(shape)
+    return found
+
+
+def _parity(student: Student, config: dict[str, Any], content: bytes) -> dict[str, Any]:
+    """The file's weights against the student's."""
+    found, largest = read_weights(content), 0.0
+    for name, layer in student.layers.items():
+        if f"{_name(name)}.weight" in found:
+            wanted = _in_order(layer.weight.detach().cpu().float(), name, config).numpy()
+            largest = max(largest, float(np.abs(found[f"{_name(name)}.weight"] - wanted).max()))
+    return {"runtime": "dfq's own reader", "num_layers": len(student.layers), "max_abs_error_of_weights": largest}

@@ -1,0 +1,102 @@
+"""Rotation of the residual stream: the function stays, large channels go, other networks are told why not."""
+
+import pytest
+import torch
+from conftest import language
+from torch import nn
+
+import dfq
+from dfq.algorithms.rotation import orthogonal, rotate
+from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.scheme import Scheme, TensorScheme
+
+transformers = pytest.importorskip("transformers")
+TEXT = {"vocab_size": 48, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+UNTIED = {**GROUPED, "tie_word_embeddings": False}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**UNTIED),
+    "qwen3": lambda: transformers.Qwen3Config(**UNTIED),
+    "gemma": lambda: transformers.GemmaConfig(**UNTIED),
+    "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "phi": lambda: transformers.PhiConfig(**TEXT),
+    "mixtral": lambda: transformers.MixtralConfig(**UNTIED, num_local_experts=4),
+}
+W4A4 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(4, True, "per_token"))
+
+
+def teacher_of(name, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+        for key, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(4)
+            elif "norm" in key:
+                parameter.data.add_(torch.rand(parameter.shape) - 0.5)
+    return dfq.load_teacher(module, "language_modeling", vocab_size=48, length=12, device="cpu")
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 48, 160])
+def test_orthogonal(width):
+    turn = orthogonal(width, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(turn @ turn.mT, torch.eye(width, dtype=torch.float64))
+    if width == 16:
+        assert (turn.abs() == 0.25).all(), "Hadamard"
+    assert width == 1 or not torch.equal(turn, orthogonal(width, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_the_function_is_unchanged(name):
+    teacher, other = teacher_of(name), teacher_of(name)
+    rotate(other.module, teacher, torch.Generator().manual_seed(0))
+    ids = torch.randint(48, (4, 12), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted, got = teacher(ids).logits, other(ids).logits
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+    before, after = (dict(t.module.named_parameters())["model.embed_tokens.weight"] for t in (teacher, other))
+    assert not torch.allclose(before, after) and torch.allclose(before.norm(dim=1), after.norm(dim=1), rtol=1e-4)
+
+
+def test_channels_with_large_values_hurt_less(tmp_path):
+    teacher = teacher_of("llama")
+    with torch.no_grad():  # one channel of the stream holds nearly all there is
+        teacher.module.model.embed_tokens.weight[:, 5] *= 40
+    ids = torch.randint(48, (40, 12), generator=torch.Generator().manual_seed(1))
+    dataset = SyntheticDataset.create(tmp_path / "d", {"seed": 0}, {"pixels": False, "labels": False})
+    dataset.write_shard(0, {"input_ids": ids}, 0.0)
+    errors = {}
+    for name, algorithm in (("nearest", "round_to_nearest"), ("rotation", "rotation")):
+        student = dfq.quantize(teacher, dataset, W4A4, algorithm=algorithm, student_dir=tmp_path / name)
+        with torch.no_grad():
+            errors[name] = float((student(ids).logits - teacher(ids).logits).square().mean())
+            again = dfq.load_student(tmp_path / name, teacher)
+            assert torch.equal(again(ids).logits, student(ids).logits)
+    assert errors["rotation"] < 0.5 * errors["nearest"]
+    figures = dfq.evaluate(teacher, student, dataset=dataset)["fidelity"]
+    assert all(layer["sqnr_db"] is None for layer in figures["layers"]), "outputs in other coordinates"
+    steps = dfq.quantize(teacher, dataset, W4A4, algorithm="sequence", steps=["rotation", "gptq"])
+    with torch.no_grad():
+        assert float((steps(ids).logits - teacher(ids).logits).square().mean()) < errors["rotation"]
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("tied", "whose lm_head shares its weight with another layer"),
+        ("phi", "in which no layer reads from a norm"),
+        ("mixtral", "whose function changes when its residual stream is turned"),
+    ],
+)
+def test_networks_that_cannot_be_turned(name, why):
+    teacher = teacher_of(name)
+    with pytest.raises(UserError) as error:
+        rotate(teacher_of(name).module, teacher, torch.Generator())
+    assert str(error.value).startswith(f"got algorithm=rotation and {teacher.name}, {why}; allowed: decoders with")
+
+
+def test_networks_without_norms():
+    with pytest.raises(UserError, match="in which no layer reads from a norm"):
+        rotate(language().module, language(), torch.Generator())
+    assert isinstance(language().module.head, nn.Linear)

@@ -1,0 +1,351 @@
+"""Text that a network writes itself: against a plain loop, whatever the batches are; beginnings, gates, mistakes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import dfq
+from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.generators._base import dataset_rng, sample_rng
+from dfq.generators.self_generation import SelfGeneration, decide, repetition, teacher_cache
+from dfq.pipeline import generate
+from dfq.settings import resolve
+from dfq.teacher import Teacher, TokenSpec
+
+transformers = pytest.importorskip("transformers")
+TEXT = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """Random weights, large enough that the next token is not just any."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        module = transformers.LlamaForCausalLM(config)
+        for parameter in module.parameters():
+            parameter.data.mul_(4)
+    return Teacher(module, "language_modeling", TokenSpec(64, 20), name="llama")
+
+
+@pytest.fixture
+def named(llama, tmp_path):
+    """The same with a tokenizer of its own: id 5 is a byte, 6 and 7 are free, 8 is Cyrillic, 9 half a letter."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", "<s>", "</s>", "▁a", "▁b", "<0x41>", "<unused3>", "<|reserved_special_token_7|>", "▁жар"]
+    words += [f"▁w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(64 - len(words) - 4)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}▁wa▁wb {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}▁wc{% endif %}{% if enable_thinking %}▁wd{% endif %}"
+    )
+    fast.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def made(teacher, indices, seed=3, **settings):
+    return SelfGeneration(**settings).make(teacher, indices, seed, lambda amount: None)
+
+
+def plainly(teacher, index, seed, first, greedy=(2, 3, 4), temperature=1.0):
+    """One sample, written token by token without a cache and without a batch."""
+    length = teacher.input_spec.length
+    numbers = torch.rand(length + 2, generator=sample_rng(seed, index), dtype=torch.float64).tolist()
+    num_greedy = greedy[int(numbers[0] * len(greedy))]
+    ids, forced = [1, first], []
+    while len(ids) < length:
+        if forced:
+            ids.append(forced.pop())
+            continue
+        with torch.no_grad():
+            logits = teacher.module(torch.tensor([ids])).logits[0, -1].double()
+        if len(ids) < 2 + num_greedy:
+            ids.append(int(logits.argmax()))
+        else:
+            u, total, token = numbers[2 + len(ids)], 0.0, -1
+            for p in (logits / temperature).softmax(-1).tolist():
+                total, token = total + p, token + 1
+                if u < total:
+                    break
+            ids.append(token)
+        if ids[-1] == 2:
+            forced = [1]
+    return ids
+
+
+def test_against_a_loop_that_writes_one_sample_at_a_time(llama):
+    found = made(llama, range(12), max_repetition=1.0)["input_ids"]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(3)).tolist()
+    assert found.tolist() == [plainly(llama, i, 3, order[i]) for i in range(12)]
+
+
+def test_a_sample_is_the_same_in_any_batch(llama, tmp_path):
+    whole = generate(llama, SelfGeneration(batch_size=16), 24, 5, tmp_path / "whole")
+    small = generate(llama, SelfGeneration(batch_size=5), 24, 5, tmp_path / "small")
+    assert all(torch.equal(t, small.tensors()[name]) for name, t in whole.tensors().items())
+    ready = SelfGeneration().prepare(llama, dataset_rng(5))
+    alone = ready.make(llama, [17], 5, lambda amount: None)
+    assert torch.equal(alone["input_ids"][0], whole[17]["input_ids"])
+    assert whole.manifest["rejected"] == small.manifest["rejected"] and whole.manifest["tokens"] == 24 * 20
+
+
+def test_a_killed_run_goes_on_bit_for_bit(llama, tmp_path, monkeypatch):
+    generator = SelfGeneration(batch_size=4, cache_teacher=3, at_end="pad")
+    whole = generate(llama, generator, 10, 3, tmp_path / "whole")
+    make, calls = SelfGeneration.make, []
+
+    def killed(self, teacher, indices, seed, advance):
+        calls.append(indices)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make(self, teacher, indices, seed, advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfGeneration, "make", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llama, generator, 10, 3, tmp_path / "killed")
+    assert len(SyntheticDataset(tmp_path / "killed")) == 4
+    again = generate(llama, generator, 10, 3, tmp_path / "killed")
+    assert again.sha256 == whole.sha256 and again.manifest["rejected"] == whole.manifest["rejected"]
+
+
+def test_what_a_row_by_itself_would_say_decides_where_it_is_close(llama, monkeypatch):
+    """With a tie everywhere each token comes from a forward of one row: the same tokens."""
+    found = made(llama, range(6))["input_ids"]
+    monkeypatch.setattr("dfq.generators.self_generation.TIE", 10.0)
+    assert torch.equal(made(llama, range(6))["input_ids"], found)
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def filtered(logits, temperature, top_k, top_p, min_p):
+    """The probabilities that are left, by sorting and counting."""
+    p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    kept = set(order[: top_k or len(p)]) & {i for i in order if p[i] >= min_p * p[order[0]]}
+    mass = sum(p[i] for i in kept)
+    before, left = 0.0, set()
+    for i in order:
+        if i in kept and (before < top_p or not left):
+            left.add(i)
+            before += p[i] / mass
+    total = sum(p[i] for i in left)
+    return [p[i] / total if i in left else 0.0 for i in range(len(p))]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(0, 1.0, 0.0), (4, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.2), (6, 0.7, 0.1)]
+)
+def test_drawing_has_the_probabilities_that_are_left(temperature, top_k, top_p, min_p):
+    logits = [0.3, 2.0, -1.0, 1.1, 0.0, 1.7, -2.5, 0.9]
+    wanted = filtered(logits, temperature, top_k, top_p, min_p)
+    numbers = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    rows = torch.tensor(logits).expand(4000, -1)
+    tokens, margins = decide(
+        rows, numbers, torch.full((4000,), temperature, dtype=torch.float64), torch.zeros(4000, dtype=torch.bool),
+        top_k, top_p, min_p,
+    )  # fmt: skip
+    shares = torch.bincount(tokens, minlength=8) / 4000
+    assert shares.tolist() == pytest.approx(wanted, abs=5e-4)
+    assert (margins >= 0).all() and float(margins.max()) > 1e-3
+
+
+def test_the_margin_says_how_far_another_token_is():
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(200, -1)
+    numbers = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ones, greedy = torch.ones(200, dtype=torch.float64), torch.zeros(200, dtype=torch.bool)
+    tokens, margins = decide(logits, numbers, ones, greedy)
+    for shift in (-0.999, 0.999):
+        moved = numbers + shift * margins
+        assert torch.equal(decide(logits, moved.clamp(0, 1 - 1e-12), ones, greedy)[0], tokens)
+    likeliest, gap = decide(logits, numbers, ones, ~greedy)
+    assert likeliest.unique().tolist() == [2] and gap.unique().tolist() == [1.0]
+
+
+def test_mixtures(llama):
+    settings = {"greedy_tokens": (0, 6), "temperature": (0.01, 5.0), "max_repetition": 1.0}
+    cold = made(llama, range(40), greedy_tokens=(19,), max_repetition=1.0)["input_ids"]
+    found = made(llama, range(40), **settings)["input_ids"]
+    same = (found == cold).sum(1)  # one in two is cold, and of the rest one in two has six greedy tokens
+    assert 8 <= int((same == 20).sum()) <= 32 and int((same >= 8).sum()) < 40
+
+
+# ------------------------------------------------------------------------------------------------ beginnings
+
+
+def test_first_tokens(llama, named):
+    uniform = made(llama, range(128), tokenizer=named, max_repetition=1.0)["input_ids"]
+    counts = uniform[:, 1].bincount(minlength=64)
+    ordinary = {3, 4, *range(8, 60)}
+    assert (uniform[:, 0] == 1).all() and {i for i in range(64) if counts[i]} == ordinary
+    assert set(counts[list(ordinary)].tolist()) <= {2, 3}, "each once in turn"
+    stepped = made(llama, range(9), tokenizer=named, first="stepped")["input_ids"][:, 1].sort().values
+    assert int(stepped.diff().min()) >= 3 and int(stepped.diff().max()) <= 13, "evenly spread"
+    assert made(llama, range(3), tokenizer=named, scripts=("CYRILLIC",))["input_ids"][:, 1].tolist() == [8] * 3
+    assert 8 not in made(llama, range(60), tokenizer=named, scripts=("latin",))["input_ids"][:, 1]
+    assert made(llama, [0], tokenizer=named, first="begin", greedy_tokens=(0,))["input_ids"][0, 0] == 1
+    assert made(llama, range(64), begin=False)["input_ids"][:, 0].sort().values.tolist() == list(range(64))
+
+
+def test_prompts_and_chats(llama, named, tmp_path):
+    (tmp_path / "p.txt").write_text("▁a\n\n▁b\n")
+    found = made(llama, range(4), tokenizer=named, first="prompts", prompts=str(tmp_path / "p.txt"))
+    assert found["input_ids"][:, :2].tolist() == [[1, 3], [1, 4]] * 2
+    lines = [{"messages": [{"role": "user", "content": "▁a"}]}, {"text": "▁b"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = {"tokenizer": named, "first": "prompts", "prompts": str(tmp_path / "p.jsonl"), "chat": True}
+    generator = SelfGeneration(**settings)
+    from dfq.generators.self_generation import _beginnings
+
+    plain = _beginnings(generator, llama, dataset_rng(0)).rows
+    thinking = _beginnings(SelfGeneration(**settings, thinking=True), llama, dataset_rng(0)).rows
+    assert len(plain) == 2 and all(len(b) >= len(a) for a, b in zip(plain, thinking, strict=True))
+    prefix = _beginnings(SelfGeneration(tokenizer=named, first="begin", chat=True), llama, dataset_rng(0)).rows
+    assert len(prefix) == 1
+
+
+def test_texts_that_end(llama):
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 40))
+    restarted = made(wide, range(30), max_repetition=1.0)
+    padded = made(wide, range(30), max_repetition=1.0, at_end="pad")
+    assert (restarted["num_tokens"] == 40).all() and int(padded["num_tokens"].min()) < 40
+    for whole, part, count in zip(restarted["input_ids"], padded["input_ids"], padded["num_tokens"], strict=True):
+        assert torch.equal(whole[:count], part[:count]) and (part[count:] == 0).all()
+        if count < 40:
+            assert part[count - 1] == 2 and whole[count] == 1, "another text begins"
+
+
+# ------------------------------------------------------------------------------------------------ gates
+
+
+def test_repetition():
+    assert repetition(torch.arange(50)) == 0 and repetition(torch.tensor([1, 2, 3, 4])) == 0
+    assert repetition(torch.tensor([7] * 13)) == pytest.approx(9 / 10)
+    assert repetition(torch.tensor([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(1 / 5)
+
+
+def test_gates_turn_samples_away_and_count_them(llama, tmp_path):
+    free = made(llama, range(20), max_repetition=1.0)
+    with torch.no_grad():
+        log_probs = llama.module(free["input_ids"]).logits.double().log_softmax(-1)
+    each = log_probs[:, 1:-1].gather(2, free["input_ids"][:, 2:, None])[..., 0]
+    mean = [float(each[i].mean()) if 2 not in row else math.nan for i, row in enumerate(free["input_ids"])]
+    known = sorted(value for value in mean if not math.isnan(value))
+    limit = (known[len(known) // 2] + known[len(known) // 2 - 1]) / 2
+    gated = made(llama, range(20), max_repetition=1.0, min_likelihood=limit)
+    for i in range(20):
+        if not math.isnan(mean[i]):
+            assert (gated["rejected"][i, 2] > 0) == (mean[i] < limit)
+            assert torch.equal(gated["input_ids"][i], free["input_ids"][i]) == (mean[i] >= limit)
+    dataset = generate(llama, SelfGeneration(max_likelihood=-50.0, attempts=2), 3, 0, tmp_path / "none")
+    assert dataset.manifest["rejected"] == {"length": 0, "repetition": 0, "likelihood": 6}
+    assert dataset.manifest["taken_as_they_are"] == 3
+
+
+def test_the_teachers_largest_log_probabilities(llama):
+    found = made(llama, range(5), cache_teacher=6)
+    with torch.no_grad():
+        log_probs = llama.module(found["input_ids"]).logits.log_softmax(-1)
+    values, indices = log_probs.topk(6)
+    assert torch.equal(found["teacher_ids"].long(), indices)
+    torch.testing.assert_close(found["teacher_log_probs"].float(), values, rtol=1e-3, atol=2e-3)
+    rest = (1 - values.exp().sum(-1)).clamp(min=1e-9).log()
+    torch.testing.assert_close(found["teacher_rest"].float(), rest, rtol=1e-2, atol=1e-2)
+    everything = teacher_cache(llama, found["input_ids"], 1000)
+    assert everything["teacher_ids"].shape == (5, 20, 64) and (everything["teacher_rest"] <= -20).all()
+
+
+# ------------------------------------------------------------------------------------------------ mistakes
+
+WRONG = [
+    ({"first": "end"}, "got generator.first='end'; allowed: uniform | stepped | begin | prompts"),
+    ({"temperature": [0.0]}, "got generator.temperature=[0.0]; allowed: a list [x, ...], each x a number > 0"),
+    ({"temperature": []}, "got generator.temperature=[]; allowed: a list of at least one number"),
+    ({"top_p": 2}, "got generator.top_p=2; allowed: a number from 0 to 1"),
+    ({"top_k": -1}, "got generator.top_k=-1; allowed: a whole number >= 0"),
+    ({"attempts": 0}, "got generator.attempts=0; allowed: a whole number >= 1"),
+    (
+        {"prompts": "p.txt"},
+        "got generator.first=uniform and generator.prompts=p.txt; allowed: generator.first=prompts together with "
+        "generator.prompts=FILE; give both or neither",
+    ),
+    ({"chat": True}, "got generator.chat=true and generator.first=uniform; allowed: first=begin | prompts"),
+    (
+        {"min_likelihood": -1.0, "max_likelihood": -2.0},
+        "got generator.min_likelihood=-1 and generator.max_likelihood=-2; allowed: the first below the other",
+    ),
+]
+
+
+@pytest.mark.parametrize("settings, message", WRONG)
+def test_wrong_settings(settings, message):
+    with pytest.raises(UserError) as error:
+        resolve("generator", "self_generation", **settings)
+    assert str(error.value) == message
+
+
+def test_networks_it_can_do_nothing_with(llama, make_teacher, named, tmp_path):
+    def message(teacher, **settings):
+        with pytest.raises(UserError) as error:
+            generate(teacher, SelfGeneration(**settings), 2, 0, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+        return str(error.value)
+
+    assert message(make_teacher()).startswith(
+        "got generator=self_generation, which is for token ids, and plain, which takes images; allowed: "
+    )
+    masked = Teacher(llama.module, "masked_language_modeling", TokenSpec(64, 20), name="masked")
+    assert message(masked) == (
+        "got masked for task=masked_language_modeling, and generator=self_generation, which writes token by token; "
+        "allowed: a causal language model (task=language_modeling), or generator=random_tokens"
+    )
+    assert message(llama, scripts=("LATIN",)) == (
+        "got llama, which comes without a tokenizer, and settings that need one; allowed: generator.first=uniform | "
+        "stepped | begin without scripts and chat; give generator.tokenizer=FOLDER"
+    )
+    assert message(llama, scripts=("KLINGON",), tokenizer=named) == (
+        "got generator.scripts=['KLINGON'], in which llama has no token; allowed: first words of Unicode names of "
+        "letters: LATIN, CYRILLIC, CJK, ARABIC, ..."
+    )
+    assert message(llama, tokenizer=str(tmp_path)).startswith(
+        f"got generator.tokenizer={tmp_path}, from which no tokenizer can be loaded ("
+    )
+    short = Teacher(llama.module, "language_modeling", TokenSpec(64, 2), name="short")
+    assert message(short) == (
+        "got a beginning of 2 tokens and samples of 2; allowed: beginnings of at most 1 tokens; "
+        "give teacher.length=... for longer samples"
+    )
+
+
+def test_from_the_network_to_a_dataset_that_the_command_reads(llama, tmp_path):
+    dataset = dfq.generate(llama, "self_generation", num_samples=6, dataset_dir=tmp_path / "d", batch_size=4)
+    settings = dataset.manifest["settings"]
+    assert settings["generator"]["temperature"] == [1.0] and settings["tokenizer_sha256"] is None
+    assert dataset.samples().shape == (6, 20) and dataset.samples().dtype == torch.int64
+    assert dataset.provenance["pixels"] is False
+
+
+def test_other_tools_read_it(llama, tmp_path, monkeypatch):
+    dataset = generate(llama, SelfGeneration(at_end="pad", max_repetition=1.0), 8, 1, tmp_path / "d")
+    rows = [row["input_ids"][: row["num_tokens"]].tolist() for row in dataset]
+    lines = dataset.to_jsonl(tmp_path / "d.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"input_ids": row} for row in rows]
+    lines = dataset.to_jsonl(tmp_path / "t.jsonl", lambda ids: " ".join(map(str, ids))).read_text().splitlines()
+    assert json.loads(lines[3])["text"] == " ".join(map(str, rows[3]))
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError) as error:
+        dataset.to_huggingface()
+    assert str(error.value) == (
+        "got to_huggingface(), which needs datasets, not installed here; allowed: to_jsonl(path), which needs nothing; "
+        "pip install datasets"
+    )

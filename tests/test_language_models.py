@@ -1,0 +1,278 @@
+"""Tiny networks of transformers with random weights through all arrows; students of language models."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import dfq
+from dfq.decoding import Decoder
+from dfq.errors import UserError
+from dfq.exporters.compressed_tensors import pack_to_int32
+from dfq.modules import Quantizer
+from dfq.pipeline import export, generate
+from dfq.scheme import FLOAT, Scheme, TensorScheme
+from dfq.settings import load, resolve
+from dfq.student import Student
+from dfq.teachers import huggingface
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
+    "gemma": lambda: transformers.GemmaConfig(**GROUPED),
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=8),
+    "phi": lambda: transformers.PhiConfig(**TEXT),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2),
+    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+}
+W4_G16 = Scheme(TensorScheme(4, True, "per_group", 16), FLOAT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """``folder("llama")``: a network with random weights, the same in every test."""
+    root = tmp_path_factory.mktemp("networks")
+
+    def save(name, **options):
+        path = root / name
+        if not path.exists():
+            transformers.utils.logging.disable_progress_bar()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                module = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+                for parameter in module.parameters():
+                    if parameter.dim() > 1:
+                        parameter.data.mul_(3)
+                module.save_pretrained(path)
+            (path / "tokenizer_config.json").write_text("{}")
+        return str(path)
+
+    return save
+
+
+def teacher_of(path, **options):
+    return dfq.load_teacher("huggingface", name=path, length=16, device="cpu", **options)
+
+
+def nearest(teacher, dataset, scheme, path=None):
+    ranges = {"weight_quantizer": "min_max", "activation_quantizer": "min_max"}
+    return dfq.quantize(teacher, dataset, scheme, algorithm="round_to_nearest", student_dir=path, **ranges)
+
+
+def linears(teacher):
+    return {name for name, part in teacher.module.named_modules() if isinstance(part, nn.Linear)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generate_quantize_evaluate_export_load(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = teacher_of(folder(name))
+    dataset = generate(teacher, resolve("generator", "self_generation", max_repetition=1.0), 12, 0, tmp_path / "d")
+    assert dataset.samples().shape == (12, 16) and dataset.manifest["rejected"]["repetition"] == 0
+    student = nearest(teacher, dataset, Scheme.from_dict(load("scheme", "w4a8kv4")), tmp_path / "kv")
+    blocks = linears(teacher) - {"lm_head"}
+    if name == "gpt2":
+        blocks = {f"transformer.h.{i}.{part}" for i in (0, 1) for part in
+                  ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
+    assert blocks == set(student.layers) and "scheme.skip leaves head float" in student.swap.kept_float.values()
+    assert len(student.surgery.sites.quantizers) == 4, "keys and values of two layers"
+    found = dfq.evaluate(teacher, student, [(ids, ids) for ids in dataset.samples().split(4)], dataset)
+    assert found["student"]["perplexity"] > 0 and 0 <= found["fidelity"]["continuation"]["match_length"] <= 12
+    plain = nearest(teacher, dataset, W4_G16, tmp_path / "g16")
+    path = tmp_path / "artifact" / "model.safetensors"
+    description = export(plain, resolve("exporter", "compressed_tensors"), path, teacher, dataset)
+    config = json.loads((path.parent / "config.json").read_text())
+    if name == "gpt2":  # none of its layers is an nn.Linear
+        assert "quantization_config" not in config and len(description["stored_float"]) == 8
+    else:
+        assert config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] == 16
+        assert description["stored_float"] == []
+    assert (path.parent / "tokenizer_config.json").exists() and (path.parent / "generation_config.json").exists()
+    if description["parity"]["runtime"] is None:
+        pytest.skip("compressed-tensors is not installed: what was exported is not loaded again")
+    assert description["parity"]["max_abs_error"] == 0.0
+
+
+# ------------------------------------------------------------------------------------------------ keys and values
+
+
+def per_token(x, num_bits, dim):
+    """Asymmetric min-max rounding of each token's values, by the formula."""
+    low, high = x.amin(dim, keepdim=True).clamp(max=0), x.amax(dim, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**num_bits - 1)).clamp(min=1e-30)
+    zero = torch.round(-low / scale)
+    return (torch.clamp(torch.round(x / scale) + zero, 0, 2**num_bits - 1) - zero) * scale
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "phi"])
+def test_keys_and_values_are_rounded_token_by_token(name, attention, folder, make_dataset, monkeypatch):
+    """Against the network with an attention function of our own that rounds what it is given."""
+    teacher = teacher_of(folder(name), attn_implementation=attention)
+    scheme = Scheme(FLOAT, FLOAT, key_value=TensorScheme(4, False, "per_token"), overrides={"*q_proj": EIGHT})
+    student = nearest(teacher, make_dataset(teacher, 4), scheme)
+    for layer in student.layers.values():
+        layer.weight_quantizer.enabled = False
+    ids = teacher.example(3)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS.register(
+        "rounded", lambda module, q, k, v, *rest, **options:
+        plain(module, q, per_token(k, 4, -1), per_token(v, 4, -1), *rest, **options)
+    )  # fmt: skip
+    other = huggingface.load(folder(name), length=16)
+    own = student.module
+    with torch.no_grad():
+        for key, parameter in other.module.named_parameters():
+            parameter.copy_(dict(own.named_parameters())[key])
+        other.module.config._attn_implementation = "rounded"
+        torch.testing.assert_close(own(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
+        other.module.config._attn_implementation = "sdpa"
+        assert (own(ids).logits - other(ids).logits).abs().max() > 1e-2
+
+
+EIGHT = {"weight": {"num_bits": 8, "grid": "uniform", "granularity": "per_channel"}}
+
+
+def test_generate_goes_on_from_rounded_keys_and_values(folder, make_dataset, tmp_path):
+    teacher = teacher_of(folder("llama"))
+    student = nearest(teacher, make_dataset(teacher, 8), Scheme.from_dict(load("scheme", "w4a8kv4")), tmp_path / "s")
+    ids = teacher.example(2)[:, :5]
+    module = student.module
+    written = module.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=True
+    )
+    plain = ids
+    for _ in range(8):
+        with torch.no_grad():
+            plain = torch.cat([plain, module(plain).logits[:, -1].argmax(-1)[:, None]], 1)
+    ended = [(row == 2).nonzero().flatten().tolist() for row in plain[:, 5:]]
+    stop = [5 + (places[0] + 1 if places else 8) for places in ended]
+    assert all(torch.equal(a[:n], b[:n]) for a, b, n in zip(written, plain, stop, strict=True))
+    again = dfq.load_student(tmp_path / "s", device="cpu")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, student(ids).logits)
+        whole = module(plain, use_cache=False).logits[:, -1]
+        decoder = Decoder(module, student, student.device)
+        decoder(plain[:, :-1])
+        assert decoder.cache is not None
+        kept = decoder(plain, plain.shape[1] - 1)
+    torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ what is skipped
+
+
+def test_embeddings_and_head_stay_float_unless_an_override_names_them(folder):
+    teacher = teacher_of(folder("llama"))
+    scheme = Scheme(TensorScheme(4, True, "per_channel"), FLOAT)
+    student = Student.from_teacher(teacher, scheme)
+    assert student.swap.kept_float == {
+        "model.embed_tokens": "scheme.skip leaves embeddings float",
+        "lm_head": "scheme.skip leaves head float",
+    }
+    named = Scheme(scheme.weight, FLOAT, overrides={"lm_head": {"weight": {"num_bits": 8}}})
+    assert Student.from_teacher(teacher, named).layers["lm_head"].weight_quantizer.scheme.num_bits == 8
+    everything = Student.from_teacher(teacher, Scheme(scheme.weight, FLOAT, skip=()))
+    assert {"lm_head", "model.embed_tokens"} <= everything.layers.keys() and not everything.swap.kept_float
+    less = Student.from_teacher(teacher, Scheme(scheme.weight, FLOAT, skip=("head", "*.mlp.*")))
+    assert {name.rpartition(".")[2] for name in less.layers} == {"embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"}
+    assert Scheme.from_dict(Scheme(scheme.weight, FLOAT, skip=()).to_dict()).skip == ()
+    with pytest.raises(UserError) as error:
+        Student.from_teacher(teacher, Scheme(scheme.weight, FLOAT, skip=("lm_haed",)))
+    assert str(error.value).startswith("got scheme.skip with 'lm_haed', which is the name of no layer; allowed: model.")
+
+
+def test_a_scheme_of_keys_and_values():
+    scheme = Scheme.from_dict(load("scheme", "w4a8kv4"))
+    assert scheme.name == "w4a8kv4" and scheme.key_value == TensorScheme(4, False, "per_token", dynamic=True)
+    with pytest.raises(UserError, match=r"got scheme\.key_value\.granularity=per_channel; allowed: "):
+        Scheme(key_value=TensorScheme(4, True, "per_channel"))
+    with pytest.raises(UserError, match=r"got scheme\.skip='lm_head'; allowed: a list of names of layers"):
+        Scheme(skip="lm_head")
+
+
+# ------------------------------------------------------------------------------------------------ compressed-tensors
+
+
+@pytest.mark.parametrize("num_bits", range(1, 9))
+def test_packing_bit_by_bit(num_bits):
+    rng = torch.Generator().manual_seed(num_bits)
+    values = torch.randint(-(2 ** (num_bits - 1)), 2 ** (num_bits - 1), (3, 37), generator=rng)
+    packed = pack_to_int32(values, num_bits)
+    assert packed.shape == (3, -(-37 * num_bits // 32)) and packed.dtype == torch.int32
+    for row, words in zip(values.tolist(), packed.tolist(), strict=True):
+        stream = sum((word % 2**32) << (32 * i) for i, word in enumerate(words))
+        got = [(stream >> (i * num_bits)) % 2**num_bits - 2 ** (num_bits - 1) for i in range(37)]
+        assert got == row
+
+
+@pytest.mark.parametrize(
+    "weight, activation",
+    [
+        (TensorScheme(4, True, "per_channel"), FLOAT),
+        (TensorScheme(4, False, "per_group", 16), FLOAT),
+        (TensorScheme(2, False, "per_group", 16), FLOAT),
+        (TensorScheme(3, True, "per_group", 32), FLOAT),
+        (TensorScheme(8, True, "per_tensor"), FLOAT),
+        (TensorScheme(grid="ternary", symmetric=True, granularity="per_channel"), FLOAT),
+        (TensorScheme(8, True, "per_channel"), TensorScheme(8, True, "per_token")),
+        (TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token")),
+    ],
+    ids=lambda scheme: f"{scheme.label}{scheme.granularity}",
+)
+def test_logits_of_what_was_exported(weight, activation, folder, make_dataset, tmp_path):
+    teacher = teacher_of(folder("llama"))
+    dataset = make_dataset(teacher, 8)
+    student = nearest(teacher, dataset, Scheme(weight, activation), tmp_path / "s")
+    path = tmp_path / "a" / "model.safetensors"
+    found = export(student, resolve("exporter", "compressed_tensors"), path, teacher, dataset)
+    if found["parity"]["runtime"] is None:
+        pytest.skip("compressed-tensors is not installed")
+    assert found["parity"]["max_abs_error"] == 0.0 if activation.is_float else found["parity"]["relative_error"] < 0.05
+    assert found["stored_float"] == []
+
+
+def test_what_compressed_tensors_cannot_hold(folder, make_dataset, make_teacher, tmp_path):
+    teacher = teacher_of(folder("llama"))
+    dataset = make_dataset(teacher, 8)
+
+    def message(scheme, path="x/model.safetensors", of=teacher, data=dataset):
+        student = nearest(of, data, scheme)
+        with pytest.raises(UserError) as error:
+            export(student, resolve("exporter", "compressed_tensors"), tmp_path / path, of, data)
+        return str(error.value)
+
+    w4 = TensorScheme(4, True, "per_channel")
+    assert message(Scheme(w4, FLOAT), "x.safetensors") == (
+        f"got artifact_path={tmp_path}/x.safetensors; allowed: DIR/model.safetensors, the name that transformers looks "
+        f"for; give {tmp_path}/model.safetensors"
+    )
+    assert message(Scheme(w4, TensorScheme(8))).startswith(
+        "got exporter=compressed_tensors and layer model.layers.0.self_attn.q_proj with scheme.activation.granularity="
+        "per_tensor and symmetric=false; allowed: granularity=per_token and symmetric=true for inputs, or grid=float"
+    )
+    seq = Scheme(TensorScheme(2, True, "per_channel", grid="seq"), FLOAT)
+    assert "with scheme.weight.grid=seq of 2 bits; allowed: grid=uniform" in message(seq)
+    vision = make_teacher()
+    assert message(Scheme(w4, FLOAT), of=vision, data=make_dataset(vision, name="images")).startswith(
+        "got exporter=compressed_tensors and plain, which is no network of transformers; allowed: "
+    )
+
+
+def test_no_quantizer_is_left_without_a_grid(folder, make_dataset):
+    teacher = teacher_of(folder("mixtral"))
+    student = nearest(teacher, make_dataset(teacher, 8), W4_G16)
+    assert all(part.enabled for part in student.module.modules() if isinstance(part, Quantizer))
+    for layer in (0, 1):
+        where = f"model.layers.{layer}.mlp.experts"
+        assert student.swap.kept_float[f"{where}.gate_up_proj"] == f"read by grouped_mm in {where}"

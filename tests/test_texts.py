@@ -1,0 +1,135 @@
+"""Real text: files of token ids and of words against independent counts; how long a continuation stays the same."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import language
+
+import dfq
+from dfq.decoding import Decoder, greedy
+from dfq.errors import UserError
+from dfq.evaluation import Text, Tokens, continuation
+from dfq.settings import resolve
+from dfq.teacher import Teacher, TokenSpec
+
+RNG = np.random.default_rng(0)
+ROWS = [RNG.integers(0, 30, n) for n in (12, 3, 9, 1, 7)]
+
+
+@pytest.fixture
+def file(tmp_path):
+    padded = np.full((len(ROWS), 12), -1)
+    for row, ids in zip(padded, ROWS, strict=True):
+        row[: len(ids)] = ids
+    np.savez(tmp_path / "rows.npz", input_ids=padded)
+    return str(tmp_path / "rows.npz")
+
+
+def plainly(teacher, rows):
+    """exp of the mean negative log-likelihood, row by row and token by token."""
+    total = count = 0
+    for row in rows:
+        for t in range(1, len(row)):
+            with torch.no_grad():
+                log_probs = teacher.module(torch.tensor(np.array([row[:t]])))[0, -1].double().log_softmax(-1)
+            total, count = total - float(log_probs[row[t]]), count + 1
+    return math.exp(total / count)
+
+
+def test_perplexity_of_rows_of_any_length(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    teacher = language()
+    evaluation = Tokens(file, batch_size=2)
+    assert evaluation.num_samples == 4, "a row of one token says nothing"
+    found = dfq.evaluate(teacher, evaluation=evaluation)["teacher"]
+    assert found == {"perplexity": pytest.approx(plainly(teacher, ROWS), rel=1e-5)}
+    cut = dfq.evaluate(teacher, evaluation="tokens", path=file, length=4)["teacher"]["perplexity"]
+    pieces = [row[i : i + 4] for row in ROWS for i in range(0, len(row), 4)]
+    assert cut == pytest.approx(plainly(teacher, pieces), rel=1e-5)
+    rows = evaluation.__class__(file, reference_path=file).reference_images(TokenSpec(30, 6), 3)
+    whole = np.concatenate([row for row in ROWS if len(row) > 1])
+    assert rows.shape == (3, 6) and rows[0].tolist() == whole[:6].tolist()
+
+
+def test_text_is_read_with_the_networks_own_tokenizer(tmp_path, monkeypatch):
+    from test_contracts import word_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    folder = word_tokenizer(tmp_path / "tokenizer")
+    teacher = language()
+    (tmp_path / "a.txt").write_text("a b a b b a " * 5)
+    with pytest.raises(UserError) as error:
+        dfq.evaluate(teacher, evaluation="text", path="a.txt")
+    assert str(error.value) == (
+        "got evaluation=text and language, which comes without a tokenizer; allowed: evaluation=tokens, or "
+        "evaluation.tokenizer=FOLDER"
+    )
+    ids = np.array([1, 2, 1, 2, 2, 1] * 5)
+    found = dfq.evaluate(teacher, evaluation="text", path="a.txt", tokenizer=folder)["teacher"]["perplexity"]
+    assert found == pytest.approx(plainly(teacher, [ids[:12], ids[12:24], ids[24:]]), rel=1e-5)
+    lines = [{"text": "a b a"}, {"text": "b b"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = dfq.evaluate(teacher, evaluation="text", path="a.jsonl", tokenizer=folder)["teacher"]["perplexity"]
+    assert found == pytest.approx(plainly(teacher, [np.array([1, 2, 1]), np.array([2, 2])]), rel=1e-5)
+    teacher.module.config = type("Config", (), {"_name_or_path": folder})()
+    own = Text(path="a.txt").for_teacher(teacher)
+    assert own.tokenizer == folder and own.length == 12
+
+
+def test_a_text_goes_on_the_same_until_the_first_other_token():
+    teacher, student = language(), language()
+    task = resolve("task", "language_modeling")
+    ids = teacher.input_spec.example(20, torch.Generator().manual_seed(0))
+    assert continuation(teacher, teacher, task, ids) == {"match_length": 9.0, "num_tokens": 9}
+    with torch.no_grad():
+        student.module.head.bias[:15] += 0.5
+    found = continuation(teacher, student, task, ids)
+    texts = []
+    for model in (teacher, student):
+        rows = ids[:, :3]
+        for _ in range(9):
+            with torch.no_grad():
+                rows = torch.cat([rows, model.module(rows)[:, -1].argmax(-1)[:, None]], 1)
+        texts.append(rows[:, 3:].tolist())
+    same = [next((i for i in range(9) if a[i] != b[i]), 9) for a, b in zip(*texts, strict=True)]
+    assert found["match_length"] == pytest.approx(sum(same) / 20) and 0 < found["match_length"] < 9
+
+
+def test_keys_and_values_that_are_kept_change_nothing():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    teacher = Teacher(transformers.LlamaForCausalLM(config), "language_modeling", TokenSpec(30, 12))
+    task, ids = resolve("task", "language_modeling"), torch.randint(30, (5, 4))
+    decoder = Decoder(teacher.module, lambda x: task.raw_outputs(teacher, x), teacher.device)
+    assert decoder.keeps
+    kept = greedy(decoder, ids, 8)
+    plain = Decoder(teacher.module, lambda x: task.raw_outputs(teacher, x), teacher.device)
+    plain.keeps = False
+    assert torch.equal(greedy(plain, ids, 8), kept)
+
+
+WRONG = [
+    (
+        {"labels": RNG.integers(0, 9, (2, 3))},
+        "without input_ids; allowed: a .npz file with input_ids",
+    ),
+    ({"input_ids": np.zeros((2, 3))}, "with input_ids float64 [2, 3]; allowed: a .npz file"),
+    ({"input_ids": np.zeros(3, int)}, "with input_ids int64 [3]; allowed: a .npz file"),
+    ({"input_ids": np.array([[1, -1, 2]])}, "with rows that go on behind a negative number; allowed: a .npz file"),
+    ({"input_ids": np.array([[1, 30]])}, "with id 30 and a network with a vocabulary of 30; allowed: ids from 0 to 29"),
+]
+
+
+@pytest.mark.parametrize("arrays, message", WRONG)
+def test_files_that_do_not_fit(arrays, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", **arrays)
+    with pytest.raises(UserError) as error:
+        dfq.evaluate(language(), evaluation="tokens", path="x.npz")
+    assert str(error.value).startswith(f"got x.npz {message}")
