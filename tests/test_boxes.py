@@ -120,8 +120,8 @@ def test_set_prediction_loss_by_hand():
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.12, 0.1, 0.42, 0.4], [0.6, 0.6, 0.9, 0.9]], dtype=torch.float64)
     scores = torch.tensor([[0.6, 0.1], [0.3, 0.1], [0.2, 0.1]], dtype=torch.float64)
     wanted, labels = torch.tensor([[0.1, 0.1, 0.4, 0.4]], dtype=torch.float64), torch.tensor([0])
-    # The first place is the match, the second overlaps it and is let go, the third says something where nothing is.
-    surplus = sum(p**2 * -np.log(1 - p) for p in (0.2, 0.1))
+    # The first place is the match and the second repeats it, but for the other class; the third is where nothing is.
+    surplus = sum(p**2 * -np.log(1 - p) for p in (0.1, 0.1, 0.2, 0.1))
     assert float(set_prediction_loss(boxes, scores, wanted, labels)) == pytest.approx(-np.log(0.6) + surplus)
     empty = wanted[:0], labels[:0]
     everything = sum(p**2 * -np.log(1 - p) for p in scores.flatten().tolist())

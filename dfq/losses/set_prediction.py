@@ -4,10 +4,10 @@ Carion et al., "End-to-End Object Detection with Transformers" (DETR), ECCV 2020
 probabilities p [A, K] and boxes b [A, 4] of the places of one image, and n wanted boxes t of classes c::
 
     cost(a, i) = -log p_a(c_i) + 1 - GIoU(b_a, t_i)
-    L          = 1 / max(1, n) [ sum_i cost(match(i), i) + sum_a sum_k p_a(k)^gamma (-log(1 - p_a(k))) ]
+    L          = 1 / max(1, n) [ sum_i cost(match(i), i) + sum_(a, k) p_a(k)^gamma (-log(1 - p_a(k))) ]
 
-the second sum over the places that are matched to nothing and overlap no wanted box, which the suppression of doubles
-would remove.
+the second sum over the places and classes that are matched to nothing and do not repeat a wanted box: one of the same
+class that they overlap, so that the suppression of doubles removes them.
 
 Differences from the paper: matches are chosen greedily, cheapest pair first (with a handful of boxes the Hungarian
 algorithm would find much the same, and it is not differentiable either); the distance of corners is left out; places
@@ -23,8 +23,8 @@ from torch import Tensor
 from dfq.losses._box_overlap import giou, pairwise_iou
 
 GAMMA = 2.0
-OVERLAP = 0.5  # from which a place says the same as the one that is matched
-SMALLEST = 1e-9  # added to probabilities; their logarithm keeps its gradient below
+OVERLAP = 0.5  # from which a place repeats a wanted box
+SMALLEST = 1e-9  # added to probabilities: their logarithms stay finite
 
 
 def set_prediction_loss(boxes: Tensor, scores: Tensor, wanted_boxes: Tensor, wanted_labels: Tensor) -> Tensor:
@@ -33,18 +33,20 @@ def set_prediction_loss(boxes: Tensor, scores: Tensor, wanted_boxes: Tensor, wan
     Shapes: ``boxes`` [A, 4] and ``wanted_boxes`` [n, 4] xyxy in the same units, ``scores`` [A, K], ``wanted_labels``
     [n].
     """
-    free = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    surplus = torch.ones_like(scores, dtype=torch.bool)  # [A, K]
     missed = -(scores[:, wanted_labels] + SMALLEST).log()  # [A, n]
     pairs = missed + 1 - giou(boxes[:, None], wanted_boxes[None])
     matched = torch.zeros((), device=boxes.device)
     if len(boxes) and len(wanted_boxes):
         places, order = match(pairs.detach())
         matched = pairs[places, order].sum()
-        free[places] = False
-        free &= pairwise_iou(boxes.detach(), wanted_boxes).amax(1) < OVERLAP
-    others = scores[free]
-    surplus = (others.pow(GAMMA) * -(1 - others + SMALLEST).log()).sum()
-    return (matched + surplus) / max(1, len(wanted_boxes))
+        repeats = pairwise_iou(boxes.detach(), wanted_boxes) >= OVERLAP  # [A, n]
+        repeats[places, order] = True
+        for column, label in enumerate(wanted_labels.tolist()):
+            surplus[:, label] &= ~repeats[:, column]
+    others = scores[surplus]
+    none = (others.pow(GAMMA) * -(1 - others + SMALLEST).log()).sum()
+    return (matched + none) / max(1, len(wanted_boxes))
 
 
 def match(cost: Tensor) -> tuple[Tensor, Tensor]:
