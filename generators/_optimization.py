@@ -19,7 +19,7 @@ from dfq.generators._filters import low_pass
 from dfq.hooks import evaluation_mode
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import Advance
-from dfq.settings import resolve
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 Penalty = Callable[[Tensor, Any], Tensor]  # (images, the teacher's outputs) → what is added to the loss
@@ -125,7 +125,7 @@ def class_penalty(
 
 def task_and_classes(teacher: Teacher) -> tuple[Any, int]:
     """What the network's outputs mean, and how many classes they tell apart."""
-    task = resolve("task", teacher.task)
+    task = task_of(teacher)
     with torch.no_grad():
         return task, task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
 
