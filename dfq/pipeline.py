@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
+from dfq.tasks._outputs import joined, moved, to_store
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 OUTPUTS = Path("outputs")
@@ -101,7 +104,7 @@ def generate(
         say(f"generate: the {num_samples} samples are there already, in {path}")
         quality.assess(teacher, dataset)  # reads what is there; measures where a run ended just before
         return dataset
-    task = resolve("task", teacher.task)
+    task = task_of(teacher)
     done = num_samples - sum(sizes[index] for index in missing)
     try:
         start = time.perf_counter()  # the first batch pays for what all share
@@ -109,13 +112,11 @@ def generate(
         with progress_bar(f"generate {_label(generator)}", num_samples, "samples", completed=done) as advance:
             for index in missing:
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
-                images = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
+                made = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
                 told(batch_size - told.amount)  # a generator need not tell how far it is
-                images = images.detach().float().contiguous()
-                with torch.no_grad():
-                    logits = task.raw_outputs(teacher, images)
-                tensors = {"images": images[: sizes[index]], "logits": logits[: sizes[index]]}
-                dataset.write_shard(index, tensors, time.perf_counter() - start)
+                tensors = _with_outputs(teacher, task, made if isinstance(made, Mapping) else {"images": made})
+                rows = {name: values[: sizes[index]] for name, values in tensors.items()}
+                dataset.write_shard(index, rows, time.perf_counter() - start)
                 start = time.perf_counter()
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
         dataset.discard_if_empty()
@@ -203,7 +204,7 @@ def evaluate(
         ``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
     """
     _check_kind(teacher, evaluation, "evaluation")
-    task = resolve("task", teacher.task)
+    task = task_of(teacher)
     found: dict[str, Any] = {"teacher": _measure(teacher, teacher.sha256, task, evaluation, teacher, "teacher")}
     if student is not None:
         found["student"] = _measure(student, student.sha256, task, evaluation, teacher, "student")
@@ -249,7 +250,7 @@ def export(
 def run(experiment: Experiment) -> dict[str, Any]:
     """All five arrows, and the reference rows; returns the report."""
     e, start = experiment, time.perf_counter()
-    task = resolve("task", e.teacher.task)
+    task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
     dataset = generate(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
     student, student_path = _quantize(e, dataset, e.student_dir)
@@ -264,7 +265,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         if row is not None:
             details["references"].append(row)
     details["notes"].append(f"the whole run took {time.perf_counter() - start:.0f} s")
-    _write(e.output_dir, e.teacher, dataset, report, details)
+    _write(e.output_dir, e.teacher, dataset, report, details, student)
     return report
 
 
@@ -281,7 +282,8 @@ def report_student(
     figures = evaluate(teacher, student, evaluation, dataset)
     seed = student.settings.get("seed", 0)
     report = describe(teacher, dataset, student, student_path, figures, None, seed, command)
-    _write(output_dir, teacher, dataset, report, _details(teacher, student, student_path, figures, dataset, seed))
+    details = _details(teacher, student, student_path, figures, dataset, seed)
+    _write(output_dir, teacher, dataset, report, details, student)
     return next(iter([*figures["student"].values(), figures.get("fidelity", {}).get("agreement")]), None)
 
 
@@ -369,7 +371,7 @@ def _details(
         name = _target_label(dataset.manifest["settings"]["generator"])
         row |= {"row": f"synthetic ({name})", "generator": name, "seconds": dataset.seconds + student.seconds}
         row |= {"num_samples": len(dataset)}
-        synthetic = evaluations.batch_norm_match(teacher, dataset.tensors()["images"])
+        synthetic = evaluations.batch_norm_match(teacher, dataset.tensors(names=("images",))["images"])
         noise = teacher.input_spec.example(min(256, len(dataset)), batch_rng(seed, -1))
         gaussian = evaluations.batch_norm_match(teacher, noise)
         match = [{"name": n, "synthetic": d, "gaussian": gaussian[n], "real": None} for n, d in synthetic.items()]
@@ -403,7 +405,7 @@ def _reference(
             details["notes"].append("no real-data row: give evaluation.reference_path=... to have one")
             return None
         dataset, label = found, "real data"
-        match = evaluations.batch_norm_match(e.teacher, dataset.tensors()["images"])
+        match = evaluations.batch_norm_match(e.teacher, dataset.tensors(names=("images",))["images"])
         for layer in details["batch_norm_match"]:
             layer["real"] = match[layer["name"]]
     student, _ = _quantize(e, dataset, None)
@@ -436,10 +438,10 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
     dataset = SyntheticDataset.create(path, settings, {"pixels": True, "labels": False, "teacher": e.teacher.name})
     if not dataset.has_shard(0, len(images)):
-        task = resolve("task", e.teacher.task)
-        with torch.no_grad():
-            logits = torch.cat([task.raw_outputs(e.teacher, batch).cpu() for batch in images.split(128)])
-        dataset.write_shard(0, {"images": images, "logits": logits}, 0.0)
+        task = task_of(e.teacher)
+        parts = [_with_outputs(e.teacher, task, {"images": batch}) for batch in images.split(128)]
+        tensors = {name: joined([part[name] for part in parts]) for name in parts[0]}
+        dataset.write_shard(0, tensors, 0.0)
     return dataset
 
 
@@ -449,17 +451,54 @@ def _write(
     dataset: SyntheticDataset | None,
     report: dict[str, Any],
     details: dict[str, Any],
+    student: Student | None = None,
 ) -> None:
-    images, predictions = None, None
+    images, predictions, layout = None, None, reports.SMALL
     if dataset is not None and isinstance(teacher.input_spec, InputSpec):
-        tensors = dataset.tensors(64)
+        finds_boxes = "boxes" in dataset.lists
+        tensors = dataset.tensors(reports.WIDE.most if finds_boxes else reports.SMALL.most)
         images = teacher.input_spec.to_pixels(tensors["images"])
-        predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
-    page = reports.write(output_dir, report, details, images, predictions)
+        if finds_boxes:
+            layout = reports.WIDE
+            images, predictions = _scenes(teacher, student, tensors, images)
+        else:
+            predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
+    page = reports.write(output_dir, report, details, images, predictions, layout)
     reports.summary(report, details, Console(), report_path=page)
 
 
+@torch.no_grad()
+def _scenes(
+    teacher: Teacher, student: Student | None, tensors: Mapping[str, Any], pixels: Tensor
+) -> tuple[Tensor, list[str]]:
+    """Each image with what it was made from, what the teacher and what the student finds in it; and how many boxes."""
+    task, size = task_of(teacher), tuple(pixels.shape[-2:])
+    shown = [(tensors["boxes"], tensors["labels"], "white")]
+    for model, color in ((teacher, "lime"), (student, "red")):
+        if model is not None:
+            found = [task.annotate(task.raw_outputs(model, x), size) for x in tensors["images"].split(1)]
+            shown.append(([row["boxes"][0] for row in found], [row["labels"][0] for row in found], color))
+    views = [reports.draw_boxes(pixels, boxes, labels, color) for boxes, labels, color in shown]
+    names = ("made from", "teacher", "student")
+    counts = [
+        ", ".join(f"{name} {len(boxes[i])}" for name, (boxes, _, _) in zip(names, shown, strict=False))
+        for i in range(len(pixels))
+    ]
+    return torch.cat(views, -1), counts
+
+
 # ------------------------------------------------------------------------------------------------ pieces
+
+
+@torch.no_grad()
+def _with_outputs(teacher: Teacher, task: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generator made, the teacher's outputs, and its own annotations where the generator made none."""
+    images = made["images"].detach().float().contiguous()
+    outputs = task.raw_outputs(teacher, images)
+    found = {**made, "images": images, **moved(to_store(outputs, getattr(task, "most_bytes", math.inf)), "cpu")}
+    if hasattr(task, "annotate") and "boxes" not in found:
+        found |= task.annotate(outputs, images.shape[-2:])
+    return found
 
 
 class _Told:
@@ -475,7 +514,7 @@ class _Told:
 
 def held_out_images(dataset: SyntheticDataset) -> Tensor:
     """The samples that selection and fidelity look at, and training does not."""
-    return dataset.tensors()["images"][dataset.split()[1]]
+    return dataset.tensors(names=("images",))["images"][dataset.split()[1]]
 
 
 def _allocate(

@@ -17,7 +17,7 @@ from dfq.student import Student
 def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
     """Up to ``num_samples`` images [N, C, H, W] that are not held out."""
     indices, _ = dataset.split()
-    return dataset.tensors(indices[:num_samples][-1] + 1)["images"][indices[:num_samples]]
+    return dataset.tensors(indices[:num_samples][-1] + 1, ("images",))["images"][indices[:num_samples]]
 
 
 def ensure_calibrated(

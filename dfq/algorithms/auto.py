@@ -19,14 +19,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.dataset import SyntheticDataset
+from dfq.dataset import SyntheticDataset, collate
 from dfq.errors import UserError
 from dfq.progress import say
 from dfq.settings import Fraction, NonNegativeFloat, resolve
 from dfq.student import Student
+from dfq.tasks._outputs import joined, moved, outputs_of
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -108,24 +109,25 @@ class _Judge:
     """KL and agreement with the teacher on the held-out synthetic samples."""
 
     def __init__(self, teacher: Teacher, dataset: SyntheticDataset):
-        tensors, held_out = dataset.tensors(), dataset.split()[1]
-        self.images, self.logits = tensors["images"][held_out], tensors["logits"][held_out]
-        self.task = resolve("task", teacher.task)
+        self.task = task_of(teacher)
+        batch = collate([dataset[i] for i in dataset.split()[1]], dataset.lists)
+        self.images = batch["images"]
+        self.target = moved(outputs_of(self.task, teacher, batch), "cpu")
         self.seconds = 0.0
 
     @torch.no_grad()
     def __call__(self, student: Student, batch_size: int = 64) -> _Figures:
         start = time.perf_counter()
         frozen = copy.deepcopy(student).freeze()  # judged as it will be saved
-        outputs: list[Tensor] = [self.task.raw_outputs(frozen, batch).cpu() for batch in self.images.split(batch_size)]
-        output = torch.cat(outputs)
-        kl = float(self.task.distillation_loss(output, self.logits))
+        parts = [moved(self.task.raw_outputs(frozen, batch), "cpu") for batch in self.images.split(batch_size)]
+        output = joined(parts)
+        kl = float(self.task.distillation_loss(output, self.target))
         self.seconds = time.perf_counter() - start
         estimate = getattr(self.task, "estimate_drop", None)
         return _Figures(
             kl if kl == kl else float("inf"),
-            float(self.task.agreement(output, self.logits)),
-            None if estimate is None else estimate(output, self.logits).drop,
+            float(self.task.agreement(output, self.target)),
+            None if estimate is None else estimate(output, self.target).drop,
         )
 
 

@@ -39,8 +39,10 @@ from dfq.algorithms._base import Algorithm, Work
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import stage_ends
 from dfq.quantizers.lsq import learn_step
-from dfq.settings import PositiveInt, resolve
+from dfq.settings import PositiveInt
 from dfq.student import Student, build_network
+from dfq.tasks._outputs import moved, outputs_of
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 
 
@@ -69,15 +71,15 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.looks import Looks, Patience
         from dfq.lightning.progress import StepProgress
 
-        features = {name: name for name in stage_ends(teacher.dataflow)}
+        features = {name: name for name in stage_ends(teacher.dataflow) if _is_of_samples(teacher, name)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
         data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
-        task = resolve("task", teacher.task)
+        task = task_of(teacher)
         module = DistillationModule(student, teacher, task, features, self, seed, start)
         before = time.perf_counter()
-        given, loss_before = _state(module), _held_out_loss(student, task, data)
+        given, loss_before = _state(module), _held_out_loss(student, teacher, task, data)
         module.look_s = time.perf_counter() - before
         best = ModelCheckpoint(
             work_dir, filename="best", monitor="held_out_loss", save_weights_only=True, save_on_train_epoch_end=False
@@ -118,6 +120,11 @@ class Distillation(DistillationSettings, Algorithm):
                 learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
 
 
+def _is_of_samples(teacher: Teacher, name: str) -> bool:
+    """Whether a feature has a row a sample; those of a detector's proposals are of other places in each network."""
+    return teacher.dataflow.calls_of(name)[0].output_shape[0] == len(teacher.example())
+
+
 SHOWN = {"loss": "loss", "held_out_loss": "held-out"}
 
 
@@ -126,12 +133,13 @@ def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _held_out_loss(student: Student, task: Any, data: Any) -> float:
+def _held_out_loss(student: Student, teacher: Teacher, task: Any, data: Any) -> float:
     """Of the student as it is, on what the run will look at."""
     total = 0.0
     for batch in data.val_dataloader():
         output = task.raw_outputs(student, batch["images"])
-        total += float(task.distillation_loss(output, batch["logits"].to(student.device))) * len(output)
+        target = moved(outputs_of(task, teacher, batch), student.device)
+        total += float(task.distillation_loss(output, target)) * len(batch["images"])
     return total / len(data.held_out_indices)
 
 
