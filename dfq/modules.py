@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -315,7 +315,10 @@ def can_quantize(module: nn.Module, name: str = "", flow: Dataflow | None = None
 
 
 def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
-    """Turn every weight layer that ran into its quantized class, in place. Edges: the first and the last that ran."""
+    """Turn every weight layer that ran into its quantized class, in place.
+
+    Edges: the first that ran, the last, and with several heads the last of each.
+    """
     layers = weight_layers(module)
     # Order of first call; a layer that is called several times keeps its first place.
     functional = functional_uses(module, flow)
@@ -334,7 +337,8 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
     }
     kept_float |= {name: "did not run in a forward of the network" for name in layers if name not in ran}
     kept_float |= _other_products(module, flow, {f"{name}.weight".lstrip(".") for name in layers})
-    chosen = {name: scheme.for_layer(name in (possible[0], possible[-1]), name) for name in possible}
+    edges = {*possible[:1], *possible[-1:], *_last_layers(flow, modules_of, layers)}
+    chosen = {name: scheme.for_layer(name in edges, name) for name in possible}
     _check_patterns(scheme, list(chosen))
     for name, (weight_scheme, _) in chosen.items():
         if isinstance(layers[name], nn.Embedding):
@@ -356,6 +360,16 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
         swap_layer(layers[name], *schemes)
     share_tied_grids(module)
     return Swap({name: (layers[name].weight_quantizer.scheme, chosen[name][1]) for name in chosen}, kept_float)
+
+
+def _last_layers(flow: Dataflow, modules_of: list[set[str]], layers: Mapping[str, nn.Module]) -> set[str]:
+    """Layers from which the network's output is reached without another one."""
+    reached, found = set(flow.outputs), set()
+    for op, names in zip(reversed(flow.ops), reversed(modules_of), strict=True):
+        if reached & set(op.outputs):
+            found |= names & layers.keys()
+            reached |= set() if names & layers.keys() else set(op.inputs)
+    return found
 
 
 def _other_products(module: nn.Module, flow: Dataflow, known: set[str]) -> dict[str, str]:
