@@ -301,7 +301,7 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
         for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
     )
     stored = dataset.tensors(names=("logits", "labels"))
-    labels = stored.get("labels")
+    labels = stored["labels"] if "labels" in dataset.lists else None
     found = measure(teacher, kept, None if labels is not None else stored["logits"], held_out, labels)
     word, reasons = verdict(found)
     content = {
