@@ -124,19 +124,19 @@ def measure(
     seen = spread(images, MOST_SAMPLES)
     spec, pictures = teacher.input_spec, isinstance(teacher.input_spec, InputSpec)
     distances, to_noise = _distances(teacher, seen) if pictures else ({}, None)
-    of_classes = logits is not None and logits.dim() == 2 and logits.shape[1] > 1
-    counts = logits.argmax(1).bincount(minlength=logits.shape[1]).tolist() if of_classes else None
+    of_classes = logits if logits is not None and logits.dim() == 2 and logits.shape[1] > 1 else None
+    counts = None if of_classes is None else of_classes.argmax(1).bincount(minlength=of_classes.shape[1]).tolist()
     if labels is not None:
         counts = _objects(teacher, labels)
     return Quality(
-        num_samples=len(logits if labels is None else labels),
+        num_samples=len(labels or ()) if logits is None else len(logits),
         num_looked_at=len(seen),
         shorter_side=min(spec.size[1:]) if isinstance(spec, InputSpec) else None,
         statistic_distances=distances,
         distance_to_noise=to_noise,
         class_counts=counts,
         class_entropy=class_entropy(counts) if counts else None,
-        confidence=_finite(logits.softmax(1).amax(1).mean()) if of_classes else None,
+        confidence=None if of_classes is None else _finite(of_classes.softmax(1).amax(1).mean()),
         duplicates=duplicates(seen),
         deviation=_deviation(seen, spec) if isinstance(spec, InputSpec) else None,
         between_images=between_images(seen) if pictures else None,

@@ -15,14 +15,20 @@ from torchvision.ops import box_convert
 
 from dfq.detectors._base import Candidates, Detector
 
-SOFTMAX = ("detr.modeling_detr.DetrFor", "table_transformer.modeling_table_transformer.TableTransformerFor")
-SOFTMAX += ("yolos.modeling_yolos.YolosFor",)
-SIGMOID = (
+SOFTMAX: tuple[str, ...] = (
+    "detr.modeling_detr.DetrFor",
+    "table_transformer.modeling_table_transformer.TableTransformerFor",
+    "yolos.modeling_yolos.YolosFor",
+)
+SIGMOID: tuple[str, ...] = (
     "conditional_detr.modeling_conditional_detr.ConditionalDetrFor",
     "deformable_detr.modeling_deformable_detr.DeformableDetrFor",
 )
-CHOSEN = ("rt_detr.modeling_rt_detr.RTDetrFor", "rt_detr_v2.modeling_rt_detr_v2.RTDetrV2For")
-CHOSEN += ("d_fine.modeling_d_fine.DFineFor",)
+CHOSEN: tuple[str, ...] = (
+    "rt_detr.modeling_rt_detr.RTDetrFor",
+    "rt_detr_v2.modeling_rt_detr_v2.RTDetrV2For",
+    "d_fine.modeling_d_fine.DFineFor",
+)
 
 
 class Adapter(Detector):

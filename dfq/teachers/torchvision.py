@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 from torch import nn
@@ -57,7 +58,7 @@ def load(
             f"{len(entry.meta['categories'])} classes, as those weights have",
             "leave one away",
         )
-    options = {} if num_classes is None else {"num_classes": num_classes}
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if finds_boxes:
         options |= {"weights_backbone": None}
     if name in ("googlenet", "inception_v3"):
