@@ -15,15 +15,21 @@ __all__ = [
     "evaluate",
     "export",
     "load_student",
+    "export_coco",
     "SyntheticDataset",
     "Scheme",
+    "Detector",
+    "Candidates",
+    "Boxes",
     "UserError",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from dfq.api import evaluate, export, generate, load_student, load_teacher, quantize
+    from dfq.coco import export_coco
     from dfq.dataset import SyntheticDataset
+    from dfq.detectors._base import Boxes, Candidates, Detector
     from dfq.errors import UserError
     from dfq.scheme import Scheme
 else:  # a type checker would take any name for granted if it saw __getattr__
@@ -32,6 +38,8 @@ else:  # a type checker would take any name for granted if it saw __getattr__
         if name not in __all__:
             raise AttributeError(f"module 'dfq' has no attribute {name!r}")
         home = {"SyntheticDataset": "dfq.dataset", "Scheme": "dfq.scheme", "UserError": "dfq.errors"}
+        home["export_coco"] = "dfq.coco"
+        home |= dict.fromkeys(("Detector", "Candidates", "Boxes"), "dfq.detectors._base")
         value = globals()[name] = getattr(import_module(home.get(name, "dfq.api")), name)
         return value
 

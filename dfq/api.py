@@ -35,6 +35,7 @@ def load_teacher(
     device: str | torch.device = "auto",
     vocab_size: int | None = None,
     length: int | None = None,
+    adapter: Any = None,
     **settings: Any,
 ) -> Teacher:
     """A teacher from a network in memory, or from a loader by name.
@@ -45,6 +46,8 @@ def load_teacher(
         task: what its outputs mean; None: ``classification``, or what the loader finds.
         input_size: (C, H, W). A network in memory that takes images needs it, ``mean`` and ``std``.
         mean, std: of the normalization (byte / 255 - mean) / std, one a channel.
+        adapter: of a detector: a class derived from ``dfq.Detector``, or its ``package.module:Name``; None: that of the
+            network's family.
         vocab_size, length: of the token ids [N, length], below ``vocab_size``, that a network in memory takes instead
             of images.
     """
@@ -52,7 +55,7 @@ def load_teacher(
     tokens = {"vocab_size": vocab_size, "length": length}
     if isinstance(model, str):
         config = load("teacher", model)
-        given = images | tokens | ({"task": task} if "task" in config else {})
+        given = images | tokens | {"adapter": adapter} | ({"task": task} if "task" in config else {})
         teacher = _build_teacher(config | settings | {k: v for k, v in given.items() if v is not None}, device)
         if task not in (None, teacher.task):
             raise UserError(f"got task={task} for teacher={model}, whose networks are for task={teacher.task}")
@@ -74,7 +77,14 @@ def load_teacher(
     else:
         assert input_size is not None and mean is not None and std is not None
         spec = InputSpec(tuple(input_size), tuple(mean), tuple(std))
-    return Teacher(model, task or "classification", spec, device=resolve_device(device))
+    name = type(model).__name__
+    if task == "detection":
+        from dfq.teachers._detector import as_detector
+
+        model = as_detector(model, adapter)
+    elif adapter is not None:
+        raise UserError(f"got adapter={adapter} and task={task}", "task='detection' for adapters")
+    return Teacher(model, task or "classification", spec, name, device=resolve_device(device))
 
 
 def generate(

@@ -168,17 +168,19 @@ def input_spec(request: Request) -> None:
 
 
 def factories(request: Request) -> None:
-    """The module and the function of a ``module:function`` exist, as far as its source can tell."""
-    for part, choice, option in (("teacher", "factory", "factory"), ("algorithm", "distillation", "student_network")):
+    """The module and the function (or class) of a ``module:function`` exist, as far as its source can tell."""
+    named = (("teacher", "factory", "factory"), ("algorithm", "distillation", "student_network"))
+    for part, choice, option in (*named, ("teacher", "factory", "adapter"), ("teacher", "torchvision", "adapter")):
         name = request.get(part, option) if request.choice(part) == choice else None
         if name is not None:
             _is_factory(f"{part}.{option}", name)
 
 
 def _is_factory(key: str, name: str) -> None:
+    kind = "class" if key.endswith(".adapter") else "function"
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in f"{module}.{function}".split(".")):
-        raise UserError(f"got {key}={name}", "package.module:function")
+        raise UserError(f"got {key}={name}", f"package.module:{kind}")
     spec = source.find_spec(module)
     if spec is None:
         raise UserError(
@@ -190,7 +192,7 @@ def _is_factory(key: str, name: str) -> None:
     if known is not None and function.partition(".")[0] not in known:
         raise UserError(
             f"got {key}={name}, and {module} has no {function}",
-            "a function of that module",
+            f"a {kind} of that module",
             did_you_mean(function, known) or f"look into {spec.origin}",
         )
 
@@ -271,6 +273,12 @@ def files_to_read(request: Request) -> None:
                 raise UserError(
                     f"got evaluation.{option}={path}, which has no folders in it", "one folder of images per class"
                 )
+    if request.choice("evaluation") == "coco":
+        for option in ("images", "reference_path"):
+            if (path := request.get("evaluation", option)) is not None:
+                _is_folder(f"evaluation.{option}", path, "a folder of images")
+        if (path := request.get("evaluation", "annotations")) is not None:
+            _is_file("evaluation.annotations", path, "boxes in COCO's format, a .json file", (".json",))
     command, config = request.command, request.config
     if (prompts := request.get("generator", "prompts")) is not None and request.choice(
         "generator"

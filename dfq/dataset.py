@@ -3,14 +3,18 @@
 ::
 
     DIR/manifest.json              what made it: teacher hash, generator and settings, seed, versions, provenance
-    DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs);
-                                   of text: input_ids, num_tokens, the teacher's largest log-probabilities if asked for
+    DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs),
+                                   raw.NAME (outputs that have names); of detectors boxes, labels, scores; of text
+                                   input_ids, num_tokens, the teacher's largest log-probabilities if asked for
     DIR/shards/000003.json         num_samples, sha256 and seconds of that shard
     DIR/quality.json               once it is whole: figures and a verdict, see dfq/quality.py; may be missing
 
 A shard is written to a temporary name and renamed, and counts only once its json is there: a killed run loses at most
 the batch in flight. Batch i depends on (seed, i) alone, so whoever continues makes the same bits. Reading is
 memory-mapped.
+
+What has another length in every sample (boxes) lies in a shard as one tensor, all samples' rows one after the other,
+beside ``NAME.counts`` [N], the rows of each.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,7 @@ import dfq
 from dfq.errors import UserError
 
 SCHEMA_VERSION = 1
+COUNTS = ".counts"  # behind the name of what has another length in every sample
 QUALITY = "quality.json"
 SAMPLES = ("images", "input_ids")  # what a network takes, by its name in a shard
 
@@ -107,7 +113,8 @@ def file_sha256(path: Path) -> str:
 
 class SyntheticDataset(torch.utils.data.Dataset):
     """Samples on disk; reads like any torch dataset: ``dataset[i]`` is a dict of tensors (``images`` [C, H, W],
-    ``logits`` [num_classes], ...), ``dataset.tensors()`` all of them stacked.
+    ``logits`` [num_classes], ``boxes`` [n, 4], ...), ``dataset.tensors()`` all of them stacked; a list of tensors of
+    what has another length in every sample.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -174,10 +181,12 @@ class SyntheticDataset(torch.utils.data.Dataset):
         data = self._shard_path(index)
         return data.exists() and file_sha256(data) == entry["sha256"]
 
-    def write_shard(self, index: int, tensors: Mapping[str, Tensor], seconds: float) -> None:
-        """Add (or replace) batch ``index``; the first dimension of every tensor is the sample."""
-        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    def write_shard(self, index: int, tensors: Mapping[str, Tensor | Sequence[Tensor]], seconds: float) -> None:
+        """Add (or replace) batch ``index``; the first dimension of every tensor is the sample, or there is a list of
+        tensors, one a sample.
+        """
         sizes = {len(tensor) for tensor in tensors.values()}
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in _flat(tensors).items()})
         if len(sizes) != 1:
             raise ValueError(f"tensors of one shard must agree in their first dimension, got {sorted(sizes)}")
         self._shard_path(index, ".json").unlink(missing_ok=True)
@@ -277,24 +286,51 @@ class SyntheticDataset(torch.utils.data.Dataset):
         position = bisect.bisect_right(self._starts, index) - 1
         file = self._file(position)
         row = index - self._starts[position]
-        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = set(file.keys())
+        found = {}
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if name + COUNTS in names:
+                counts = file.get_tensor(name + COUNTS)
+                start = int(counts[:row].sum())
+                found[name] = file.get_slice(name)[start : start + int(counts[row])]
+            elif not name.endswith(COUNTS):
+                found[name] = file.get_slice(name)[row : row + 1][0]
+        return found
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self[i] for i in range(len(self)))
 
-    def tensors(self, num_samples: int | None = None, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """All samples (or the first ``num_samples``) as one dict of stacked tensors (or of those with ``names``)."""
+    def tensors(self, num_samples: int | None = None, names: Collection[str] | None = None) -> dict[str, Any]:
+        """All samples (or the first ``num_samples``) as one dict of stacked tensors (or of those with ``names``).
+
+        What has another length in every sample comes as a list.
+        """
         if not self.shards:
             raise UserError(f"got {self.path}, a dataset without samples", do="generate into it first")
-        parts: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[Any]] = {}
         for position in range(len(self.shards)):
             file = self._file(position)
+            stored = set(file.keys())
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                if names is None or name in names:
-                    parts.setdefault(name, []).append(file.get_tensor(name))
+                if name.endswith(COUNTS) or (names is not None and name not in names):
+                    continue
+                tensor = file.get_tensor(name)
+                if name + COUNTS in stored:
+                    tensor = list(tensor.split(file.get_tensor(name + COUNTS).tolist()))
+                parts.setdefault(name, []).append(tensor)
             if num_samples is not None and self._starts[position + 1] >= num_samples:
                 break
-        return {name: torch.cat(rows)[:num_samples] for name, rows in parts.items()}
+        return {
+            name: (torch.cat(rows) if isinstance(rows[0], Tensor) else [*chain.from_iterable(rows)])[:num_samples]
+            for name, rows in parts.items()
+        }
+
+    @property
+    def lists(self) -> set[str]:
+        """Names of what has another length in every sample."""
+        if not self.shards:
+            return set()
+        return {name.removesuffix(COUNTS) for name in self._file(0).keys() if name.endswith(COUNTS)}  # noqa: SIM118
 
     def samples(self, num_samples: int | None = None) -> Tensor:
         """What the network takes of all samples (or the first ``num_samples``): images, or token ids."""
@@ -398,6 +434,26 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
         return {**self.__dict__, "_open": {}}
+
+
+def _flat(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, Tensor]:
+    """As a shard holds them: lists as one tensor and its counts."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        else:
+            found[name] = torch.cat(list(value))
+            found[name + COUNTS] = torch.tensor([len(rows) for rows in value])
+    return found
+
+
+def collate(samples: Sequence[Mapping[str, Tensor]], lists: Collection[str] = ()) -> dict[str, Any]:
+    """Samples of a dataset as a batch: tensors stacked, those with a name in ``lists`` side by side in a list."""
+    return {
+        name: [s[name] for s in samples] if name in lists else torch.stack([s[name] for s in samples])
+        for name in samples[0]
+    }
 
 
 def _is_foreign(file: Path) -> bool:

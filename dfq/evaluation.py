@@ -1,7 +1,8 @@
 """Evaluation: real labelled data, read here and nowhere else; and the data-free figures beside it.
 
-An evaluation is an iterable of (images [N, C, H, W] normalized for the network, labels [N]) batches. Nothing that makes
-data or students imports this file.
+An evaluation is an iterable of (images [N, C, H, W] normalized for the network, labels [N]) batches; for detectors the
+labels are a list of mappings (:class:`dfq.tasks.detection.BoxMetrics`). Nothing that makes data or students imports
+this file.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dfq.decoding import Decoder, greedy
 from dfq.errors import UserError
@@ -28,6 +31,8 @@ from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import progress_bar
 from dfq.settings import PositiveInt
 from dfq.student import Student
+from dfq.tasks._backend import coco_backend
+from dfq.tasks._outputs import moved
 from dfq.tasks.language_modeling import NO_LABEL
 from dfq.teacher import InputSpec, Teacher, TokenSpec
 from dfq.tokenizer import folder_of, load_tokenizer
@@ -294,6 +299,102 @@ def _read_arrays(path: str, names: tuple[str, ...], allowed: str) -> dict[str, A
         raise UserError(f"got {path}, which can't be read ({reason})", allowed) from None
 
 
+@dataclass(frozen=True)
+class Coco:
+    """Images with boxes, in COCO's format: a folder of images and one ``.json`` file."""
+
+    images: str  # DIR with the images
+    annotations: str  # FILE.json with images, annotations and categories
+    reference_path: str | None = None  # a folder of real images for the real-data reference row
+    labels: Literal["order", "id"] = "order"  # the network's labels: categories in the order of their ids, or the ids
+    fit: Literal["stretch", "pad"] = "stretch"  # to the network's input: aspect lost, or kept with a gray border
+    batch_size: PositiveInt = 16  # images at a time
+
+    kind: ClassVar[str] = "images"
+
+    def __post_init__(self):
+        coco_backend()  # now rather than after hours
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._entries())
+
+    def batches(self, spec: InputSpec) -> Iterator[Any]:
+        entries = self._entries()
+        for start in range(0, len(entries), self.batch_size):
+            part = entries[start : start + self.batch_size]
+            fitted = [self._read(Path(self.images) / entry["file_name"], spec) for entry in part]
+            images = spec.normalize(torch.stack([pixels for pixels, _ in fitted]))
+            yield images, [entry | {"size": size} for entry, (_, size) in zip(part, fitted, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Changes when a file comes, goes or changes."""
+        return fingerprint([Path(self.annotations), *sorted(Path(self.images).iterdir())])
+
+    def reference_images(self, spec: InputSpec, num_samples: int) -> Tensor:
+        """Up to ``num_samples`` real images [N, C, H, W], spread over the folder."""
+        assert self.reference_path is not None
+        suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+        files = [file for file in sorted(Path(self.reference_path).iterdir()) if file.suffix.lower() in suffixes]
+        if not files:
+            raise UserError(f"got evaluation.reference_path={self.reference_path}, which has no images", "DIR/<image>")
+        chosen = torch.linspace(0, len(files) - 1, min(num_samples, len(files))).round().long().tolist()
+        return spec.normalize(torch.stack([self._read(files[i], spec)[0] for i in chosen]))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """Each image's file_name, boxes [n, 4] xyxy in its pixels, labels [n], iscrowd [n]."""
+        allowed = "COCO's json: images (id, file_name), annotations (image_id, category_id, bbox) and categories (id)"
+        try:
+            content = json.loads(Path(self.annotations).read_text())
+            numbers = sorted(category["id"] for category in content["categories"])
+            label = {number: i if self.labels == "order" else number for i, number in enumerate(numbers)}
+            rows: dict[Any, list[tuple[list[float], int, int]]] = {image["id"]: [] for image in content["images"]}
+            for entry in content["annotations"]:
+                x, y, width, height = entry["bbox"]
+                row = ([x, y, x + width, y + height], label[entry["category_id"]], int(entry.get("iscrowd", 0)))
+                rows[entry["image_id"]].append(row)
+            return [_targets(image["file_name"], rows[image["id"]]) for image in content["images"]]
+        except FileNotFoundError:
+            raise UserError(f"got evaluation.annotations={self.annotations}, which does not exist", allowed) from None
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UserError(
+                f"got evaluation.annotations={self.annotations}, which is not as COCO's ({reason})", allowed
+            ) from None
+
+    def _read(self, path: Path, spec: InputSpec) -> tuple[Tensor, tuple[float, float]]:
+        """An image's bytes [C, H, W] as the network takes them, and what its whole input is in the image's pixels."""
+        try:
+            with Image.open(path) as picture:
+                pixels = np.array(picture.convert("L" if spec.size[0] == 1 else "RGB"))
+        except OSError as error:  # PIL's own are of that kind too
+            raise UserError(f"got {path}, which can't be read ({error})", "an image in evaluation.images") from None
+        image = torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+        (height, width), (rows, columns) = image.shape[1:], spec.size[1:]
+        if self.fit == "stretch":
+            return _resized(image, (rows, columns)), (float(height), float(width))
+        scale = min(rows / height, columns / width)
+        resized = _resized(image, (round(height * scale), round(width * scale)))
+        gray = (torch.tensor(spec.mean) * 255).round().to(torch.uint8).view(-1, 1, 1)
+        canvas = gray.expand(spec.size).clone()
+        canvas[:, : resized.shape[1], : resized.shape[2]] = resized
+        return canvas, (rows / scale, columns / scale)
+
+
+def _targets(file_name: str, rows: list[tuple[list[float], int, int]]) -> dict[str, Any]:
+    return {
+        "file_name": file_name,
+        "boxes": torch.tensor([box for box, _, _ in rows], dtype=torch.float32).view(-1, 4),
+        "labels": torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
+        "iscrowd": torch.tensor([crowd for _, _, crowd in rows], dtype=torch.int64),
+    }
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bytes [C, H, W], bilinear without filtering, as detectors are fed."""
+    return F.interpolate(image[None].float(), size, mode="bilinear")[0].round().clamp(0, 255).to(torch.uint8)
+
+
 def fingerprint(files: Iterable[Path]) -> str:
     """Hash of names, sizes and times of change: whether data on disk is still what was measured on."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -318,11 +419,14 @@ def measure(
     metrics = None
     with progress_bar(f"evaluate {what}", total, "samples") as advance:
         for images, labels in batches:
-            outputs = task.raw_outputs(model, images).cpu()
+            outputs = moved(task.raw_outputs(model, images), "cpu")
             if metrics is None:
                 metrics = task.metrics(task.num_outputs(outputs))
             num_outputs = task.num_outputs(outputs)
-            known = labels[labels != NO_LABEL]
+            if isinstance(labels, Tensor):
+                known = labels[labels != NO_LABEL]
+            else:
+                known = torch.cat([target["labels"] for target in labels])
             if len(known) and not 0 <= int(known.min()) <= int(known.max()) < num_outputs:
                 lowest, highest = int(known.min()), int(known.max())
                 raise UserError(

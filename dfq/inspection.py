@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from dfq import quality
@@ -73,6 +74,11 @@ def _dataset(dataset: SyntheticDataset) -> Table:
             f"{c}: {counts[c]}" for c in most if counts[c]
         )
         rows["confidence"] = f"{float(logits.softmax(1).amax(1).mean()):.3f} on average"
+    if "boxes" in dataset.lists:
+        labels = torch.cat(dataset.tensors(names=("labels",))["labels"])
+        most_often = sorted(labels.bincount().tolist(), reverse=True)[:5] if len(labels) else []
+        rows["boxes"] = f"{len(labels)}, {len(labels) / len(dataset):.1f} an image, of {len(labels.unique())} classes"
+        rows["most boxes of a class"] = ", ".join(map(str, most_often)) or "none"
     found = quality.read(dataset)
     if found is None:
         rows["quality"] = "not measured; the generate command that made it measures it"

@@ -48,15 +48,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dfq
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
-from dfq.hooks import forward_hooks
+from dfq.hooks import forward_hooks, tensors_in
 from dfq.modules import QuantizedLayer, Quantizer, Swap, base_of
 from dfq.progress import progress_bar, say
 from dfq.quantization import choose_qparams
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.scheme import FLOAT, MixedScheme, Scheme, TensorScheme, read_allocation
-from dfq.settings import resolve as resolve_method
 from dfq.sites import HOLDER
 from dfq.student import Student
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 BATCH_SIZE = 64
@@ -259,7 +259,7 @@ class Rounding:
         activation_quantizer: Any,
     ):
         self.student, self.units, self.weight_quantizer = student, units, weight_quantizer
-        self.task = resolve_method("task", teacher.task)
+        self.task = task_of(teacher)
         self.batches = list(images.split(BATCH_SIZE))
         self.layers = student.layers
         self.quantizers = student.activation_quantizers
@@ -388,8 +388,9 @@ class Rounding:
             with self._means_kept(position):
                 output = self.task.raw_outputs(self.student, batch)
             kl += float(self.task.distillation_loss(output, target)) * len(batch)
-            noise += float((output - target).square().sum())
-            signal += float(target.square().sum())
+            for got, wanted in zip(tensors_in(output), tensors_in(target), strict=True):
+                noise += float((got - wanted).square().sum())
+                signal += float(wanted.square().sum())
         kl /= sum(map(len, self.batches))
         return (max(kl, 0.0), noise / max(signal, 1e-30)) if math.isfinite(kl) else (math.inf, math.inf)
 

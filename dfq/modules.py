@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -328,7 +328,10 @@ def can_quantize(module: nn.Module, name: str = "", flow: Dataflow | None = None
 
 
 def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
-    """Turn every weight layer that ran into its quantized class, in place. Edges: the first and the last that ran."""
+    """Turn every weight layer that ran into its quantized class, in place.
+
+    Edges: the first that ran, the last, and with several heads the last of each.
+    """
     layers = weight_layers(module)
     # Order of first call; a layer that is called several times keeps its first place.
     functional = functional_uses(module, flow)
@@ -358,7 +361,7 @@ def swap_layers(module: nn.Module, scheme: Scheme, flow: Dataflow) -> Swap:
         for op in functional.get(name, [op for op in [products[name]] if op is not None])
         if images & set(op.inputs)
     )
-    edges = (possible[0], possible[-1]) if possible else ()
+    edges = {*possible[:1], *possible[-1:], *_last_layers(flow, modules_of, layers)}
     chosen = {name: scheme.for_layer(name in edges, name, name in read_input) for name in possible}
     for name, (weight_scheme, _) in chosen.items():
         if isinstance(layers[name], nn.Embedding):
@@ -429,6 +432,16 @@ def _roles(module: nn.Module, names: list[str], flow: Dataflow) -> dict[str, str
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)} layers)" if len(names) > 8 else "")
+
+
+def _last_layers(flow: Dataflow, modules_of: list[set[str]], layers: Mapping[str, nn.Module]) -> set[str]:
+    """Layers from which the network's output is reached without another one."""
+    reached, found = set(flow.outputs), set()
+    for op, names in zip(reversed(flow.ops), reversed(modules_of), strict=True):
+        if reached & set(op.outputs):
+            found |= names & layers.keys()
+            reached |= set() if names & layers.keys() else set(op.inputs)
+    return found
 
 
 def _other_products(module: nn.Module, flow: Dataflow, known: set[str]) -> dict[str, str]:

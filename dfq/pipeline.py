@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -27,14 +28,16 @@ import dfq
 from dfq import evaluation as evaluations
 from dfq import mixed_precision, quality
 from dfq import report as reports
-from dfq.dataset import SAMPLES, SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
+from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
-from dfq.generators._base import Generator, Independent, Sampler, batch_rng, dataset_rng
+from dfq.generators._base import Generator, Independent, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
 from dfq.progress import Advance, progress_bar, say
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
+from dfq.tasks._outputs import joined, moved, to_store
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 OUTPUTS = Path("outputs")
@@ -122,6 +125,7 @@ def generate(
         _describe_whole(teacher, generator, dataset)  # measures where a run ended just before
         return dataset
     missing = [index for index in absent if index % world_size == rank]
+    task = task_of(teacher)
     mine = sum(sizes[rank::world_size])
     done = mine - sum(sizes[index] for index in missing)
     try:
@@ -132,12 +136,13 @@ def generate(
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
                 if isinstance(sampler, Independent):
                     start_at, told = index * batch_size, _Told(advance, 1)
-                    tensors = sampler.make(teacher, range(start_at, start_at + sizes[index]), seed, told)
+                    rows = sampler.make(teacher, range(start_at, start_at + sizes[index]), seed, told)
                     told(sizes[index] - told.amount)
                 else:
-                    tensors = _batch(sampler, teacher, batch_size, batch_rng(seed, index), told)
-                    tensors = {name: tensor[: sizes[index]] for name, tensor in tensors.items()}
-                dataset.write_shard(index, tensors, time.perf_counter() - start)
+                    made = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
+                    told(batch_size - told.amount)  # a generator need not tell how far it is
+                    rows = {name: values[: sizes[index]] for name, values in _stored(teacher, task, made).items()}
+                dataset.write_shard(index, rows, time.perf_counter() - start)
                 start = time.perf_counter()
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
         dataset.discard_if_empty()
@@ -231,7 +236,7 @@ def evaluate(
         ``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
     """
     _check_kind(teacher, evaluation, "evaluation")
-    task = resolve("task", teacher.task)
+    task = task_of(teacher)
     found: dict[str, Any] = {"teacher": _measure(teacher, teacher.sha256, task, evaluation, teacher, "teacher")}
     if student is not None:
         found["student"] = _measure(student, student.sha256, task, evaluation, teacher, "student")
@@ -275,7 +280,7 @@ def export(
 def run(experiment: Experiment) -> dict[str, Any]:
     """All five arrows, and the reference rows; returns the report."""
     e, start = experiment, time.perf_counter()
-    task = resolve("task", e.teacher.task)
+    task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
     dataset = generate(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
     student, student_path = _quantize(e, dataset, e.student_dir)
@@ -290,7 +295,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         if row is not None:
             details["references"].append(row)
     details["notes"].append(f"the whole run took {time.perf_counter() - start:.0f} s")
-    _write(e.output_dir, e.teacher, dataset, report, details)
+    _write(e.output_dir, e.teacher, dataset, report, details, student)
     return report
 
 
@@ -307,7 +312,8 @@ def report_student(
     figures = evaluate(teacher, student, evaluation, dataset)
     seed = student.settings.get("seed", 0)
     report = describe(teacher, dataset, student, student_path, figures, None, seed, command)
-    _write(output_dir, teacher, dataset, report, _details(teacher, student, student_path, figures, dataset, seed))
+    details = _details(teacher, student, student_path, figures, dataset, seed)
+    _write(output_dir, teacher, dataset, report, details, student)
     return next(iter([*figures["student"].values(), figures.get("fidelity", {}).get("agreement")]), None)
 
 
@@ -469,12 +475,9 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
     dataset = SyntheticDataset.create(path, settings, {"pixels": True, "labels": False, "teacher": e.teacher.name})
     if not dataset.has_shard(0, len(images)):
-        tensors = {SAMPLES[not images.is_floating_point()]: images}
-        if images.is_floating_point():
-            task = resolve("task", e.teacher.task)
-            with torch.no_grad():
-                logits = [task.raw_outputs(e.teacher, batch).cpu() for batch in images.split(128)]
-            tensors["logits"] = torch.cat(logits)
+        task = task_of(e.teacher)
+        parts = [_stored(e.teacher, task, batch) for batch in images.split(128)]
+        tensors = {name: joined([part[name] for part in parts]) for name in parts[0]}
         dataset.write_shard(0, tensors, 0.0)
     return dataset
 
@@ -485,14 +488,40 @@ def _write(
     dataset: SyntheticDataset | None,
     report: dict[str, Any],
     details: dict[str, Any],
+    student: Student | None = None,
 ) -> None:
-    images, predictions = None, None
+    images, predictions, layout = None, None, reports.SMALL
     if dataset is not None and isinstance(teacher.input_spec, InputSpec):
-        tensors = dataset.tensors(64)
+        finds_boxes = "boxes" in dataset.lists
+        tensors = dataset.tensors(reports.WIDE.most if finds_boxes else reports.SMALL.most)
         images = teacher.input_spec.to_pixels(tensors["images"])
-        predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
-    page = reports.write(output_dir, report, details, images, predictions)
+        if finds_boxes:
+            layout = reports.WIDE
+            images, predictions = _scenes(teacher, student, tensors, images)
+        else:
+            predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
+    page = reports.write(output_dir, report, details, images, predictions, layout)
     reports.summary(report, details, Console(), report_path=page)
+
+
+@torch.no_grad()
+def _scenes(
+    teacher: Teacher, student: Student | None, tensors: Mapping[str, Any], pixels: Tensor
+) -> tuple[Tensor, list[str]]:
+    """Each image with what it was made from, what the teacher and what the student finds in it; and how many boxes."""
+    task, size = task_of(teacher), tuple(pixels.shape[-2:])
+    shown = [(tensors["boxes"], tensors["labels"], "white")]
+    for model, color in ((teacher, "lime"), (student, "red")):
+        if model is not None:
+            found = [task.annotate(task.raw_outputs(model, x), size) for x in tensors["images"].split(1)]
+            shown.append(([row["boxes"][0] for row in found], [row["labels"][0] for row in found], color))
+    views = [reports.draw_boxes(pixels, boxes, labels, color) for boxes, labels, color in shown]
+    names = ("made from", "teacher", "student")
+    counts = [
+        ", ".join(f"{name} {len(boxes[i])}" for name, (boxes, _, _) in zip(names, shown, strict=False))
+        for i in range(len(pixels))
+    ]
+    return torch.cat(views, -1), counts
 
 
 # ------------------------------------------------------------------------------------------------ pieces
@@ -522,16 +551,21 @@ def _absent(dataset: SyntheticDataset, sizes: Sequence[int]) -> list[int]:
     return [index for index, size in enumerate(sizes) if not dataset.has_shard(index, size)]
 
 
-def _batch(sampler: Sampler, teacher: Teacher, batch_size: int, rng: torch.Generator, told: _Told) -> dict[str, Tensor]:
-    """A whole batch: what the network takes, and what the teacher says of images. What it says of each token of a text
-    would take a thousand times the room of the text."""
-    made = sampler.sample(teacher, batch_size, rng, told)
-    told(batch_size - told.amount)  # a generator need not tell how far it is
-    if not made.is_floating_point():
+@torch.no_grad()
+def _stored(teacher: Teacher, task: Any, made: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataset holds of a batch: samples, the teacher's outputs, and its own annotations where there are none.
+
+    What it says of each token of a text would take a thousand times the room of the text, and is left out.
+    """
+    if isinstance(made, Tensor) and not made.is_floating_point():
         return {"input_ids": made}
-    made = made.detach().float().contiguous()
-    with torch.no_grad():
-        return {"images": made, "logits": resolve("task", teacher.task).raw_outputs(teacher, made)}
+    given = made if isinstance(made, Mapping) else {"images": made}
+    images = given["images"].detach().float().contiguous()
+    outputs = task.raw_outputs(teacher, images)
+    found = {**given, "images": images, **moved(to_store(outputs, getattr(task, "most_bytes", math.inf)), "cpu")}
+    if hasattr(task, "annotate") and "boxes" not in found:
+        found |= task.annotate(outputs, images.shape[-2:])
+    return found
 
 
 class _Told:

@@ -38,6 +38,7 @@ from dfq.losses.power_spectrum import radial_frequency
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 MOST_SAMPLES = 256  # looked at, whatever the size of the dataset: a share of them is known to 3 points or so
@@ -110,7 +111,12 @@ KEYS = ("format", "dataset_sha256", "verdict", "reasons", "statistic_distance", 
 
 @torch.no_grad()
 def measure(
-    teacher: Teacher, images: Tensor, logits: Tensor | None, held_out: Tensor, num_samples: int | None = None
+    teacher: Teacher,
+    images: Tensor,
+    logits: Tensor | None,
+    held_out: Tensor,
+    num_samples: int | None = None,
+    labels: list[Tensor] | None = None,
 ) -> Quality:
     """The figures of a dataset, in a time that its size does not change.
 
@@ -119,14 +125,16 @@ def measure(
         logits: what the teacher says to all samples of the dataset; None: not stored, as those of text are not.
         held_out: samples that are not among ``images``, for the cheap student.
         num_samples: of the dataset; None: as many as there are logits.
+        labels: of the objects in all samples, for a detector, whose outputs are no logits.
     """
     seen = spread(images, MOST_SAMPLES)
     spec, pictures = teacher.input_spec, isinstance(teacher.input_spec, InputSpec)
     distances, to_noise = _distances(teacher, seen) if pictures else ({}, None)
     num_samples = num_samples or len(images if logits is None else logits)
-    if logits is not None and (logits.dim() != 2 or logits.shape[1] < 2):
-        logits = None  # no classes
-    counts = None if logits is None else logits.argmax(1).bincount(minlength=logits.shape[1]).tolist()
+    of_classes = logits if logits is not None and logits.dim() == 2 and logits.shape[1] > 1 else None
+    counts = None if of_classes is None else of_classes.argmax(1).bincount(minlength=of_classes.shape[1]).tolist()
+    if labels is not None:
+        counts = _objects(teacher, labels)
     return Quality(
         num_samples=num_samples,
         num_looked_at=len(seen),
@@ -135,7 +143,7 @@ def measure(
         distance_to_noise=to_noise,
         class_counts=counts,
         class_entropy=class_entropy(counts) if counts else None,
-        confidence=None if logits is None else _finite(logits.softmax(1).amax(1).mean()),
+        confidence=None if of_classes is None else _finite(of_classes.softmax(1).amax(1).mean()),
         duplicates=duplicates(seen),
         deviation=_deviation(seen, spec) if isinstance(spec, InputSpec) else None,
         between_images=between_images(seen) if pictures else None,
@@ -214,6 +222,14 @@ def _distances(teacher: Teacher, images: Tensor) -> tuple[dict[str, float | None
     return {name: _finite(value) for name, value in found.items()}, _finite(median(shares)) if shares else None
 
 
+def _objects(teacher: Teacher, labels: list[Tensor]) -> list[int] | None:
+    """Objects of each class in all images; None where there is none at all."""
+    task = task_of(teacher)
+    known = task.labels(task.raw_outputs(teacher, teacher.example(1)))
+    counts = torch.cat(labels).bincount(minlength=max(known) + 1)[known].tolist()
+    return counts if sum(counts) else None
+
+
 def _agreement(teacher: Teacher, images: Tensor, held_out: Tensor) -> float | None:
     try:
         student = Student.from_teacher(teacher, CHEAP)
@@ -221,7 +237,7 @@ def _agreement(teacher: Teacher, images: Tensor, held_out: Tensor) -> float | No
     except UserError:  # a network that can't be quantized; who asks for a student of it is told why
         return None
     student.freeze()
-    task, total = resolve("task", teacher.task), 0.0
+    task, total = task_of(teacher), 0.0
     for batch in held_out.split(32):
         total += float(task.agreement(task.raw_outputs(student, batch), task.raw_outputs(teacher, batch))) * len(batch)
     return _finite(total / len(held_out))
@@ -284,17 +300,19 @@ def verdict(quality: Quality) -> tuple[str, list[str]]:
 
 def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
     """Figures and verdict of a whole dataset, stored in its folder; those of the same content are read again."""
-    stored = read(dataset)
-    if stored is not None:
-        return stored
+    known = read(dataset)
+    if known is not None:
+        return known
     kept, held_out = (
         torch.stack([samples_of(dataset[indices[i]]) for i in places(len(indices), most)])
         for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
     )
-    logits = dataset.tensors(names=("logits",)).get("logits")
-    found = measure(teacher, kept, logits, held_out, len(dataset))
+    stored = dataset.tensors(names=("logits", "labels"))
+    labels = stored["labels"] if "labels" in dataset.lists else None
+    logits = None if labels is not None else stored.get("logits")
+    found = measure(teacher, kept, logits, held_out, len(dataset), labels)
     word, reasons = verdict(found)
-    stored = {
+    content = {
         "format": "dfq.quality",
         "dfq_version": dfq.__version__,
         "dataset_sha256": dataset.sha256,
@@ -303,8 +321,8 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
         "statistic_distance": found.statistic_distance,
         **asdict(found),
     }
-    write_json(dataset.path / QUALITY, stored)
-    return stored
+    write_json(dataset.path / QUALITY, content)
+    return content
 
 
 def read(dataset: SyntheticDataset) -> dict[str, Any] | None:

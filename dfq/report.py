@@ -19,6 +19,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,17 @@ from dfq.dataset import read_json, write_atomic, write_json
 from dfq.errors import UserError
 from dfq.teacher import resolve_device
 
-MAX_IMAGES = 64
+
+@dataclass(frozen=True)
+class Layout:
+    """Of the grid of images: at most so many, in so many columns, the longer side of each so many pixels."""
+
+    most: int
+    columns: int
+    longest: int
+
+
+SMALL, WIDE = Layout(64, 8, 112), Layout(24, 2, 720)
 LABELS = {"top1": "top-1", "top5": "top-5", "map": "mAP", "map_50": "mAP at 50 % overlap"}
 MAIN_METRIC = {
     "classification": "top1",
@@ -255,6 +266,7 @@ def write(
     details: Mapping[str, Any],
     images: Tensor | None = None,
     predictions: Sequence[str] | None = None,
+    layout: Layout = SMALL,
 ) -> Path:
     """Write ``report.json``, ``details.json``, ``images.png`` and ``report.html``; returns the path of the page.
 
@@ -267,8 +279,8 @@ def write(
     validate(plain)
     extra["grid"], extra["predictions"] = None, None
     if images is not None and len(images):
-        images = images[:MAX_IMAGES]
-        content, extra["grid"] = _draw_grid(images)
+        images = images[: layout.most]
+        content, extra["grid"] = _draw_grid(images, layout)
         if predictions is not None:
             extra["predictions"] = [str(label) for label in predictions[: len(images)]]
         write_atomic(output_dir / "images.png", content)
@@ -323,17 +335,32 @@ def _template() -> jinja2.Template:
     return page.get_template("report.html.j2")
 
 
-def _draw_grid(images: Tensor) -> tuple[bytes, dict[str, int]]:
-    """PNG of uint8 [N, C, H, W] in rows of eight, and its layout. One channel: gray, three: RGB, others: their mean."""
+def draw_boxes(images: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor], color: str) -> Tensor:
+    """Boxes [n, 4] xyxy in pixels, with their labels, on uint8 [N, C, H, W]; returns [N, 3, H, W]."""
+    from torchvision.utils import draw_bounding_boxes
+
+    if images.shape[1] != 3:
+        images = images.float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
+    drawn = []
+    for image, found, names in zip(images, boxes, labels, strict=True):
+        there = (found[:, 2:] >= found[:, :2]).all(1)
+        words = [str(int(name)) for name in names[there]]
+        width = max(1, min(image.shape[1:]) // 160)
+        drawn.append(draw_bounding_boxes(image, found[there], words, color, width=width) if words else image)
+    return torch.stack(drawn)
+
+
+def _draw_grid(images: Tensor, layout: Layout = SMALL) -> tuple[bytes, dict[str, int]]:
+    """PNG of uint8 [N, C, H, W] in rows, and where they are. One channel: gray, three: RGB, others: their mean."""
     if images.shape[1] not in (1, 3):
         images = images.float().mean(1, keepdim=True).to(torch.uint8)
     height, width = images.shape[2:]
     longer = max(height, width)
     # Small images are enlarged in whole steps, so that each pixel stays a square; large ones shrink for a light page.
-    scale = max(1, 64 // longer) if longer <= 112 else 112 / longer
+    scale = max(1, 64 // longer) if longer <= layout.longest else layout.longest / longer
     height, width = max(1, round(height * scale)), max(1, round(width * scale))
     resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    columns = min(8, len(images))
+    columns = min(layout.columns, len(images))
     rows = -(-len(images) // columns)
     grid = Image.new("L" if images.shape[1] == 1 else "RGB", (columns * width, rows * height))
     for index, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):

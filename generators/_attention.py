@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dfq.hooks import evaluation_mode, op_name, tensors_in
+from dfq.losses.patch_similarity import gaussian_entropy, kernel_entropy, patch_similarities
 from dfq.modules import PRODUCTS
 from dfq.sites import FUSED_ATTENTION, MOVING
 from dfq.teacher import InputSpec, Teacher
@@ -93,6 +95,26 @@ class PatchTokens(TorchFunctionMode):
         x = x.clone() if patches is None else x.index_select(1, patches)  # what follows may write into it
         if x.shape[1] >= FEWEST_PATCHES:
             self.found(x)
+
+
+@contextmanager
+def negative_entropies(num_samples: int, kernel_bandwidth: float | None = None) -> Iterator[list[Tensor]]:
+    """A list to which every forward of ``num_samples`` images adds one scalar a block: minus the entropy of the
+    similarities of its patches, by the Gaussian estimate, or by a kernel of that bandwidth.
+    """
+    found: list[Tensor] = []
+
+    def measure(tokens: Tensor) -> None:
+        similarities = patch_similarities(tokens)
+        if len(tokens) % num_samples == 0:  # all windows of an image
+            similarities = similarities.view(num_samples, -1)
+        if kernel_bandwidth is None:
+            found.append(-gaussian_entropy(similarities).mean())
+        else:
+            found.append(-kernel_entropy(similarities, kernel_bandwidth).mean())
+
+    with PatchTokens(measure):
+        yield found
 
 
 def has_attention(teacher: Teacher) -> bool:

@@ -19,7 +19,7 @@ from dfq.teacher import Teacher
 class Sampler(Protocol):
     """What batches are asked of."""
 
-    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Any:
         """See :meth:`Generator.sample`."""
 
 
@@ -35,9 +35,10 @@ class Generator:
     needs_batch_norm: ClassVar[bool] = False
     needs_norm: ClassVar[bool] = False  # of any kind that has statistics or a weight
     needs_attention: ClassVar[bool] = False  # between patches
+    needs_boxes: ClassVar[bool] = False  # among the network's outputs
     kind: ClassVar[str] = "images"  # what it makes, as the input spec of the networks that take it calls it
 
-    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Any:
         """Make one batch.
 
         Args:
@@ -47,7 +48,9 @@ class Generator:
             advance: long work calls it with the number of samples' worth just done, ``num_samples`` in all.
 
         Returns:
-            images [num_samples, C, H, W] as the network takes them (normalized), float32; or ids [num_samples, T].
+            images [num_samples, C, H, W] as the network takes them (normalized), float32; ids [num_samples, T]; or a
+            mapping of ``images`` and of whatever else belongs to them, a tensor with a row a sample or a list with an
+            entry each: ``boxes`` [n, 4] xyxy in pixels, ``labels`` and ``scores`` [n].
         """
         raise NotImplementedError
 

@@ -16,6 +16,7 @@ NEEDS: dict[str, tuple[str, Callable[[Teacher], bool]]] = {
     "needs_batch_norm": ("batch norm", lambda teacher: bool(teacher.batch_norms)),
     "needs_norm": ("normalization that has statistics or a weight", has_norm),
     "needs_attention": ("attention between patches", has_attention),
+    "needs_boxes": ("boxes among its outputs", lambda teacher: teacher.task == "detection"),
 }
 
 

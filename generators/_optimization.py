@@ -22,7 +22,7 @@ from dfq.hooks import evaluation_mode, tensors_in
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.losses.output_stretching import log_output_range
 from dfq.progress import Advance
-from dfq.settings import resolve
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 Penalty = Callable[[Tensor, Any], Tensor]  # (images, the teacher's outputs) → what is added to the loss
@@ -134,7 +134,7 @@ def class_penalty(
 
 def task_and_classes(teacher: Teacher) -> tuple[Any, int]:
     """What the network's outputs mean, and how many classes they tell apart."""
-    task = resolve("task", teacher.task)
+    task = task_of(teacher)
     with torch.no_grad():
         return task, task.num_outputs(task.raw_outputs(teacher, teacher.example(1)))
 

@@ -24,19 +24,17 @@ defaults were not tuned on a trained network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from dfq.generators._attention import PatchTokens
+from dfq.generators._attention import negative_entropies
 from dfq.generators._needs import check_needs
 from dfq.generators._optimization import Penalty, class_penalty, picture_distance, picture_statistics
 from dfq.generators._pixels import PixelGenerator
-from dfq.losses.patch_similarity import gaussian_entropy, kernel_entropy, patch_similarities
 from dfq.progress import Advance
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from dfq.teacher import InputSpec, Teacher
@@ -65,22 +63,9 @@ class PSAQ(PixelGenerator):
             prior = self._picture_penalty(teacher)
         return self.descend(teacher, rng, advance, noise, self.negative_entropies(num_samples), prior)
 
-    @contextmanager
-    def negative_entropies(self, num_samples: int) -> Iterator[list[Tensor]]:
-        """A list to which every forward of ``num_samples`` images adds one scalar a block."""
-        found: list[Tensor] = []
-
-        def measure(tokens: Tensor) -> None:
-            similarities = patch_similarities(tokens)
-            if len(tokens) % num_samples == 0:  # all windows of an image
-                similarities = similarities.view(num_samples, -1)
-            if self.entropy == "gaussian":
-                found.append(-gaussian_entropy(similarities).mean())
-            else:
-                found.append(-kernel_entropy(similarities, self.bandwidth).mean())
-
-        with PatchTokens(measure):
-            yield found
+    def negative_entropies(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
+        """See :func:`dfq.generators._attention.negative_entropies`."""
+        return negative_entropies(num_samples, self.bandwidth if self.entropy == "kernel" else None)
 
     def _picture_penalty(self, teacher: Teacher) -> Penalty:
         assert isinstance(teacher.input_spec, InputSpec)  # the pipeline sees to it

@@ -218,6 +218,13 @@ MISTAKES = {
         "got teacher.checkpoint=weihgts.pt, which does not exist; allowed: weights as .safetensors, .pt or .pth; "
         "did you mean 'weights.pt'?"
     ),
+    f"{FACTORY} {STATS} teacher.adapter=my_networks.load": (
+        "got teacher.adapter=my_networks.load; allowed: package.module:class"
+    ),
+    f"{FACTORY} {STATS} teacher.adapter=my_networks:Load": (
+        "got teacher.adapter=my_networks:Load, and my_networks has no Load; allowed: a class of that module; "
+        "did you mean 'load'?"
+    ),
     "run teacher=timm teacher.name=resnet18 teacher.checkpoint=weights.pt teacher.pretrained=true": (
         "got teacher.checkpoint and teacher.pretrained=true; allowed: one of the two; leave one away"
     ),
@@ -225,6 +232,20 @@ MISTAKES = {
         "got teacher.checkpoint and teacher.weights=DEFAULT; allowed: one of the two; leave one away"
     ),
     # files
+    "run evaluation=coco": "got no evaluation.images; allowed: DIR with the images; give evaluation.images=...",
+    "run evaluation=coco evaluation.images=empty": (
+        "got no evaluation.annotations; allowed: FILE.json with images, annotations and categories; "
+        "give evaluation.annotations=..."
+    ),
+    "run evaluation=coco evaluation.images=nothere evaluation.annotations=boxes.json": (
+        "got evaluation.images=nothere, which does not exist; allowed: a folder of images"
+    ),
+    "run evaluation=coco evaluation.images=empty evaluation.annotations=weights.pt": (
+        "got evaluation.annotations=weights.pt; allowed: boxes in COCO's format, a .json file"
+    ),
+    "run evaluation=coco evaluation.images=empty evaluation.annotations=boxes.json evaluation.fit=crop": (
+        "got evaluation.fit='crop'; allowed: stretch | pad"
+    ),
     "run evaluation=arrays": (
         "got no evaluation.path; allowed: .npz with images uint8 [N, H, W, C] or [N, H, W], labels int64 [N]; "
         "give evaluation.path=..."

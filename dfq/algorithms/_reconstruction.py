@@ -44,8 +44,9 @@ from dfq.quantization import (
     to_groups,
 )
 from dfq.quantizers.lsq import learn_step
-from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
+from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from dfq.student import Student
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
@@ -104,7 +105,7 @@ class BlockReconstruction(Algorithm):
                 for file in work_dir.glob("*.activations"):
                     file.unlink()
         if self.finish_iterations:
-            task = resolve("task", teacher.task)
+            task = task_of(teacher)
             self._finish(student, reference, task, images, elements, seed, deadline - time.perf_counter())
         student.module.to(memory_format=torch.contiguous_format)
 
@@ -140,7 +141,7 @@ class BlockReconstruction(Algorithm):
 
         The label of a sample is drawn from what the teacher says of it.
         """
-        task = resolve("task", teacher.task)
+        task = task_of(teacher)
         last = reference.get_submodule(block.modules[-1])
         parts: list[Tensor] = []
         for batch in images.split(4 * self.batch_size):
@@ -151,7 +152,8 @@ class BlockReconstruction(Algorithm):
                 return kept[-1].clone()  # the next operation may write into it
 
             with forward_hooks([(block.name, last)], after=keep):
-                logits = task.raw_outputs(reference, batch.to(teacher.device))
+                outputs = task.raw_outputs(reference, batch.to(teacher.device))
+            logits = task.class_logits(outputs) if hasattr(task, "class_logits") else outputs
             log_p = logits.flatten(0, -2).log_softmax(-1)
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=rng).to(log_p.device)
             (gradient,) = torch.autograd.grad(log_p.gather(1, labels).sum(), kept[0])

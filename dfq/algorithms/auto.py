@@ -19,14 +19,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.dataset import SyntheticDataset
+from dfq.dataset import SyntheticDataset, collate, samples_of
 from dfq.errors import UserError
 from dfq.progress import say
 from dfq.settings import Fraction, NonNegativeFloat, resolve
 from dfq.student import Student
+from dfq.tasks._outputs import from_store, joined, moved
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -108,9 +109,10 @@ class _Judge:
     """KL and agreement with the teacher on the held-out synthetic samples."""
 
     def __init__(self, teacher: Teacher, dataset: SyntheticDataset):
-        held_out, logits = dataset.split()[1], dataset.tensors(names=("logits",)).get("logits")
-        self.images, self.task = dataset.samples()[held_out], resolve("task", teacher.task)
-        self.logits = self._outputs(teacher) if logits is None else logits[held_out]
+        self.task = task_of(teacher)
+        batch = collate([dataset[i] for i in dataset.split()[1]], dataset.lists)
+        self.images, stored = samples_of(batch), from_store(batch)
+        self.target = self._outputs(teacher) if stored is None else moved(stored, "cpu")
         self.seconds = 0.0
 
     @torch.no_grad()
@@ -118,19 +120,19 @@ class _Judge:
         start = time.perf_counter()
         frozen = copy.deepcopy(student).freeze()  # judged as it will be saved
         output = self._outputs(frozen, batch_size)
-        kl = float(self.task.distillation_loss(output, self.logits))
+        kl = float(self.task.distillation_loss(output, self.target))
         self.seconds = time.perf_counter() - start
         estimate = getattr(self.task, "estimate_drop", None)
         return _Figures(
             kl if kl == kl else float("inf"),
-            float(self.task.agreement(output, self.logits)),
-            None if estimate is None else estimate(output, self.logits).drop,
+            float(self.task.agreement(output, self.target)),
+            None if estimate is None else estimate(output, self.target).drop,
         )
 
     @torch.no_grad()
-    def _outputs(self, model: Any, batch_size: int = 64) -> Tensor:
-        outputs: list[Tensor] = [self.task.raw_outputs(model, batch).cpu() for batch in self.images.split(batch_size)]
-        return torch.cat(outputs)
+    def _outputs(self, model: Any, batch_size: int = 64) -> Any:
+        parts = (self.task.raw_outputs(model, batch) for batch in self.images.split(batch_size))
+        return joined([moved(part, "cpu") for part in parts])
 
 
 def seconds_of(budget: str | float) -> float:

@@ -40,8 +40,9 @@ from dfq.dataset import samples_of
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import stage_ends
 from dfq.quantizers.lsq import learn_step
-from dfq.settings import PositiveInt, resolve
+from dfq.settings import PositiveInt
 from dfq.student import Student, build_network
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 
 
@@ -71,12 +72,12 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.progress import StepProgress
         from dfq.lightning.tokens import TokenDistillationModule
 
-        features = {name: name for name in stage_ends(teacher.dataflow)}
+        features = {name: name for name in stage_ends(teacher.dataflow) if _is_of_samples(teacher, name)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
         data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
-        task = resolve("task", teacher.task)
+        task = task_of(teacher)
         kind = TokenDistillationModule if self._is_of_tokens(teacher) else DistillationModule
         module = kind(student, teacher, task, features, self, seed, start)
         before = time.perf_counter()
@@ -127,6 +128,11 @@ class Distillation(DistillationSettings, Algorithm):
                 learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
 
 
+def _is_of_samples(teacher: Teacher, name: str) -> bool:
+    """Whether a feature has a row a sample; those of a detector's proposals are of other places in each network."""
+    return teacher.dataflow.calls_of(name)[0].output_shape[0] == len(teacher.example())
+
+
 SHOWN = {"loss": "loss", "held_out_loss": "held-out"}
 
 
@@ -140,7 +146,7 @@ def _held_out_loss(module: Any, data: Any) -> float:
     device = next(module.parameters()).device
     total = 0.0
     for batch in data.val_dataloader():
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         total += float(module.look(batch)[0]) * len(samples_of(batch))
     return total / len(data.held_out_indices)
 

@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Where the content of each image goes: ``up_left`` [2, N] pixels, after it was ``mirrored`` [N] left to right."""
+
+    up_left: Tensor
+    mirrored: Tensor
+
+    def boxes(self, boxes: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Boxes [n, 4] xyxy in pixels of each image, as they lie behind :func:`augment`; cut off at the border."""
+        height, width = size
+        found = []
+        for index, (x1, y1, x2, y2) in enumerate(rows.unbind(-1) for rows in boxes):
+            up, left = self.up_left[:, index].tolist()
+            if self.mirrored[index]:
+                x1, x2 = width - x2, width - x1
+            corners = (x1 - left, y1 - up, x2 - left, y2 - up)
+            limits = (width, height, width, height)
+            found.append(torch.stack([c.clamp(0, most) for c, most in zip(corners, limits, strict=True)], -1))
+        return found
+
+
+def draw_moves(images: Tensor, rng: torch.Generator, flip: bool, shift: int) -> Moves | None:
+    """One draw for each of ``images``; None where they stay, or are no images."""
+    if not (images.is_floating_point() and images.dim() == 4) or not (flip or shift):
+        return None
+    moves = torch.randint(-shift, shift + 1, (2, len(images)), generator=rng)
+    mirrored = torch.rand(len(images), generator=rng) < 0.5 if flip else torch.zeros(len(images), dtype=torch.bool)
+    return Moves(moves, mirrored)
 
 
 def augment(
@@ -14,6 +47,7 @@ def augment(
     mixup: float = 0.0,
     jitter: float = 0.0,
     limits: tuple[Tensor, Tensor] | None = None,
+    moves: Moves | None = None,
 ) -> Tensor:
     """Images [N, C, H, W], each mirrored with probability one half, moved, blended and lit otherwise, on their device.
 
@@ -27,16 +61,16 @@ def augment(
         jitter: deviation of each image's brightness (in units of the normalized input) and of the logarithm of its
             contrast. Images matched to the statistics of a batch are all about as bright; photographs are not.
         limits: the values of black and white, broadcast to images; what jitter carries beyond them is cut off.
+        moves: those of :func:`draw_moves`, where somebody else has to know them; None: drawn here.
     """
     if not (images.is_floating_point() and images.dim() == 4):
         return images
     num_samples, _, height, width = images.shape
-    if flip or shift:
-        moves = torch.randint(-shift, shift + 1, (2, num_samples), generator=rng)
-        mirrored = torch.rand(num_samples, generator=rng) < 0.5 if flip else torch.zeros(num_samples, dtype=torch.bool)
-        rows = _reflected(moves[0], height)
-        columns = _reflected(moves[1], width)
-        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    moves = moves or draw_moves(images, rng, flip, shift)
+    if moves is not None:
+        rows = _reflected(moves.up_left[0], height)
+        columns = _reflected(moves.up_left[1], width)
+        columns = torch.where(moves.mirrored[:, None], width - 1 - columns, columns)
         samples = torch.arange(num_samples)[:, None, None]
         where = (samples, slice(None), rows[:, :, None], columns[:, None, :])
         moved = images[tuple(part if isinstance(part, slice) else part.to(images.device) for part in where)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
-from dfq.dataset import SyntheticDataset
+from dfq.dataset import SyntheticDataset, collate
 
 
 class ShuffledOrder(RandomSampler):
@@ -57,7 +58,8 @@ class ResumableLoader(DataLoader):
 class SyntheticDataModule(pl.LightningDataModule):
     """Training batches from a synthetic dataset, validation batches from its held-out part.
 
-    Batches are dicts: ``images`` [N, C, H, W] and ``logits`` [N, num_classes] for a classifier.
+    Batches are dicts: ``images`` [N, C, H, W] and ``logits`` [N, num_classes] for a classifier; for a detector lists of
+    ``boxes`` [n, 4] in pixels, ``labels`` and ``scores`` [n], and the raw outputs where they were stored.
 
     Args:
         dataset: a folder or an opened :class:`~dfq.dataset.SyntheticDataset`.
@@ -80,6 +82,7 @@ class SyntheticDataModule(pl.LightningDataModule):
         self.dataset = dataset if isinstance(dataset, SyntheticDataset) else SyntheticDataset(dataset)
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.train_indices, self.held_out_indices = self.dataset.split(held_out)
+        self.collate = partial(collate, lists=self.dataset.lists)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         subset = Subset(self.dataset, self.train_indices)
@@ -89,9 +92,13 @@ class SyntheticDataModule(pl.LightningDataModule):
             sampler=ShuffledOrder(subset, self.seed),
             num_workers=self.num_workers,
             drop_last=len(subset) > self.batch_size,
+            collate_fn=self.collate,
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(
-            Subset(self.dataset, self.held_out_indices), batch_size=self.batch_size, num_workers=self.num_workers
+            Subset(self.dataset, self.held_out_indices),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
         )

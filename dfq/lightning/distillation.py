@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dfq.dataset import samples_of
+from dfq.detectors._base import Boxes
 from dfq.errors import UserError
 from dfq.hooks import forward_hooks, tensors_in
-from dfq.lightning.augmentation import augment
+from dfq.lightning.augmentation import Moves, augment, draw_moves
 from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.settings import DistillationSettings
+from dfq.losses._box_overlap import area
 from dfq.losses.balance import balanced_sum
 from dfq.losses.dampening import dampening_loss
 from dfq.losses.distillation import kl_divergence, relative_mse
@@ -34,6 +36,7 @@ from dfq.modules import Quantizer, find_foldable, fold_batch_norm, to_fast_layou
 from dfq.optimizer import ScaledAdam
 from dfq.sites import map_tensors
 from dfq.student import Student
+from dfq.tasks._outputs import outputs_of
 from dfq.teacher import InputSpec, Teacher
 
 PROJECTIONS = 64  # k of the fast feature affinity
@@ -87,7 +90,8 @@ class DistillationModule(pl.LightningModule):
         self.fast_teacher, self.layout = [teacher.module], torch.contiguous_format
         spec = teacher.input_spec
         self.limits = spec.limits(teacher.device) if isinstance(spec, InputSpec) else None
-        self.terms = _terms(s, bool(features))
+        self.finds_boxes = hasattr(task, "distillation_terms")
+        self.terms = _terms(s, bool(features), self.finds_boxes)
         self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
         self.cam_place = self._last_map() if s.cam_weight else None
         self.log_scales = nn.Parameter(torch.zeros(len(self.terms))) if s.balance == "learned" else None
@@ -195,10 +199,13 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         s, done = self.settings, self.done(self.trainer.global_step)
-        images = augment(samples_of(batch), self.rng, s.flip, s.shift, s.mixup, s.jitter, self.limits)
+        samples = samples_of(batch)
+        moves = draw_moves(samples, self.rng, s.flip, s.shift)
+        images = augment(samples, self.rng, False, 0, s.mixup, s.jitter, self.limits, moves)
         if images.dim() == 4:
             images = images.contiguous(memory_format=self.layout)
         seen = self._teach(images)
+        seen.boxes = self._boxes(batch, moves) if "task" in self.terms else []
         with self.channels.partial_gradients() if self.channels is not None else nullcontext():
             self._learn(images, seen, self._chances(done))
         loss = balanced_sum([self._loss(name, seen) for name in self.terms], list(self.terms.values()), self.log_scales)
@@ -260,8 +267,30 @@ class DistillationModule(pl.LightningModule):
         taken = (torch.rand(len(own), generator=self.rng) < chance).to(own.device)
         return torch.where(taken.view(-1, *[1] * (own.dim() - 1)), theirs, own)
 
+    def _boxes(self, batch: dict[str, Any], moves: Moves | None) -> list[Boxes]:
+        """What the images were made from, in fractions of them, where it went."""
+        if "boxes" not in batch:
+            raise UserError(
+                f"got algorithm.task_weight={self.settings.task_weight} and a dataset without boxes",
+                "algorithm.task_weight=0, or a dataset made for a detector",
+            )
+        height, width = batch["images"].shape[-2:]
+        rows = batch["boxes"] if moves is None else moves.boxes(batch["boxes"], (height, width))
+        found = []
+        for boxes, labels, scores in zip(rows, batch["labels"], batch["scores"], strict=True):
+            boxes = boxes / boxes.new_tensor([width, height, width, height])
+            inside = area(boxes) > 0
+            found.append(Boxes(boxes[inside], scores[inside], labels[inside]))
+        return found
+
     def _loss(self, name: str, seen: _Seen) -> Tensor:
         s = self.settings
+        if name == "task":
+            return self.task.synthesis_loss(seen.output, seen.boxes)
+        if name in ("kl", "box") and self.finds_boxes:
+            if not seen.terms:
+                seen.terms = self.task.distillation_terms(seen.output, seen.target)
+            return seen.terms[name]
         if name == "kl" and s.temperature == 1:
             return self.task.distillation_loss(seen.output, seen.target)
         if name == "feature":
@@ -325,12 +354,10 @@ class DistillationModule(pl.LightningModule):
         self.log("held_out_agreement", agreement, batch_size=size)
 
     @torch.no_grad()
-    def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def look(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Loss and agreement of the student as it is."""
-        output, target = self.task.raw_outputs(self.student_module, samples_of(batch)), batch.get("logits")
-        if target is None:  # not stored, as those of text are not
-            target = self.task.raw_outputs(self.fast_teacher[0], samples_of(batch))
-        target = target.to(output.device)
+        output = self.task.raw_outputs(self.student_module, samples_of(batch))
+        target = outputs_of(self.task, self.fast_teacher[0], batch)
         return self.task.distillation_loss(output, target), self.task.agreement(output, target)
 
     def on_validation_end(self) -> None:  # after those of callbacks, which save what was looked at
@@ -391,15 +418,29 @@ class _Seen:
     wanted: dict[str, Tensor] = field(default_factory=dict)  # the teacher's features
     classes: Tensor | None = None  # [N], those that the teacher names
     cam: Tensor | None = None  # [N, H, W], the teacher's class activation maps
+    boxes: list[Boxes] = field(default_factory=list)  # what the images of a detector were made from
     output: Any = None  # the student's output
+    terms: dict[str, Tensor] = field(default_factory=dict)  # losses between the outputs of two detectors
     got: dict[str, Tensor] = field(default_factory=dict)  # the student's features
     given: dict[str, Tensor] = field(default_factory=dict)  # what it went on with in their place
 
 
-def _terms(settings: DistillationSettings, has_features: bool) -> dict[str, float]:
+LOGITS = ("reverse_kl", "jensen_shannon", "logits", "label", "cam")  # losses of what has one answer a sample
+BOXES = ("box", "task")
+
+
+def _terms(settings: DistillationSettings, has_features: bool, finds_boxes: bool = False) -> dict[str, float]:
     """Name → weight of each loss that counts."""
-    names = ("kl", "reverse_kl", "jensen_shannon", "logits", "label", "cam", "feature")
+    names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature")
     weights = {name: getattr(settings, f"{name}_weight") for name in names}
+    wrong = {f"{name}_weight": getattr(settings, f"{name}_weight") for name in LOGITS} if finds_boxes else {}
+    wrong |= {"temperature": settings.temperature - 1, "mixup": settings.mixup if settings.task_weight else 0}
+    for name in [name for name, value in wrong.items() if value and finds_boxes]:
+        raise UserError(
+            f"got algorithm.{name}={getattr(settings, name)} and a detector",
+            "algorithm.kl_weight, algorithm.box_weight, algorithm.task_weight (without mixup) and "
+            "algorithm.feature_weight for detectors",
+        )
     found = {name: weight for name, weight in weights.items() if weight and (has_features or name != "feature")}
     if not found:
         raise UserError(

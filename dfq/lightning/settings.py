@@ -30,6 +30,8 @@ class DistillationSettings:
     feature_weight: NonNegativeFloat = 1.0  # of the feature loss, mean over the places where width or resolution change
     feature_loss: Literal["relative_mse", "affinity", "qfd"] = "relative_mse"  # qfd: teacher's features quantized
     feature_bits: FewBits = 4  # of the teacher's features with qfd
+    box_weight: NonNegativeFloat = 1.0  # of the distance of boxes where the teacher is confident (detectors)
+    task_weight: NonNegativeFloat = 0.0  # of the network's own loss on the boxes that images were made from (detectors)
     cam_weight: NonNegativeFloat = 0.0  # of the relative squared error of class activation maps (SynQ)
     label_weight: NonNegativeFloat = 0.0  # of cross-entropy to the teacher's class, easy samples only (SynQ)
     label_difficulty: Fraction = 0.5  # the teacher's 1 - p up to which a sample is easy

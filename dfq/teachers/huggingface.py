@@ -1,4 +1,5 @@
-"""Networks of transformers, from a folder or the Hugging Face hub: language models, and classifiers of images or text.
+"""Networks of transformers, from a folder or the Hugging Face hub: language models, classifiers of images or text,
+and detectors.
 
 Weights are read from safetensors alone, in float32, and no code that lies beside them is run. A network that would
 be part random (its file lacks entries) is refused.
@@ -20,7 +21,7 @@ from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec
 from dfq.teachers._checkpoint import some
 from dfq.teachers._folder import ALLOWED, check_folder
 
-Task = Literal["language_modeling", "masked_language_modeling", "classification"]
+Task = Literal["language_modeling", "masked_language_modeling", "classification", "detection"]
 
 # Auto class of transformers → (task, its table of network types, what the network takes), in order of preference.
 KINDS = {
@@ -28,6 +29,7 @@ KINDS = {
     "AutoModelForMaskedLM": ("masked_language_modeling", "MASKED_LM", TokenSpec),
     "AutoModelForImageClassification": ("classification", "IMAGE_CLASSIFICATION", InputSpec),
     "AutoModelForSequenceClassification": ("classification", "SEQUENCE_CLASSIFICATION", TokenSpec),
+    "AutoModelForObjectDetection": ("detection", "OBJECT_DETECTION", InputSpec),
 }
 
 
@@ -78,6 +80,10 @@ def load(
             spec = TokenSpec(text.vocab_size, min(length, longest))
         else:
             spec = _image_spec(name, config, source, input_size, mean, std)
+    if its_task == "detection":
+        from dfq.teachers._detector import as_detector
+
+        module = as_detector(module)
     shown = Path(name).resolve().name if is_folder else name.rpartition("/")[2]
     return Teacher(module, its_task, spec, name=shown)
 

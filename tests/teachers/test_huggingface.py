@@ -219,8 +219,20 @@ def test_a_network_that_would_be_part_random_is_refused(folder, saved):
     )
 
 
+def test_a_detector_comes_behind_its_adapter(tmp_path):
+    config = transformers.YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
+        patch_size=16, num_detection_tokens=3, num_labels=2,
+    )  # fmt: skip
+    transformers.YolosForObjectDetection(config).save_pretrained(tmp_path)
+    teacher = huggingface.load(name=str(tmp_path), mean=[0.5] * 3, std=[0.5] * 3)
+    assert teacher.task == "detection" and teacher.input_spec.size == (3, 32, 32)
+    assert teacher(teacher.example(2))["logits"].shape == (2, 3, 3)
+
+
 def test_networks_of_another_kind(saved, folder):
-    kinds = "allowed: *ForCausalLM, *ForMaskedLM, *ForImageClassification, *ForSequenceClassification"
+    kinds = "allowed: *ForCausalLM, *ForMaskedLM, *ForImageClassification, *ForSequenceClassification, "
+    kinds += "*ForObjectDetection"
     assert error_of(saved("t5")) == (
         f"got teacher.name={saved('t5')} of type t5 with architectures=['T5ForConditionalGeneration'] in its "
         f"config.json; {kinds}; give teacher.task=classification"

@@ -1,0 +1,171 @@
+"""Detector: a network that finds boxes, behind three functions.
+
+::
+
+    raw(images)               tensors, differentiable: what is distilled, stored and exported
+    decode(raw, image_sizes)  boxes in pixels, scores and labels, image by image
+    loss(raw, targets)        how far from the wanted boxes, a scalar; what images are pulled by
+
+``raw`` and ``decode`` suffice. One more makes both and the distillation better: ``candidates(raw)``, the boxes and
+class logits of all places where the detector may see something, before any threshold. With it ``decode`` and ``loss``
+are there already, and students are compared place by place instead of by their raw numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from dfq.losses._box_overlap import area, pairwise_iou
+from dfq.losses.set_prediction import set_prediction_loss
+
+MOST_BEFORE_SUPPRESSION = 1000  # best (place, class) pairs of an image
+
+
+class Boxes(NamedTuple):
+    """What is found, or wanted, in one image: boxes [n, 4] xyxy, scores [n], labels [n]."""
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Candidates:
+    """What a detector says of each of A places of N images, differentiable.
+
+    Attributes:
+        boxes: [N, A, 4] xyxy, fractions of the image's width and height.
+        class_logits: [N, A, K].
+        objectness: [N, A] logits, where something else than the classes says whether there is anything.
+        exclusive: classes exclude each other (softmax); otherwise each has a sigmoid of its own.
+        background: the class that says "nothing"; None: there is none.
+        are_fixed: place a of one network is place a of another; otherwise they are found again by their boxes.
+    """
+
+    boxes: Tensor
+    class_logits: Tensor
+    objectness: Tensor | None = None
+    exclusive: bool = False
+    background: int | None = None
+    are_fixed: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        return self.class_logits.shape[-1]
+
+    @property
+    def scores(self) -> Tensor:
+        """Probabilities [N, A, K] of an object of each class; that of no object is set to zero."""
+        scores = self.class_logits.softmax(-1) if self.exclusive else self.class_logits.sigmoid()
+        if self.objectness is not None:
+            scores = scores * self.objectness.sigmoid()[..., None]
+        if self.background is not None:
+            is_object = torch.ones(self.num_classes, dtype=scores.dtype, device=scores.device)
+            is_object[self.background] = 0
+            scores = scores * is_object
+        return scores
+
+    def beside(self, other: Candidates) -> Candidates:
+        """In the places of ``other``: each box of ``other`` with the one here that overlaps it most."""
+        if self.are_fixed:
+            return self
+        nearest = pairwise_iou(other.boxes.detach(), self.boxes.detach()).argmax(-1)  # [N, A of other]
+
+        def take(values: Tensor) -> Tensor:
+            return values.gather(
+                1, nearest.view(*nearest.shape, *[1] * (values.dim() - 2)).expand(*nearest.shape, *values.shape[2:])
+            )
+
+        objectness = None if self.objectness is None else take(self.objectness)
+        return Candidates(
+            take(self.boxes), take(self.class_logits), objectness, self.exclusive, self.background, self.are_fixed
+        )
+
+
+class Detector(nn.Module):
+    """An adapter. A sub-class writes ``raw`` (unless the network gives it), and ``candidates`` or ``decode``.
+
+    Args:
+        network: the network with its weights; images [N, C, H, W] come normalized, all of one size.
+    """
+
+    least_score: ClassVar[float] = 0.001  # of what decode gives
+    overlap: ClassVar[float] = 0.5  # from which the weaker of two boxes of a class is the same object
+    most: ClassVar[int] = 100  # boxes an image
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.raw(images)
+
+    def raw(self, images: Tensor) -> Any:
+        """A tensor, or a mapping of tensors, each with the sample as its first dimension; differentiable."""
+        return self.network(images)
+
+    def candidates(self, raw: Any) -> Candidates:
+        """All places; see :class:`Candidates`."""
+        raise NotImplementedError
+
+    def stages(self, raw: Any) -> tuple[Candidates, ...]:
+        """What a student is compared to its teacher on, stage by stage; one for detectors of one stage."""
+        return (self.candidates(raw),)
+
+    @property
+    def has_candidates(self) -> bool:
+        return type(self).candidates is not Detector.candidates
+
+    def decode(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
+        """What is found in each image, best first, doubles suppressed.
+
+        Args:
+            image_sizes: (height, width) of each image as boxes are wanted; it was stretched to the network's input.
+        """
+        found = self.candidates(raw)
+        return [
+            self.suppress(boxes, scores, size)
+            for boxes, scores, size in zip(found.boxes, found.scores, image_sizes, strict=True)
+        ]
+
+    def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
+        """Mean over images of :func:`set_prediction_loss`: of the candidates, or of what ``decode`` gives.
+
+        Args:
+            targets: wanted boxes, in fractions of the image's width and height.
+        """
+        if self.has_candidates:
+            found = self.candidates(raw)
+            pairs = list(zip(found.boxes, found.scores, strict=True))
+        else:
+            pairs = []
+            for row, wanted in zip(self.decode(raw, [(1.0, 1.0)] * len(targets)), targets, strict=True):
+                labels = torch.cat([row.labels, wanted.labels])
+                columns = int(labels.max()) + 1 if len(labels) else 1
+                certain = nn.functional.one_hot(row.labels, columns).to(row.scores)
+                pairs.append((row.boxes, certain * row.scores[:, None]))
+        losses = [
+            set_prediction_loss(boxes, scores, wanted.boxes, wanted.labels)
+            for (boxes, scores), wanted in zip(pairs, targets, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def suppress(self, boxes: Tensor, scores: Tensor, image_size: tuple[float, float]) -> Boxes:
+        """The best of ``boxes`` [A, 4] (or [A, K, 4], one a class) in fractions, ``scores`` [A, K], of one image."""
+        best, places = scores.flatten().topk(min(MOST_BEFORE_SUPPRESSION, scores.numel()))
+        kept = best > self.least_score
+        best, places = best[kept], places[kept]
+        row, labels = places // scores.shape[-1], places % scores.shape[-1]
+        height, width = image_size
+        limits = boxes.new_tensor([width, height, width, height])
+        chosen = (boxes[row] if boxes.dim() == 2 else boxes[row, labels]).clamp(0, 1) * limits
+        there = area(chosen) > 0
+        chosen, best, labels = chosen[there], best[there], labels[there]
+        order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
+        return Boxes(chosen[order], best[order], labels[order])

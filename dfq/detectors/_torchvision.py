@@ -1,0 +1,44 @@
+"""What torchvision's detectors have in common: features, anchors, coded boxes.
+
+Resizing and normalization, which torchvision does inside, are done before: a detector is handed what its backbone sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from dfq.detectors._base import Boxes
+
+
+def features_of(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    features = network.backbone(images)
+    return {"0": features} if isinstance(features, Tensor) else dict(features)
+
+
+def image_list(images: Tensor) -> ImageList:
+    size = (images.shape[-2], images.shape[-1])
+    return ImageList(images, [size] * len(images))
+
+
+def anchors_of(generator: nn.Module, images: Tensor, features: list[Tensor]) -> Tensor:
+    """Anchors [N, A, 4] xyxy in fractions of the image."""
+    return torch.stack(generator(image_list(images), features)) / unit(images)
+
+
+def unit(images: Tensor) -> Tensor:
+    """Pixels of width, height, width, height."""
+    height, width = images.shape[-2:]
+    return torch.tensor([width, height, width, height], dtype=images.dtype, device=images.device)
+
+
+def decoded(coder: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes [N, A, 4] from what the network says relative to anchors of the same shape; any unit will do."""
+    return coder.decode_single(deltas.flatten(0, -2), anchors.flatten(0, -2)).view(deltas.shape)
+
+
+def as_torchvision(targets: list[Boxes] | Any) -> list[dict[str, Tensor]]:
+    return [{"boxes": wanted.boxes, "labels": wanted.labels} for wanted in targets]

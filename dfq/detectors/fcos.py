@@ -1,0 +1,39 @@
+"""FCOS of torchvision (Tian et al., ICCV 2019, arXiv 1904.01355): one box a cell, one sigmoid a class, centerness.
+
+The score of a class is the product of the two probabilities, the square of torchvision's: the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dfq.detectors._base import Boxes, Candidates, Detector
+from dfq.detectors._torchvision import anchors_of, as_torchvision, features_of
+
+
+class Adapter(Detector):
+    """Raw: ``cls_logits`` [N, A, K], ``bbox_ctrness`` [N, A, 1], ``bbox_regression`` and ``anchors`` [N, A, 4]."""
+
+    fits: ClassVar[tuple[str, ...]] = ("torchvision.models.detection.fcos.FCOS",)
+
+    def raw(self, images: Tensor) -> dict[str, Tensor]:
+        features = list(features_of(self.network, images).values())
+        return {**self.network.head(features), "anchors": anchors_of(self.network.anchor_generator, images, features)}
+
+    def candidates(self, raw: Any) -> Candidates:
+        deltas, anchors = raw["bbox_regression"], raw["anchors"]
+        boxes = self.network.box_coder.decode(deltas.flatten(0, 1), anchors.flatten(0, 1)).view(deltas.shape)
+        return Candidates(boxes, raw["cls_logits"], raw["bbox_ctrness"].squeeze(-1))
+
+    def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
+        """Focal loss, GIoU and centerness, an object; torchvision's own."""
+        widths = raw["anchors"][0, :, 2] - raw["anchors"][0, :, 0]  # a level has one
+        changes = ((widths[1:] / widths[:-1] - 1).abs() > 0.1).nonzero().flatten() + 1
+        ends = [0, *changes.tolist(), len(widths)]
+        levels = [end - start for start, end in pairwise(ends)]
+        found = self.network.compute_loss(as_torchvision(targets), raw, list(raw["anchors"]), levels)
+        return sum(found.values(), start=raw["anchors"].new_zeros(()))

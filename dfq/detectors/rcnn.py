@@ -1,0 +1,94 @@
+"""Faster R-CNN and Mask R-CNN of torchvision (Ren et al., 2015, arXiv 1506.01497; He et al., 2017, arXiv 1703.06870).
+
+Two stages: proposals (is there anything, and where), and what the heads say of the best :data:`NUM_PROPOSALS` of them.
+Proposals differ from network to network, so a student's are compared with those of its teacher that they overlap most.
+Boxes alone are compared and given: the mask branch of Mask R-CNN is not run, and stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+
+from dfq.detectors._base import Boxes, Candidates, Detector
+from dfq.detectors._torchvision import anchors_of, decoded, features_of, image_list, unit
+from dfq.losses.set_prediction import set_prediction_loss
+
+NUM_PROPOSALS = 100  # an image; fewer are filled up with the whole image
+
+
+class Adapter(Detector):
+    """Raw: ``objectness`` [N, A], ``deltas`` and ``anchors`` [N, A, 4], ``proposals`` [N, P, 4], ``class_logits``
+    [N, P, K] with class 0 for nothing, ``box_deltas`` [N, P, 4 K].
+    """
+
+    fits: ClassVar[tuple[str, ...]] = (
+        "torchvision.models.detection.faster_rcnn.FasterRCNN",
+        "torchvision.models.detection.mask_rcnn.MaskRCNN",
+    )
+
+    def raw(self, images: Tensor) -> dict[str, Tensor]:
+        features = features_of(self.network, images)
+        maps, rpn, roi = list(features.values()), self.network.rpn, self.network.roi_heads
+        objectness, deltas = rpn.head(maps)
+        levels = [values.shape[1] * values.shape[2] * values.shape[3] for values in objectness]
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        objectness, deltas = objectness.view(len(images), -1), deltas.view(len(images), -1, 4)
+        anchors = anchors_of(rpn.anchor_generator, images, maps)
+        with torch.no_grad():
+            boxes = decoded(rpn.box_coder, deltas, anchors) * unit(images)
+            found, _ = rpn.filter_proposals(boxes, objectness, image_list(images).image_sizes, levels)
+            found = [_filled(rows[:NUM_PROPOSALS], unit(images)) for rows in found]
+        pooled = roi.box_roi_pool(features, found, image_list(images).image_sizes)
+        class_logits, box_deltas = roi.box_predictor(roi.box_head(pooled))
+        return {
+            "objectness": objectness,
+            "deltas": deltas,
+            "anchors": anchors,
+            "proposals": torch.stack(found) / unit(images),
+            "class_logits": class_logits.view(len(images), NUM_PROPOSALS, -1),
+            "box_deltas": box_deltas.view(len(images), NUM_PROPOSALS, -1),
+        }
+
+    def candidates(self, raw: Any) -> Candidates:
+        """Of the second stage, each with the box of its best class."""
+        best = raw["class_logits"][..., 1:].argmax(-1) + 1
+        boxes = self._boxes(raw).gather(2, best[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+        return Candidates(boxes, raw["class_logits"], exclusive=True, background=0, are_fixed=False)
+
+    def stages(self, raw: Any) -> tuple[Candidates, ...]:
+        boxes = decoded(self.network.rpn.box_coder, raw["deltas"], raw["anchors"])
+        return Candidates(boxes, raw["objectness"][..., None]), self.candidates(raw)
+
+    def decode(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
+        pairs = zip(self._boxes(raw), self.candidates(raw).scores, image_sizes, strict=True)
+        return [self.suppress(boxes, scores, size) for boxes, scores, size in pairs]
+
+    def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
+        """:func:`set_prediction_loss` of both stages: torchvision's own draws random numbers of no seed of ours."""
+        proposals, found = self.stages(raw)
+        losses = []
+        for i, wanted in enumerate(targets):
+            losses.append(
+                set_prediction_loss(
+                    proposals.boxes[i], proposals.scores[i], wanted.boxes, torch.zeros_like(wanted.labels)
+                )
+                + set_prediction_loss(found.boxes[i], found.scores[i], wanted.boxes, wanted.labels)
+            )
+        return torch.stack(losses).mean()
+
+    def _boxes(self, raw: Any) -> Tensor:
+        """[N, P, K, 4], one a class."""
+        deltas = raw["box_deltas"].unflatten(-1, (-1, 4))
+        proposals = raw["proposals"][:, :, None].expand_as(deltas)
+        return decoded(self.network.roi_heads.box_coder, deltas, proposals)
+
+
+def _filled(rows: Tensor, whole: Tensor) -> Tensor:
+    """``NUM_PROPOSALS`` rows."""
+    image = torch.cat([torch.zeros_like(whole[:2]), whole[:2]])
+    return torch.cat([rows, image.expand(NUM_PROPOSALS - len(rows), 4)])

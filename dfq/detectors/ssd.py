@@ -1,0 +1,38 @@
+"""SSD and SSDLite of torchvision (Liu et al., ECCV 2016, arXiv 1512.02325): anchors, one softmax, class 0: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dfq.detectors._base import Boxes, Candidates, Detector
+from dfq.detectors._torchvision import anchors_of, as_torchvision, decoded, features_of
+from dfq.losses._box_overlap import pairwise_iou
+
+
+class Adapter(Detector):
+    """Raw: ``cls_logits`` [N, A, K], ``bbox_regression`` and ``anchors`` [N, A, 4]."""
+
+    fits: ClassVar[tuple[str, ...]] = ("torchvision.models.detection.ssd.SSD",)
+
+    def raw(self, images: Tensor) -> dict[str, Tensor]:
+        features = list(features_of(self.network, images).values())
+        return {**self.network.head(features), "anchors": anchors_of(self.network.anchor_generator, images, features)}
+
+    def candidates(self, raw: Any) -> Candidates:
+        boxes = decoded(self.network.box_coder, raw["bbox_regression"], raw["anchors"])
+        return Candidates(boxes, raw["cls_logits"], exclusive=True, background=0)
+
+    def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
+        """Cross-entropy with the hardest negatives and distance of coded boxes, an object; torchvision's own."""
+        matched = [
+            self.network.proposal_matcher(pairwise_iou(wanted.boxes, anchors))
+            if len(wanted.boxes)
+            else torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+            for wanted, anchors in zip(targets, raw["anchors"], strict=True)
+        ]
+        found = self.network.compute_loss(as_torchvision(targets), raw, list(raw["anchors"]), matched)
+        return sum(found.values(), start=raw["anchors"].new_zeros(()))

@@ -1,0 +1,200 @@
+"""Detection: outputs are raw tensors that the network's adapter (:class:`dfq.detectors._base.Detector`) reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dfq.detectors._base import Boxes, Candidates, Detector
+from dfq.errors import UserError
+from dfq.losses._box_overlap import pairwise_iou
+from dfq.losses.anchor_divergence import anchor_divergence
+from dfq.losses.box_distance import box_distance
+from dfq.losses.distillation import relative_mse
+from dfq.losses.set_prediction import match
+from dfq.settings import Fraction, NonNegativeFloat
+from dfq.tasks._backend import coco_backend
+
+SAME = 0.5  # overlap from which two boxes of a class are one object
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a detector's outputs mean. The one place that knows, once it is told the network (:meth:`of`)."""
+
+    box_weight: NonNegativeFloat = 1.0  # of the boxes beside the divergence of what is said of them
+    least_score: Fraction = 0.25  # of the teacher's detections that are kept as labels of images
+    most_bytes: ClassVar[int] = 2**22  # of raw outputs a sample in a dataset; larger ones are made again when needed
+    detector: Any = None  # reads raw outputs; a student's are read by its teacher's
+
+    def of(self, module: nn.Module) -> Detection:
+        """The task for the outputs of ``module``."""
+        if not isinstance(module, Detector):
+            raise UserError(
+                f"got a {type(module).__name__} for task=detection",
+                "a network behind an adapter, a class derived from dfq.Detector",
+                "give teacher.adapter=package.module:Adapter",
+            )
+        return replace(self, detector=module)
+
+    def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Any:
+        """A tensor, or a mapping of tensors, as the adapter's ``raw`` gives them; differentiable."""
+        outputs = model(images)
+        tensors = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
+        if not tensors or not all(isinstance(t, Tensor) and t.dim() > 1 and len(t) == len(images) for t in tensors):
+            shapes = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in tensors]
+            raise UserError(
+                f"got {', '.join(map(str, shapes)) or 'nothing'} from the raw() of {type(self.detector).__name__} for "
+                f"{len(images)} images",
+                "a tensor, or a mapping of tensors, each [N, ...] with N the number of images",
+            )
+        return outputs
+
+    def num_outputs(self, outputs: Any) -> int:
+        """Classes, that of no object among them."""
+        if self.detector.has_candidates:
+            return self.detector.candidates(outputs).num_classes
+        known = getattr(self.detector, "num_classes", None)
+        if not isinstance(known, int):
+            raise UserError(
+                f"got an adapter {type(self.detector).__name__} that does not say how many classes there are",
+                "an adapter with candidates(raw), or with num_classes",
+            )
+        return known
+
+    def labels(self, outputs: Any) -> list[int]:
+        """The labels that objects can have."""
+        background = self.detector.candidates(outputs).background if self.detector.has_candidates else None
+        count = self.num_outputs(outputs)
+        return [label for label in range(count) if background is None or label != background % count]
+
+    # -- what images are made of -------------------------------------------------------------------------------------
+
+    def synthesis_loss(self, outputs: Any, targets: Sequence[Boxes]) -> Tensor:
+        """The detector's own loss toward boxes in fractions of the image."""
+        if isinstance(targets, Tensor):
+            raise _no_classes()
+        return self.detector.loss(outputs, targets)
+
+    def synthesis_targets(self, num_samples: int, num_classes: int, rng: torch.Generator, smoothing: float) -> Tensor:
+        raise _no_classes()
+
+    def detections(self, outputs: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
+        """What is found in each image, best first, without a gradient."""
+        with torch.no_grad():
+            return [Boxes(*(part.detach() for part in found)) for found in self.detector.decode(outputs, image_sizes)]
+
+    def annotate(self, outputs: Any, image_size: tuple[int, int]) -> dict[str, list[Tensor]]:
+        """Labels of images by what was found in them: boxes in pixels, labels, scores, one of each an image."""
+        count = len(next(iter(outputs.values())) if isinstance(outputs, Mapping) else outputs)
+        found = self.detections(outputs, [image_size] * count)
+        sure = [Boxes(*(part[row.scores >= self.least_score] for part in row)) for row in found]
+        return {name: [getattr(row, name).cpu() for row in sure] for name in ("boxes", "labels", "scores")}
+
+    # -- student beside teacher --------------------------------------------------------------------------------------
+
+    def distillation_terms(self, student: Any, teacher: Any) -> dict[str, Tensor]:
+        """``kl``: what is said of each place; ``box``: where it is said to be. Means over stages.
+
+        An adapter without candidates has ``kl`` alone, the relative error of its raw tensors.
+        """
+        if not self.detector.has_candidates:
+            pairs = [(student[name], teacher[name]) for name in teacher] if isinstance(teacher, Mapping) else None
+            errors = [relative_mse(s, t) for s, t in pairs or [(student, teacher)] if t.is_floating_point()]
+            return {"kl": torch.stack(errors).mean(), "box": torch.zeros((), device=errors[0].device)}
+        terms: dict[str, list[Tensor]] = {"kl": [], "box": []}
+        stages = zip(self.detector.stages(student), self.detector.stages(teacher), strict=True)
+        for mine, theirs in stages:
+            mine, confidence = mine.beside(theirs), theirs.scores.detach().amax(-1)
+            terms["kl"].append(_divergence(mine, theirs, confidence))
+            terms["box"].append(box_distance(mine.boxes, theirs.boxes, confidence))
+        return {name: torch.stack(found).mean() for name, found in terms.items()}
+
+    def distillation_loss(self, student: Any, teacher: Any) -> Tensor:
+        """KL(teacher || student) an object, in nats, plus ``box_weight`` times the distance of boxes."""
+        terms = self.distillation_terms(student, teacher)
+        return terms["kl"] + self.box_weight * terms["box"]
+
+    def agreement(self, student: Any, teacher: Any) -> Tensor:
+        """2 sum min(s, t) / (sum s + sum t): scores of boxes that both find (the smaller one), and of all boxes.
+
+        1 where both find the same, 0 where nothing is found by both; images in which neither finds anything agree.
+        """
+        count = len(next(iter(teacher.values())) if isinstance(teacher, Mapping) else teacher)
+        sizes = [(1.0, 1.0)] * count
+        found = []
+        for mine, theirs in zip(self.detections(student, sizes), self.detections(teacher, sizes), strict=True):
+            total = float(mine.scores.sum() + theirs.scores.sum())
+            found.append(2 * float(shared_score(mine, theirs)) / total if total > 0 else 1.0)
+        return torch.tensor(found).mean()
+
+    def class_logits(self, outputs: Any) -> Tensor:
+        """[N, A, K]: what a class can be drawn from."""
+        if not self.detector.has_candidates:
+            raise UserError(
+                f"got an adapter {type(self.detector).__name__} without class logits, and algorithm.sensitivity",
+                "algorithm.sensitivity=false, or an adapter with candidates(raw)",
+            )
+        return self.detector.candidates(outputs).class_logits
+
+    def metrics(self, num_classes: int) -> BoxMetrics:
+        """map and map_50, as fractions."""
+        return BoxMetrics(self)
+
+
+def _no_classes() -> UserError:
+    return UserError(
+        "got a generator that pulls each image to one class, and a detector, whose images hold boxes",
+        "generator=box_sampling | generator.class_weight=0",
+    )
+
+
+def _divergence(student: Candidates, teacher: Candidates, confidence: Tensor) -> Tensor:
+    return anchor_divergence(
+        student.class_logits,
+        teacher.class_logits,
+        confidence,
+        teacher.exclusive,
+        student.objectness,
+        teacher.objectness,
+    )
+
+
+def shared_score(mine: Boxes, theirs: Boxes) -> Tensor:
+    """Sum over boxes that both found (same label, overlap of :data:`SAME` at least) of the smaller score."""
+    same = (mine.labels[:, None] == theirs.labels) & (pairwise_iou(mine.boxes, theirs.boxes) >= SAME)
+    smaller = torch.minimum(mine.scores[:, None], theirs.scores)
+    if not bool(same.any()):
+        return smaller.new_zeros(())
+    rows, columns = match(torch.where(same, -smaller, 0.0))
+    return (smaller[rows, columns] * same[rows, columns]).sum()
+
+
+class BoxMetrics:
+    """COCO's mean average precision; updated with raw outputs and wanted boxes.
+
+    Wanted is a mapping an image: ``boxes`` [n, 4] xyxy in pixels, ``labels`` [n], ``iscrowd`` [n], ``size`` (height,
+    width) of what was stretched to the network's input, in pixels.
+    """
+
+    def __init__(self, task: Detection):
+        from torchmetrics.detection import MeanAveragePrecision
+
+        self.task, self.metric = task, MeanAveragePrecision(backend=coco_backend())  # type: ignore[arg-type]
+        self.metric.warn_on_many_detections = False
+
+    def update(self, outputs: Any, targets: Sequence[Mapping[str, Any]]) -> None:
+        found = self.task.detections(outputs, [target["size"] for target in targets])
+        wanted = [{name: target[name] for name in ("boxes", "labels", "iscrowd")} for target in targets]
+        self.metric.update([row._asdict() for row in found], wanted)
+
+    def compute(self) -> dict[str, Tensor]:
+        with redirect_stdout(StringIO()):  # pycocotools tells what it does
+            found = self.metric.compute()
+        return {name: found[name].clamp(min=0) for name in ("map", "map_50")}

@@ -1,0 +1,304 @@
+"""Box sampling: images that hold objects where boxes were drawn, for detectors of any kind.
+
+After DIODE (Chawla et al., "Data-free Knowledge Distillation for Object Detection", WACV 2021) and the adaptive labels
+of task-specific zero-shot quantization (ICCV 2025, arXiv 2507.16782), from their formulas alone::
+
+    images = argmin  bn_loss(images) + task_weight * detector_loss(images, labels)
+                     + variation_weight * total_variation(images)
+
+in two stages. At low resolution labels are drawn (boxes, sizes and classes), and ``rounds`` times on the way the
+teacher is asked what it sees: a label that it does not see is removed, what it sees beside the labels is added. At full
+resolution, from the images so far, labels are frozen. The loss is the detector's own, or the one derived from what it
+decodes (:mod:`dfq.detectors._base`). Boxes, labels and the teacher's scores of them are stored with the images.
+
+A detection is believed if its score is above what the teacher sees in noise (``certainty``, a quantile of the best
+score an image), and added if it is as sure besides as the teacher typically is of the labels that it sees.
+
+Where a network has no batch norm, the entropy of patch similarities takes its place (:mod:`dfq.generators.psaq`), or
+nothing where there is no attention either.
+
+Differences from the papers: several boxes from the start, of sizes whose logarithm is uniform, and none upon another;
+thresholds come from the teacher's scores and are not fixed at 0.2; a class gets no more than ``balance`` times its
+share of boxes; the full resolution goes on from the low one rather than from noise; deviations and not variances, and
+every term is a mean over boxes, channels, layers or pixels, so that the weights serve any resolution and batch; images
+are smoothed, and legal, in every step. The papers' L_task grows with the batch, their norms with channels and pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfq.detectors._base import Boxes
+from dfq.generators._attention import has_attention, negative_entropies
+from dfq.generators._base import Generator
+from dfq.generators._filters import diverse_noise, gaussian_blur, total_variation, white_noise
+from dfq.generators._needs import check_needs
+from dfq.generators._optimization import cosine, finish, optimize, picture_statistics
+from dfq.generators._statistics import batch_norm_distances
+from dfq.losses._box_overlap import area, pairwise_iou
+from dfq.progress import Advance
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from dfq.tasks._task import task_of
+from dfq.teacher import InputSpec, Teacher
+
+Share = Annotated[float, Bound(above=0, at_most=1)]
+APART = 0.35  # overlap below which two boxes are of two objects
+CROWDED = 0.2  # overlap with an earlier box above which another place is drawn
+SMALLEST, LARGEST = 0.01, 0.85  # share of the image that an added box covers
+STRIDE = 32  # what sides are a multiple of at low resolution
+TRIES = 10  # places drawn for a box
+NOISE = 16  # images of white noise, and of noise with the spectrum of photographs, that scores are calibrated on
+
+
+@dataclass(frozen=True)
+class BoxSampling(Generator):
+    """Gradient descent on the pixels of one batch at a time, toward boxes of its own."""
+
+    batch_size: PositiveInt = 32  # samples made together
+    iterations: PositiveInt = 60  # steps at low resolution
+    final_iterations: PositiveInt = 30  # steps at full resolution
+    resolution: Share = 0.5  # sides at low resolution, of the network's input
+    learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the deviation of pictures
+    task_weight: NonNegativeFloat = 0.1  # weight of the detector's own loss; the mean over batch norms has 1
+    variation_weight: NonNegativeFloat = 0.05  # weight of the total variation: mean difference of neighbors
+    most_boxes: PositiveInt = 4  # in an image; how many is drawn
+    smallest_box: Share = 0.15  # side of a square box of the smallest area, as a share of the image's
+    largest_box: Share = 0.7  # and of the largest
+    rounds: NonNegativeInt = 3  # times that labels are compared with what the teacher sees
+    certainty: Fraction = 0.95  # share of images of noise in which the teacher sees nothing that is believed
+    balance: PositiveFloat = 2.0  # boxes of a class at most, as a multiple of its share
+    blur: NonNegativeFloat = 0.8  # deviation in pixels of a blur in every step
+    clip: bool = True  # keep pixels between black and white
+    low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    needs_boxes: ClassVar[bool] = True
+
+    def prepare(self, teacher: Teacher, rng: torch.Generator) -> Prepared:
+        check_needs(teacher, self, "box_sampling", "draws some")
+        spec, task = teacher.input_spec, task_of(teacher)
+        assert isinstance(spec, InputSpec)  # the pipeline sees to it
+        shape = (NOISE, *spec.size)
+        noise = _shown(torch.cat([white_noise(shape, rng), diverse_noise(shape, rng)]), spec)
+        best = []
+        with torch.no_grad():
+            for images in noise.to(teacher.device).clamp(*spec.limits(teacher.device)).split(4):
+                outputs = task.raw_outputs(teacher, images)
+                found = task.detections(outputs, [(1.0, 1.0)] * len(images))
+                best += [float(row.scores.max()) if len(row.scores) else 0.0 for row in found]
+            labels = task.labels(outputs)
+        return Prepared(self, float(torch.tensor(best).quantile(self.certainty)), labels)
+
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Any:
+        """A batch with thresholds of its own, for callers that do not prepare."""
+        return self.prepare(teacher, rng).sample(teacher, num_samples, rng, advance)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all batches share: the score from which a detection is believed, and the labels that there are."""
+
+    settings: BoxSampling
+    believed: float
+    labels: list[int]
+
+    def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> dict[str, Any]:
+        """Images [N, C, H, W] and lists, an entry an image, of boxes in pixels, labels and the teacher's scores."""
+        s, spec = self.settings, teacher.input_spec
+        assert isinstance(spec, InputSpec)  # the pipeline sees to it
+        wanted = draw_boxes(num_samples, self.labels, s, rng)
+        wanted = [Boxes(*(part.to(teacher.device) for part in row)) for row in wanted]
+        small, total = _low_size(teacher, spec, s.resolution), s.iterations + s.final_iterations
+        pixels = diverse_noise((num_samples, spec.size[0], *small), rng).to(teacher.device)
+        descent = _Descent(s, teacher, pixels, s.learning_rate, s.iterations, advance, s.iterations / total)
+        for part in range(s.rounds + 1):
+            ends = [s.iterations * i // (s.rounds + 1) for i in (part, part + 1)]
+            descent.run(ends[1] - ends[0], wanted)
+            if part < s.rounds:
+                wanted = relabel(wanted, descent.detections(), self.believed, s.most_boxes, self._most(wanted))
+        pixels = F.interpolate(descent.pixels.detach(), spec.size[1:], mode="bilinear")
+        rate, share = s.learning_rate / 2, s.final_iterations / total
+        descent = _Descent(s, teacher, pixels, rate, s.final_iterations, advance, share)
+        descent.run(s.final_iterations, wanted)
+        images = finish(descent.images(), spec, s.low_pass, s.clip)
+        task, (height, width) = task_of(teacher), spec.size[1:]
+        with torch.no_grad():
+            outputs = task.raw_outputs(teacher, images)
+        found = task.detections(outputs, [(1.0, 1.0)] * num_samples)
+        unit = torch.tensor([width, height, width, height])
+        return {
+            "images": images,
+            "boxes": [row.boxes.cpu() * unit for row in wanted],
+            "labels": [row.labels.cpu() for row in wanted],
+            "scores": [seen_score(row, seen).cpu() for row, seen in zip(wanted, found, strict=True)],
+        }
+
+    def _most(self, wanted: list[Boxes]) -> int:
+        """Boxes of a class in the batch."""
+        share = sum(len(row.labels) for row in wanted) / len(self.labels)
+        return max(1, round(self.settings.balance * share))
+
+
+class _Descent:
+    """Adam on pixels, in units of the deviation of pictures, at one resolution."""
+
+    def __init__(
+        self,
+        settings: BoxSampling,
+        teacher: Teacher,
+        pixels: Tensor,
+        learning_rate: float,
+        iterations: int,
+        advance: Advance,
+        share: float,
+    ):
+        self.s, self.teacher, self.task = settings, teacher, task_of(teacher)
+        self.advance, self.iterations, self.share = advance, iterations, share
+        assert isinstance(teacher.input_spec, InputSpec)
+        self.spec = teacher.input_spec
+        self.pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
+        self.schedule = cosine(torch.optim.Adam([self.pixels], lr=learning_rate, betas=(0.5, 0.9)), iterations)
+        mean, std = (v.view(-1, 1, 1).to(teacher.device) for v in picture_statistics(self.spec))
+        self.std = std
+        self.limits = tuple((limit - mean) / std for limit in self.spec.limits(teacher.device))
+        self.blur = gaussian_blur((pixels.shape[-2], pixels.shape[-1]), settings.blur, teacher.device)
+
+    def images(self) -> Tensor:
+        return _shown(self.blur(self.pixels), self.spec)
+
+    def run(self, steps: int, wanted: list[Boxes]) -> None:
+        def penalty(images: Tensor, outputs: Any) -> Tensor:
+            outputs = self.task.raw_outputs(lambda _: outputs, images)
+            own = self.task.synthesis_loss(outputs, wanted) if self.s.task_weight else images.new_zeros(())
+            return self.s.task_weight * own + self.s.variation_weight * total_variation(images / self.std)
+
+        if steps:
+            optimize(
+                self.teacher,
+                _measured(self.teacher, len(self.pixels)),
+                self.images,
+                [self.schedule],
+                steps,
+                lambda amount, note="": self.advance(amount * self.share * steps / self.iterations),
+                penalty=penalty,
+                after_step=lambda: self.pixels.clamp_(*self.limits) if self.s.clip else None,
+            )
+
+    @torch.no_grad()
+    def detections(self) -> list[Boxes]:
+        images = self.images()
+        return self.task.detections(self.task.raw_outputs(self.teacher, images), [(1.0, 1.0)] * len(images))
+
+
+@contextmanager
+def _measured(teacher: Teacher, num_samples: int) -> Iterator[list[Tensor]]:
+    """What images are matched to: batch norms, or patch similarities, or nothing."""
+    if teacher.batch_norms:
+        with batch_norm_distances(teacher) as found:
+            yield found
+    elif has_attention(teacher):
+        with negative_entropies(num_samples) as found:
+            yield found
+    else:
+        yield []
+
+
+def _shown(pixels: Tensor, spec: InputSpec) -> Tensor:
+    mean, std = (values.view(-1, 1, 1).to(pixels.device) for values in picture_statistics(spec))
+    return pixels * std + mean
+
+
+@torch.no_grad()
+def _low_size(teacher: Teacher, spec: InputSpec, resolution: float) -> tuple[int, int]:
+    """Height and width at low resolution; the full ones where the network takes no other."""
+    low = tuple(min(side, max(STRIDE, round(side * resolution / STRIDE) * STRIDE)) for side in spec.size[1:])
+    try:
+        teacher(torch.zeros(1, spec.size[0], *low, device=teacher.device))
+    except Exception:  # whatever a forward raises on a size that it does not take
+        return spec.size[1], spec.size[2]
+    return low[0], low[1]
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def draw_boxes(num_samples: int, labels: list[int], settings: BoxSampling, rng: torch.Generator) -> list[Boxes]:
+    """Boxes in fractions of each image, inside it and apart from each other; classes come equally often, but for one.
+
+    An image is asked for 1 to ``most_boxes``; those for which no free place is drawn are left out.
+    """
+    s = settings
+    counts = torch.randint(1, s.most_boxes + 1, (num_samples,), generator=rng)
+    draws = torch.rand(num_samples, s.most_boxes, TRIES, 4, generator=rng)
+    smallest, largest = min(s.smallest_box, s.largest_box), max(s.smallest_box, s.largest_box)
+    side = smallest * (largest / smallest) ** draws[..., 0]
+    stretch = 2 ** (draws[..., 1] - 0.5)  # the root of an aspect from 1/2 to 2
+    size = torch.stack([side * stretch, side / stretch], -1).clamp(max=0.95)
+    corner = draws[..., 2:] * (1 - size)
+    places = torch.cat([corner, corner + size], -1)  # [N, most, TRIES, 4]
+    chosen: list[Tensor] = []
+    for count, tries in zip(counts.tolist(), places, strict=True):
+        rows: list[Tensor] = []
+        for options in tries[:count]:
+            rows += [box for box in options if most_overlap(box, rows) < CROWDED][:1]
+        chosen.append(torch.stack(rows))
+    total = sum(map(len, chosen))
+    order = [torch.randperm(len(labels), generator=rng) for _ in range(-(-total // len(labels)))]
+    names = torch.tensor(labels)[torch.cat(order)[:total]]
+    parts = names.split([len(rows) for rows in chosen])
+    return [Boxes(boxes, torch.zeros(len(boxes)), name) for boxes, name in zip(chosen, parts, strict=True)]
+
+
+def most_overlap(box: Tensor, others: list[Tensor]) -> float:
+    return float(pairwise_iou(box[None], torch.stack(others)).max()) if others else 0.0
+
+
+def relabel(
+    wanted: list[Boxes], found: list[Boxes], believed: float, most_boxes: int, most_of_class: int
+) -> list[Boxes]:
+    """Labels that the teacher sees, and what it sees beside them.
+
+    Args:
+        wanted, found: labels and detections of each image, in the same units.
+        believed: the score from which a detection counts.
+        most_boxes: of an image; more are not added.
+        most_of_class: of a class in the batch; more are not added.
+    """
+    scores = [seen_score(row, seen) for row, seen in zip(wanted, found, strict=True)]
+    sure = torch.cat(scores)
+    sure = sure[sure >= believed]
+    adding = max(believed, float(sure.median())) if len(sure) else believed
+    counts: dict[int, int] = {}
+    kept: list[Boxes] = []
+    for row, score in zip(wanted, scores, strict=True):
+        stays = score >= believed
+        if not bool(stays.any()):
+            stays[score.argmax()] = True  # an image has an object at least
+        kept.append(Boxes(row.boxes[stays], score[stays], row.labels[stays]))
+        for label in kept[-1].labels.tolist():
+            counts[label] = counts.get(label, 0) + 1
+    result = []
+    for row, seen in zip(kept, found, strict=True):
+        boxes, labels = list(row.boxes), row.labels.tolist()
+        for box, score, label in zip(seen.boxes, seen.scores.tolist(), seen.labels.tolist(), strict=True):
+            if score < adding or len(boxes) >= most_boxes or counts.get(label, 0) >= most_of_class:
+                continue
+            if SMALLEST < float(area(box)) < LARGEST and most_overlap(box, boxes) < APART:
+                boxes.append(box)
+                labels.append(label)
+                counts[label] = counts.get(label, 0) + 1
+        result.append(Boxes(torch.stack(boxes), row.scores.new_zeros(len(boxes)), row.labels.new_tensor(labels)))
+    return result
+
+
+def seen_score(wanted: Boxes, found: Boxes) -> Tensor:
+    """For each label [n] the best score of a detection of its class upon it; 0 where there is none."""
+    if not len(found.boxes):
+        return wanted.boxes.new_zeros(len(wanted.boxes))
+    same = (wanted.labels[:, None] == found.labels) & (pairwise_iou(wanted.boxes, found.boxes) >= APART)
+    return (same * found.scores).amax(1)

@@ -1,0 +1,97 @@
+"""The adapters of torchvision's and transformers' detectors, on small ones with random weights."""
+
+import pytest
+import torch
+from tiny_detectors import CLASSES, FAMILIES, family_teacher
+
+from dfq.detectors._base import Boxes
+from dfq.tasks._task import task_of
+from dfq.teacher import InputSpec, Teacher
+from dfq.teachers._detector import as_detector
+
+SIZE = 64
+
+
+def check(teacher, background):
+    """The contract of an adapter."""
+    task = task_of(teacher)
+    images = teacher.example(2).requires_grad_()
+    outputs = task.raw_outputs(teacher, images)
+    num_classes = task.num_outputs(outputs)
+    assert task.labels(outputs) == [k for k in range(num_classes) if k != background]
+    targets = [
+        Boxes(torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.5, 0.9, 0.8]]), torch.ones(2), torch.tensor([1, 2])),
+        Boxes(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)),
+    ]
+    state = torch.get_rng_state()
+    loss = task.synthesis_loss(outputs, targets)
+    assert torch.equal(state, torch.get_rng_state()), "a loss draws no random numbers"
+    loss.backward()
+    assert loss.dim() == 0 and torch.isfinite(loss) and torch.isfinite(images.grad).all()
+    assert float(images.grad.abs().sum()) > 0
+    outputs = {name: values.detach() for name, values in outputs.items()}
+    for row in task.detections(outputs, [(SIZE, SIZE), (2 * SIZE, SIZE)]):
+        assert not set(row.labels.tolist()) - set(task.labels(outputs)) and (row.boxes >= 0).all()
+    assert float(task.distillation_loss(outputs, outputs)) == pytest.approx(0, abs=1e-4)
+    rng = torch.Generator().manual_seed(0)
+    other = {
+        name: values if name in ("anchors", "proposals") else values + 0.5 * torch.rand(values.shape, generator=rng)
+        for name, values in outputs.items()
+    }
+    assert float(task.distillation_loss(other, outputs)) > 1e-3
+    return outputs
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_of_torchvision(name):
+    two_stages_or_softmax = name in ("ssd", "faster_rcnn", "mask_rcnn")
+    check(family_teacher(name, SIZE), 0 if two_stages_or_softmax else None)
+
+
+def test_retinanet_finds_what_torchvision_finds():
+    """The whole way, resizing and normalization apart: the network's own forward is given the very same pixels."""
+    teacher = family_teacher("retinanet", SIZE)
+    network, images = teacher.module.network, teacher.example(2)
+    with torch.no_grad():
+        network.head.classification_head.cls_logits.bias += 4.0  # scores that anything is found by
+        network.transform.min_size, network.transform.max_size = (SIZE,), SIZE
+        network.transform.image_mean, network.transform.image_std = [0.0] * 3, [1.0] * 3
+        network.score_thresh, network.nms_thresh = 0.001, teacher.module.overlap
+        wanted = network(list(images))
+        found = task_of(teacher).detections(teacher(images), [(SIZE, SIZE)] * 2)
+    for mine, theirs in zip(found, wanted, strict=True):
+        best = min(len(mine.scores), len(theirs["scores"]), 10)
+        torch.testing.assert_close(mine.scores[:best], theirs["scores"][:best], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(mine.boxes[:3], theirs["boxes"][:3], atol=1e-2, rtol=1e-3)
+
+
+def transformers_teacher(name):
+    transformers = pytest.importorskip("transformers")
+    small = {"num_labels": CLASSES}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "yolos":
+            config = transformers.YolosConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                image_size=[SIZE, SIZE], patch_size=16, num_detection_tokens=5, **small,
+            )  # fmt: skip
+            network = transformers.YolosForObjectDetection(config)
+        else:
+            backbone = transformers.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+                out_features=["stage4"],
+            )  # fmt: skip
+            config = transformers.DetrConfig(
+                use_timm_backbone=False, backbone=None, backbone_config=backbone, use_pretrained_backbone=False,
+                num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                encoder_attention_heads=2, decoder_attention_heads=2, **small,
+            )  # fmt: skip
+            network = transformers.DetrForObjectDetection(config)
+    spec = InputSpec((3, SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Teacher(as_detector(network.eval()), "detection", spec, name=name)
+
+
+@pytest.mark.parametrize("name", ["yolos", "detr"])
+def test_family_of_transformers(name):
+    outputs = check(transformers_teacher(name), CLASSES)
+    assert outputs["logits"].shape == (2, 5, CLASSES + 1) and outputs["pred_boxes"].shape == (2, 5, 4)

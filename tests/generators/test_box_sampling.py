@@ -1,0 +1,130 @@
+"""box_sampling: what is drawn, what is relabeled, and that images come to hold what was drawn."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import NETS, as_teacher
+from tiny_detectors import CLASSES, SPEC, DecodeOnly, cell_teacher
+
+from dfq.detectors._base import Boxes
+from dfq.errors import UserError
+from dfq.generators._base import batch_rng, dataset_rng
+from dfq.generators.box_sampling import BoxSampling, _low_size, draw_boxes, relabel, seen_score
+from dfq.losses._box_overlap import area, pairwise_iou
+from dfq.tasks._task import task_of
+
+FAST = BoxSampling(batch_size=8, iterations=8, final_iterations=4, blur=0.0)
+
+
+def boxes(*rows):
+    """Rows of x1, y1, x2, y2, score, label."""
+    table = torch.tensor(rows, dtype=torch.float32).view(-1, 6)
+    return Boxes(table[:, :4], table[:, 4], table[:, 5].long())
+
+
+def test_boxes_are_inside_apart_of_all_sizes_and_of_all_classes():
+    drawn = draw_boxes(400, [1, 2, 5], BoxSampling(), batch_rng(0, 0))
+    counts = torch.tensor([len(row.boxes) for row in drawn])
+    assert counts.min() == 1 and counts.max() == 4 and len(counts.unique()) == 4
+    every, labels = torch.cat([row.boxes for row in drawn]), torch.cat([row.labels for row in drawn])
+    assert float(every.min()) >= 0 and float(every.max()) <= 1 and (every[:, 2:] > every[:, :2]).all()
+    overlaps = [pairwise_iou(row.boxes, row.boxes).fill_diagonal_(0).max() for row in drawn]
+    assert float(torch.stack(overlaps).max()) < 0.2
+    sides = area(every).sqrt()
+    assert 0.14 < float(sides.min()) < 0.17 and 0.6 < float(sides.max()) < 0.75
+    # Uniform in the logarithm, but for the large ones that find no place beside others.
+    below = float((sides < np.sqrt(0.15 * 0.7)).float().mean())
+    assert 0.5 < below < 0.7
+    found = labels.bincount()
+    assert found[[0, 3, 4]].sum() == 0 and found[[1, 2, 5]].max() - found[[1, 2, 5]].min() <= 1
+
+
+def test_relabeling_by_hand():
+    wanted = [
+        boxes([0.1, 0.1, 0.4, 0.4, 0, 1], [0.6, 0.6, 0.9, 0.9, 0, 2]),  # the first is seen, the second not
+        boxes([0.1, 0.1, 0.4, 0.4, 0, 0], [0.6, 0.6, 0.9, 0.9, 0, 0]),  # neither: the better one stays
+    ]
+    found = [
+        boxes(
+            [0.1, 0.1, 0.4, 0.42, 0.6, 1],
+            [0.6, 0.1, 0.9, 0.4, 0.9, 3],  # beside the labels: added
+            [0.12, 0.1, 0.4, 0.4, 0.8, 0],  # upon one, of another class: not added
+            [0.1, 0.6, 0.3, 0.9, 0.55, 3],  # less sure than the label that is seen
+            [0.0, 0.0, 1.0, 1.0, 0.9, 0],  # too large
+        ),
+        boxes([0.6, 0.6, 0.9, 0.88, 0.2, 0]),
+    ]
+    first, second = relabel(wanted, found, believed=0.5, most_boxes=4, most_of_class=9)
+    assert first.labels.tolist() == [1, 3] and second.labels.tolist() == [0]
+    torch.testing.assert_close(first.boxes, torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.6, 0.1, 0.9, 0.4]]))
+    torch.testing.assert_close(second.boxes, torch.tensor([[0.6, 0.6, 0.9, 0.9]]))
+    assert relabel(wanted, found, 0.5, 4, most_of_class=0)[0].labels.tolist() == [1], "a class that is full"
+    assert relabel(wanted, found, 0.5, most_boxes=1, most_of_class=9)[0].labels.tolist() == [1], "an image that is full"
+    nothing = relabel(wanted, [boxes(), boxes()], 0.5, 4, 9)
+    assert [len(row.labels) for row in nothing] == [1, 1], "an image keeps an object"
+
+
+def test_scores_of_labels_are_those_of_their_class_and_place():
+    wanted = boxes([0.1, 0.1, 0.4, 0.4, 0, 1], [0.6, 0.6, 0.9, 0.9, 0, 1])
+    found = boxes([0.1, 0.1, 0.4, 0.4, 0.3, 1], [0.1, 0.1, 0.4, 0.41, 0.7, 1], [0.6, 0.6, 0.9, 0.9, 0.9, 0])
+    assert seen_score(wanted, found).tolist() == pytest.approx([0.7, 0])
+    assert seen_score(wanted, boxes()).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("adapter", [None, DecodeOnly])
+def test_a_batch_repeats_and_depends_on_its_index(adapter):
+    teacher = cell_teacher(*([adapter] if adapter else []))
+    prepared = FAST.prepare(teacher, dataset_rng(0))
+    assert 0 < prepared.believed < 1 and prepared.labels == list(range(CLASSES))
+    assert FAST.prepare(teacher, dataset_rng(0)) == prepared
+    done = []
+    state = torch.get_rng_state()
+    made = prepared.sample(teacher, 4, batch_rng(0, 1), lambda amount, note="": done.append(amount))
+    assert torch.equal(state, torch.get_rng_state()) and sum(done) == pytest.approx(4)
+    again = prepared.sample(teacher, 4, batch_rng(0, 1), lambda amount, note="": None)
+    other = prepared.sample(teacher, 4, batch_rng(0, 2), lambda amount, note="": None)
+    assert torch.equal(made["images"], again["images"]) and not torch.equal(made["images"], other["images"])
+    low, high = SPEC.limits(torch.device("cpu"))
+    assert (made["images"] >= low).all() and (made["images"] <= high).all() and not made["images"].requires_grad
+    for name, size in (("boxes", (4,)), ("labels", ()), ("scores", ())):
+        assert [part.shape[1:] == size for part in made[name]] == [True] * 4
+        assert all(torch.equal(a, b) for a, b in zip(made[name], again[name], strict=True))
+    assert [len(row) for row in made["boxes"]] == [len(row) for row in made["labels"]]
+    assert 1 < float(torch.cat(made["boxes"]).max()) <= 32, "in pixels"
+
+
+def test_images_come_to_hold_what_was_drawn():
+    teacher = cell_teacher()
+    task = task_of(teacher)
+
+    def score(settings):
+        made = settings.sample(teacher, 8, batch_rng(0, 0), lambda amount, note="": None)
+        unit = torch.tensor([32.0] * 4)
+        targets = [Boxes(b / unit, s, k) for b, s, k in zip(made["boxes"], made["scores"], made["labels"], strict=True)]
+        with torch.no_grad():
+            return float(task.synthesis_loss(task.raw_outputs(teacher, made["images"]), targets))
+
+    settings = BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0)
+    pulled = score(BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0, task_weight=1.0))
+    assert pulled < 0.7 * score(BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0, task_weight=0.0))
+    assert settings.resolution == 0.5
+
+
+def test_low_resolution_is_a_multiple_and_falls_back():
+    teacher = cell_teacher()
+    assert _low_size(teacher, SPEC, 0.5) == (32, 32)  # no smaller than 32
+    large = type(SPEC)((3, 352, 640), SPEC.mean, SPEC.std)
+    assert _low_size(teacher, large, 0.5) == (192, 320)
+
+    def refuses(images):
+        raise ValueError(images.shape)
+
+    teacher.module.raw = refuses
+    assert _low_size(teacher, large, 0.5) == (352, 640)
+
+
+def test_a_classifier_has_no_boxes():
+    with pytest.raises(
+        UserError, match=r"got a network without boxes among its outputs .*, and box_sampling draws some"
+    ):
+        FAST.prepare(as_teacher(NETS["plain"]()), dataset_rng(0))

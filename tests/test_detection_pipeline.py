@@ -1,0 +1,300 @@
+"""Detectors through the arrows: generate, quantize, export, evaluate, report; and nothing real is read on the way."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher
+
+from dfq import pipeline
+from dfq.coco import export_coco
+from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
+from dfq.evaluation import Coco
+from dfq.inspection import describe
+from dfq.lightning.augmentation import augment, draw_moves
+from dfq.lightning.data import SyntheticDataModule
+from dfq.pipeline import Experiment, evaluate, export, generate, quantize
+from dfq.scheme import Scheme, TensorScheme
+from dfq.settings import choices, load, resolve, signature
+from dfq.student import Student
+from dfq.teacher import Teacher
+
+W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
+FAST = {"iterations": 3, "final_iterations": 2, "finish_iterations": 2, "max_steps": 4, "checks": 2, "batch_size": 8}
+FAST["num_candidates"] = 10
+FAST["rungs"] = ["round_to_nearest", {**load("algorithm", "reconstruction"), "iterations": 3, "finish_iterations": 2}]
+QUANTIZERS = [resolve("quantizer", "mse", num_candidates=10)] * 2
+
+
+def build(family, name, **settings):
+    known = signature(load(family, name)["_target_"]) or {}
+    return resolve(family, name, **{key: value for key, value in FAST.items() if key in known} | settings)
+
+
+@pytest.fixture
+def teacher():
+    return cell_teacher()
+
+
+@pytest.fixture
+def dataset(teacher, tmp_path):
+    return generate(teacher, build("generator", "box_sampling"), 20, 0, tmp_path / "data")
+
+
+# ------------------------------------------------------------------------------------------------ the store
+
+
+def ragged(path, lengths=((2, 0, 3), (1, 0))):
+    dataset = SyntheticDataset.create(path, {"seed": 0}, {"pixels": False, "labels": False})
+    rng = torch.Generator().manual_seed(0)
+    written = []
+    for index, part in enumerate(lengths):
+        rows = [torch.rand(n, 4, generator=rng) for n in part]
+        names = [torch.arange(n) for n in part]
+        images = torch.rand(len(part), 3, 2, 2, generator=rng)
+        dataset.write_shard(index, {"images": images, "boxes": rows, "labels": names}, 0.0)
+        written += rows
+    return dataset, written
+
+
+def test_what_has_another_length_in_each_sample_comes_back(tmp_path):
+    dataset, written = ragged(tmp_path / "d")
+    assert dataset.lists == {"boxes", "labels"} and len(dataset) == 5
+    dataset.verify()
+    for i, rows in enumerate(written):
+        sample = dataset[i]
+        assert set(sample) == {"images", "boxes", "labels"} and sample["boxes"].shape == (len(rows), 4)
+        assert torch.equal(sample["boxes"], rows) and sample["labels"].tolist() == list(range(len(rows)))
+    whole = dataset.tensors()
+    assert all(torch.equal(a, b) for a, b in zip(whole["boxes"], written, strict=True))
+    assert whole["images"].shape == (5, 3, 2, 2) and len(dataset.tensors(4)["boxes"]) == 4
+    assert set(dataset.tensors(names=("boxes",))) == {"boxes"}
+    again = SyntheticDataset(tmp_path / "d")
+    assert torch.equal(again[2]["boxes"], written[2])
+
+
+def test_lists_and_tensors_of_a_shard_have_as_many_samples(tmp_path):
+    dataset = SyntheticDataset.create(tmp_path / "d", {}, {"pixels": False, "labels": False})
+    with pytest.raises(ValueError, match=r"agree in their first dimension, got \[2, 3\]"):
+        dataset.write_shard(0, {"images": torch.zeros(3, 1), "boxes": [torch.zeros(1, 4)] * 2}, 0.0)
+
+
+def test_a_broken_shard_of_boxes_is_told_and_made_again(teacher, tmp_path):
+    generator = build("generator", "box_sampling")
+    whole = generate(teacher, generator, 20, 0, tmp_path / "data")
+    sha256, file = whole.sha256, tmp_path / "data" / "shards" / "000001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"000001\.safetensors, whose content does not match its checksum"):
+        SyntheticDataset(tmp_path / "data").verify()
+    assert generate(teacher, generator, 20, 0, tmp_path / "data").sha256 == sha256
+
+
+def test_batches_of_boxes_are_lists(dataset):
+    data = SyntheticDataModule(dataset, batch_size=4)
+    for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
+        assert batch["images"].dim() == 4 and isinstance(batch["boxes"], list)
+        assert len(batch["boxes"]) == len(batch["labels"]) == len(batch["scores"]) == len(batch["images"])
+
+
+# ------------------------------------------------------------------------------------------------ generators
+
+
+@pytest.mark.parametrize("name", ["gaussian", "zeroq", "genie", "spectrum", "box_sampling"])
+@pytest.mark.parametrize("adapter", ["cells", "decode only"])
+def test_generators_make_images_with_boxes(name, adapter, tmp_path):
+    teacher = cell_teacher(DecodeOnly) if adapter == "decode only" else cell_teacher()
+    made = generate(teacher, build("generator", name), 9, 0, tmp_path / "d")
+    made.verify()
+    assert {"images", "boxes", "labels", "scores"} <= set(made[0]) and len(made) == 9
+    assert ({"raw.places", "raw.classes"} if adapter == "decode only" else {"logits"}) <= set(made[0])
+    with torch.no_grad():
+        outputs = teacher(made.tensors()["images"])
+    stored = made.tensors()["logits"] if adapter == "cells" else made.tensors()["raw.places"]
+    torch.testing.assert_close(stored, outputs if adapter == "cells" else outputs["places"])
+    assert generate(teacher, build("generator", name), 9, 0, tmp_path / "e").sha256 == made.sha256
+    text = [str(cell) for column in describe(made.path).columns for cell in column.cells]
+    assert "boxes" in text
+
+
+@pytest.mark.parametrize("name", ["gdfq", "deep_inversion"])
+def test_generators_that_pull_to_one_class_say_so(name, teacher, tmp_path):
+    with pytest.raises(UserError, match=r"pulls each image to one class, and a detector.*generator=box_sampling"):
+        generate(teacher, build("generator", name), 8, 0, tmp_path / "d")
+
+
+# ------------------------------------------------------------------------------------------------ algorithms
+
+
+@pytest.mark.parametrize("name", choices("algorithm"))
+def test_algorithms_quantize_detectors(name, teacher, dataset, tmp_path):
+    student, path = quantize(teacher, dataset, W4A8, build("algorithm", name), *QUANTIZERS, 0, tmp_path / "s")
+    images = dataset.tensors()["images"][:4]
+    with torch.no_grad():
+        outputs, wanted = student(images), teacher(images)
+        assert torch.equal(Student.load(path, teacher)(images), outputs)
+    assert float((outputs - wanted).square().sum() / wanted.square().sum()) < 0.2
+
+
+@pytest.mark.parametrize("settings", [{"task_weight": 0.1}, {"task_weight": 0.1, "shift": 3}, {"kl_weight": 0.0}])
+def test_distillation_of_what_only_decodes(settings, tmp_path):
+    teacher = cell_teacher(DecodeOnly)
+    dataset = generate(teacher, build("generator", "box_sampling"), 20, 0, tmp_path / "data")
+    algorithm = build("algorithm", "distillation", **settings)
+    student, _ = quantize(teacher, dataset, W4A8, algorithm, *QUANTIZERS, 0, tmp_path / "s")
+    found = evaluate(teacher, student, resolve("evaluation", "none"), dataset)["fidelity"]
+    assert 0 <= found["agreement"] <= 1 and found["kl"] >= 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"reverse_kl_weight": 1.0},
+            "got algorithm.reverse_kl_weight=1.0 and a detector; allowed: algorithm.kl_weight",
+        ),
+        ({"temperature": 2.0}, "got algorithm.temperature=2.0 and a detector; allowed: algorithm.kl_weight"),
+        ({"task_weight": 1.0, "mixup": 0.5}, "got algorithm.mixup=0.5 and a detector; allowed: algorithm.kl_weight"),
+    ],
+)
+def test_losses_that_need_one_answer_a_sample_are_refused(settings, message, teacher, dataset, tmp_path):
+    with pytest.raises(UserError) as error:
+        quantize(teacher, dataset, W4A8, build("algorithm", "distillation", **settings), *QUANTIZERS, 0, tmp_path / "s")
+    assert str(error.value).startswith(message)
+
+
+def test_boxes_move_with_their_images():
+    images = torch.zeros(6, 1, 20, 30)
+    boxes = [torch.tensor([[5.0, 6.0, 11.0, 12.0]])] * 6
+    images[:, :, 6:12, 5:11] = 1
+    rng = torch.Generator().manual_seed(1)
+    moves = draw_moves(images, rng, flip=True, shift=3)
+    assert moves is not None and 0 < int(moves.mirrored.sum()) < 6
+    moved = augment(images, rng, moves=moves, flip=False)
+    for image, (box,) in zip(moved, moves.boxes(boxes, (20, 30)), strict=True):
+        where = image[0].nonzero()
+        wanted = [*where.amin(0).flip(0).tolist(), *(where.amax(0) + 1).flip(0).tolist()]
+        assert box.tolist() == wanted
+    same = augment(images, torch.Generator().manual_seed(1), True, 3)
+    assert torch.equal(moved, same), "the draw is the one that augment makes by itself"
+
+
+# ------------------------------------------------------------------------------------------------ the rest
+
+
+def test_export_has_the_raw_outputs(teacher, dataset, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    student, _ = quantize(
+        teacher, dataset, W4A8, build("algorithm", "round_to_nearest"), *QUANTIZERS, 0, tmp_path / "s"
+    )
+    exporter = resolve("exporter", "onnx_qdq", latency=False)
+    found = export(student, exporter, tmp_path / "a.onnx", teacher, dataset)
+    assert found["parity"]["argmax_agreement"] > 0.97
+    session = runtime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
+    images = dataset.tensors()["images"][:3]
+    (outputs,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        wanted = student(images)
+    assert (torch.from_numpy(outputs) - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+
+
+def coco_of(folder, dataset, spec=SPEC):
+    """An evaluation made of the dataset's own images and boxes, as files."""
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True)
+    tensors = dataset.tensors()
+    content = {"images": [], "annotations": [], "categories": [{"id": i} for i in range(CLASSES)]}
+    for i, image in enumerate(spec.to_pixels(tensors["images"]).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(np.ascontiguousarray(image)).save(folder / "images" / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png"})
+        for (x1, y1, x2, y2), label in zip(tensors["boxes"][i].tolist(), tensors["labels"][i].tolist(), strict=True):
+            entry = {"id": len(content["annotations"]) + 1, "image_id": i, "category_id": label}
+            content["annotations"].append(entry | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
+    (folder / "boxes.json").write_text(json.dumps(content))
+    return Coco(str(folder / "images"), str(folder / "boxes.json"), str(folder / "images"))
+
+
+def test_coco_export_reads_back(teacher, dataset, tmp_path):
+    annotations = export_coco(dataset, tmp_path / "coco")
+    (images, rows), *_ = Coco(str(tmp_path / "coco" / "images"), str(annotations), labels="id").batches(SPEC)
+    tensors = dataset.tensors()
+    for row, boxes, labels in zip(rows, tensors["boxes"], tensors["labels"], strict=False):
+        torch.testing.assert_close(row["boxes"], boxes, atol=1e-3, rtol=0)
+        assert torch.equal(row["labels"], labels) and row["size"] == (32.0, 32.0)
+    assert torch.equal(SPEC.to_pixels(images), SPEC.to_pixels(tensors["images"][: len(images)]))
+    with pytest.raises(UserError, match="which is not empty; allowed: an empty or new folder"):
+        export_coco(dataset, tmp_path / "coco")
+    plain = SyntheticDataset.create(tmp_path / "plain", {}, {"pixels": False, "labels": False})
+    plain.write_shard(0, {"images": torch.zeros(2, 3, 4, 4), "logits": torch.zeros(2, 3)}, 0.0)
+    with pytest.raises(UserError, match="a dataset without boxes; allowed: a dataset made for a detector"):
+        export_coco(plain, tmp_path / "other")
+
+
+OPENED: list[str] = []
+WATCHING = [False]
+
+
+def _watch(event, arguments):
+    if WATCHING[0] and event in ("open", "os.listdir", "os.scandir"):
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(_watch)  # Python has no way to take one back: it looks away unless it is told to look
+
+
+def test_a_run_reads_nothing_real_until_it_evaluates(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    evaluation = coco_of(tmp_path / "real", generate(teacher, build("generator", "gaussian"), 12, 5, tmp_path / "g"))
+    OPENED.clear()
+    seen = {}
+    original = pipeline.evaluate
+
+    def evaluated(*args, **kwargs):
+        seen["before"] = [path for path in OPENED if str(tmp_path / "real") in path]
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluated)
+    WATCHING[0] = True
+    try:
+        report = pipeline.run(
+            Experiment(
+                teacher, build("generator", "box_sampling"), W4A8, build("algorithm", "distillation"), *QUANTIZERS,
+                evaluation, None, 16, 0, output_dir=tmp_path / "run", references=("gaussian", "real"),
+            )
+        )  # fmt: skip
+    finally:
+        WATCHING[0] = False
+    assert seen["before"] == [], "a file of the evaluation was opened before the evaluation"
+    assert [path for path in OPENED if str(tmp_path / "real") in path], "and the watch sees such files"
+    assert report["dataset"]["provenance"] == {"pixels": False, "labels": False}
+    assert set(report["teacher"]["metrics"]) == set(report["student"]["metrics"]) == {"map", "map_50"}
+    assert report["teacher"]["task"] == "detection" and 0 <= report["fidelity"]["agreement"] <= 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    details = json.loads((tmp_path / "run" / "details.json").read_text())
+    assert [row["role"] for row in details["references"]] == ["teacher", "student", "reference", "reference"]
+    assert details["grid"]["columns"] == 2 and details["predictions"][0].startswith("made from ")
+    assert "teacher" in details["predictions"][0] and "student" in details["predictions"][0] and "data:image" in page
+
+
+def test_edges_are_the_stem_and_the_last_layer_of_each_head(tmp_path):
+    class Heads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = torch.nn.Conv2d(3, 6, 3, 2), torch.nn.Conv2d(6, 6, 3, 2)
+            self.box = torch.nn.Sequential(torch.nn.Conv2d(6, 6, 1), torch.nn.BatchNorm2d(6), torch.nn.Conv2d(6, 5, 1))
+            self.kind = torch.nn.Sequential(torch.nn.Conv2d(6, 6, 1), torch.nn.ReLU(), torch.nn.Conv2d(6, CLASSES, 1))
+
+        def forward(self, x):
+            x = self.body(self.stem(x).relu()).relu()
+            return torch.cat([self.box(x), self.kind(x)], 1)
+
+    teacher = Teacher(Cells(Heads()), "detection", SPEC)
+    student = Student.from_teacher(teacher, Scheme(TensorScheme(4), TensorScheme(4), policy="edges_8bit"))
+    bits = {name.removeprefix("network."): weight.num_bits for name, (weight, _) in student.swap.layers.items()}
+    assert bits == {"stem": 8, "body": 4, "box.0": 4, "box.2": 8, "kind.0": 4, "kind.2": 8}

@@ -1,0 +1,86 @@
+"""Tiny detectors with fixed weights: one with all its places known, one that only decodes, and the families'."""
+
+import torch
+from conftest import settle
+from torch import nn
+from torchvision.models import detection, resnet18
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from dfq.detectors._base import Boxes, Candidates, Detector
+from dfq.teacher import InputSpec, Teacher
+from dfq.teachers._detector import as_detector
+
+SPEC = InputSpec((3, 32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+CLASSES = 4
+
+
+def cells() -> nn.Module:
+    """[N, 1 + 4 + CLASSES, 8, 8]: objectness, center and size of the box of each cell, classes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(12, 5 + CLASSES, 1),
+    )
+
+
+class Cells(Detector):
+    def candidates(self, raw):
+        rows, columns = raw.shape[-2:]
+        x = (torch.arange(columns) + 0.5 + raw[:, 1].tanh()) / columns
+        y = (torch.arange(rows)[:, None] + 0.5 + raw[:, 2].tanh()) / rows
+        w, h = raw[:, 3].sigmoid() / 2, raw[:, 4].sigmoid() / 2
+        boxes = torch.stack([x - w, y - h, x + w, y + h], -1).flatten(1, 2)
+        return Candidates(boxes, raw[:, 5:].flatten(2).mT, raw[:, 0].flatten(1), exclusive=True)
+
+
+class DecodeOnly(Detector):
+    """Raw has two names; nothing is known but what it decodes."""
+
+    num_classes = CLASSES
+
+    def raw(self, images):
+        found = self.network(images)
+        return {"places": found[:, :5], "classes": found[:, 5:]}
+
+    def decode(self, raw, image_sizes):
+        found = Cells(nn.Identity()).candidates(torch.cat([raw["places"], raw["classes"]], 1))
+        rows = []
+        for boxes, scores, (height, width) in zip(found.boxes, found.scores, image_sizes, strict=True):
+            best, labels = scores.max(-1)
+            order = best.argsort(descending=True)[:20]
+            rows.append(Boxes(boxes[order] * torch.tensor([width, height] * 2), best[order], labels[order]))
+        return rows
+
+
+def cell_teacher(adapter=Cells, seed=0) -> Teacher:
+    network = cells()
+    settle(network, SPEC.size, seed)
+    with torch.no_grad():
+        network[-1].weight.mul_(2)
+    return Teacher(as_detector(network, adapter), "detection", SPEC, name="cells")
+
+
+def _pyramid(levels=(2, 3, 4), extra=None):
+    return _resnet_fpn_extractor(resnet18(weights=None), 5, returned_layers=list(levels), extra_blocks=extra)
+
+
+FAMILIES = {
+    "retinanet": lambda: detection.RetinaNet(_pyramid(extra=LastLevelP6P7(256, 256)), num_classes=CLASSES),
+    "fcos": lambda: detection.FCOS(_pyramid(extra=LastLevelP6P7(256, 256)), num_classes=CLASSES),
+    "ssd": lambda: detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES),
+    "faster_rcnn": lambda: detection.FasterRCNN(_pyramid((1, 2, 3, 4)), num_classes=CLASSES),
+    "mask_rcnn": lambda: detection.MaskRCNN(_pyramid((1, 2, 3, 4)), num_classes=CLASSES),
+}
+
+
+def family_teacher(name: str, size: int = 64) -> Teacher:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = FAMILIES[name]().eval()
+    spec = InputSpec((3, size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Teacher(as_detector(network), "detection", spec, name=name)
