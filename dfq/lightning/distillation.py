@@ -355,10 +355,22 @@ class DistillationModule(pl.LightningModule):
 
     @torch.no_grad()
     def look(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Loss and agreement of the student as it is."""
-        output = self.task.raw_outputs(self.student_module, samples_of(batch))
-        target = outputs_of(self.task, self.fast_teacher[0], batch)
-        return self.task.distillation_loss(output, target), self.task.agreement(output, target)
+        """Loss and agreement of the student as it is, on samples and, where training mirrors them, their mirror images.
+
+        Images that descended on the network's statistics have patterns that are tuned to its weights as they lie, which
+        a student of their kin knows. Mirrored ones do not, and tell better what it makes of images from elsewhere.
+        """
+        samples = samples_of(batch)
+        views = [(samples, outputs_of(self.task, self.fast_teacher[0], batch))]
+        if self.settings.flip and samples.is_floating_point() and samples.dim() == 4:
+            mirrored = samples.flip(-1)
+            views.append((mirrored, self.task.raw_outputs(self.fast_teacher[0], mirrored)))
+        figures = []
+        for images, target in views:
+            output = self.task.raw_outputs(self.student_module, images)
+            figures.append((self.task.distillation_loss(output, target), self.task.agreement(output, target)))
+        losses, agreements = zip(*figures, strict=True)
+        return torch.stack(losses).mean(), torch.stack(agreements).mean()
 
     def on_validation_end(self) -> None:  # after those of callbacks, which save what was looked at
         if self.set_aside is not None:
