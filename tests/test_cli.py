@@ -111,7 +111,7 @@ MISTAKES = {
         f"got generator.iteration; allowed: {options('generator', 'zeroq')}; did you mean 'generator.iterations'?"
     ),
     "run generator=gaussian generator.learning_rate=1": (
-        f"got generator.learning_rate; allowed: {options('generator', 'gaussian')}; generator=deep_inversion takes it"
+        f"got generator.learning_rate; allowed: {options('generator', 'gaussian')}; generator=box_sampling takes it"
     ),
     "run teacher.weights=false": (
         "got teacher.weights; allowed: nothing, teacher=digits has no options; teacher=torchvision takes it"
@@ -762,7 +762,7 @@ def test_the_groups_and_options_of_the_commands_are_those_of_the_configuration()
         ("dfq run generator=zer", ["generator=zeroq"]),
         ("dfq run generator=zeroq,gau", ["generator=zeroq,gaussian"]),
         ("dfq run generator.it", ["generator.iterations="]),
-        ("dfq run generator=gaussian generator.", ["generator.batch_size="]),
+        ("dfq run generator=gaussian generator.", ["generator.batch_size=", "generator.memory_bytes="]),
         ("dfq run weight_quantizer=m", [f"weight_quantizer={name}" for name in ("min_max", "moving_average", "mse")]),
         ("dfq run scheme.weight.g", [f"scheme.weight.{name}=" for name in ("granularity", "group_size", "grid")]),
         ("dfq run scheme.softmax.grid=l", ["scheme.softmax.grid=log2"]),

@@ -132,6 +132,8 @@ def test_generator_for_a_detector(name, tmp_path):
     generator, teacher = build("generator", name), cell_teacher()
     if generator.needs_attention:
         lacks = "got a network without attention"
+    elif generator.kind == "token ids":
+        lacks = f"got generator={name}, which is for token ids, and cells, which takes images"
     elif getattr(generator, "class_weight", 0):
         lacks = "got a generator that pulls each image to one class, and a detector"
     else:
