@@ -92,9 +92,7 @@ class TensorScheme:
     group_size: int | None = None  # values that share a scale, along the input dimension; with per_group
     grid: str = "uniform"  # uniform | ternary | seq | fp8_e4m3 | fp8_e5m2 | fp4_e2m1 | log2 | float
     dynamic: bool = False  # activations: the range of each batch instead of a calibrated one
-    scale_format: str = (
-        "float32"  # float32 | float16 | e8m0 | e4m3: powers of two, and small floats beside one float32 a tensor
-    )
+    scale_format: str = "float32"  # float32 | float16 | e8m0 | e4m3; powers of two, or small beside a float32 a tensor
     range: str = "full"  # full | narrow | 7bit; narrow: -127..127, 7bit: -64..63 in 8 bits, for CPUs without VNNI
 
     def __post_init__(self):

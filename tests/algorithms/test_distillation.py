@@ -501,7 +501,7 @@ def test_patience_counts_looks_of_the_first_half_too(monkeypatch):
 
 def test_the_average_of_weights_is_what_is_looked_at_and_kept(shared, tmp_path):
     teacher, dataset, _ = shared
-    student = run(teacher, dataset, tmp_path, average=0.9, patience=None)
+    student = run(teacher, dataset, tmp_path, average=0.9, patience=None, flip=False)
     best = torch.load(next(tmp_path.glob("best*.ckpt")), weights_only=True)["state_dict"]
     for name, tensor in student.module.state_dict().items():
         assert torch.equal(tensor, best[f"student_module.{name}"])
@@ -721,3 +721,23 @@ def test_the_yaml_has_every_setting():
     assert {field.name for field in fields(Distillation)} == config.keys() - {"_target_"}
     assert resolve("algorithm", "distillation") == Distillation()
     assert SPEC.size == (3, 8, 8)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_look_is_on_mirror_images_too_where_training_mirrors(flip, shared):
+    teacher, dataset, _ = shared
+    module, _ = calibrated(teacher, flip=flip)
+    student = module._student[0]
+    held_out = dataset.split()[1]
+    batch = {name: tensor[held_out] for name, tensor in dataset.tensors().items()}
+    loss, agreement = module.look(batch)
+    images = batch["images"]
+    losses, agreements = [], []
+    for view in (images, images.flip(-1)) if flip else (images,):
+        with torch.no_grad():
+            wanted, got = teacher(view).double(), student(view).double()
+        p = wanted.softmax(1).numpy()
+        losses.append(float((p * (wanted.log_softmax(1) - got.log_softmax(1)).numpy()).sum(1).mean()))
+        agreements.append(float((wanted.argmax(1) == got.argmax(1)).double().mean()))
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert float(agreement) == pytest.approx(np.mean(agreements))

@@ -267,7 +267,8 @@ def test_torchvision_takes_a_checkpoint(tmp_path):
     [
         (
             {"name": "resnet81"},
-            r"got teacher\.name=resnet81; allowed: a classifier or detector of torchvision\.models; did you mean 'resnet18'\?",
+            r"got teacher\.name=resnet81; allowed: a classifier or detector of torchvision\.models; "
+            r"did you mean 'resnet18'\?",
         ),
         (
             {"name": "resnet18", "weights": "DEFUALT"},
