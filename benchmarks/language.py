@@ -28,12 +28,13 @@ from dfq.dataset import SyntheticDataset
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 
 G32 = {"granularity": "per_group", "group_size": 32}
+ODD = {"*.down_proj": {"weight": {"group_size": 43}}}  # of its 172 inputs: no multiple of 32
 KV4 = TensorScheme(4, False, "per_token")
 SCHEMES = {
-    "w4a16_g32": Scheme(TensorScheme(4, False, **G32), FLOAT),
+    "w4a16_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD),
     "w4a8kv4": Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"), key_value=KV4),
-    "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT),
-    "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT),
+    "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
+    "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),
 }
 METHODS = {
     "nearest": {"algorithm": "round_to_nearest", "weight_quantizer": "min_max"},
