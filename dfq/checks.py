@@ -265,8 +265,8 @@ def files_to_read(request: Request) -> None:
         path = request.get("evaluation", option)
         if path is not None and request.choice("evaluation") == "arrays":
             _is_arrays(f"evaluation.{option}", path)
-        if path is not None and (kind := request.choice("evaluation")) in TEXTS:
-            _is_file(f"evaluation.{option}", path, *TEXTS[kind or ""])
+        if path is not None and (text := TEXTS.get(str(request.choice("evaluation")))):
+            _is_file(f"evaluation.{option}", path, *text)
         if path is not None and request.choice("evaluation") == "imagefolder":
             _is_folder(f"evaluation.{option}", path, "a folder with one folder of images per class")
             if not any(entry.is_dir() for entry in Path(path).iterdir()):

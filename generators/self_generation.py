@@ -39,6 +39,7 @@ from dfq.dataset import SyntheticDataset
 from dfq.decoding import Decoder
 from dfq.errors import UserError
 from dfq.generators._base import Independent, Sampler, sample_rng
+from dfq.losses.token_divergence import LEAST
 from dfq.progress import Advance
 from dfq.settings import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, resolve
 from dfq.teacher import Teacher, TokenSpec
@@ -47,7 +48,6 @@ from dfq.tokenizer import end_ids, find_tokenizer, ordinary_ids, special_id, tok
 TIE = 1e-5  # of probabilities and logits; float32 sums in another order differ by a tenth of that
 GATES = ("length", "repetition", "likelihood")
 NGRAM = 4  # tokens of what must not come again and again
-LEAST = -40.0  # logarithm of a share of probability that is as good as none
 
 
 @dataclass(frozen=True)

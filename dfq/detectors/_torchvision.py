@@ -5,13 +5,14 @@ Resizing and normalization, which torchvision does inside, are done before: a de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from dfq.detectors._base import Boxes
+from dfq.detectors._base import Boxes, Detector
 
 
 def features_of(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -40,5 +41,18 @@ def decoded(coder: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
     return coder.decode_single(deltas.flatten(0, -2), anchors.flatten(0, -2)).view(deltas.shape)
 
 
-def as_torchvision(targets: list[Boxes] | Any) -> list[dict[str, Tensor]]:
+def as_torchvision(targets: Sequence[Boxes]) -> list[dict[str, Tensor]]:
     return [{"boxes": wanted.boxes, "labels": wanted.labels} for wanted in targets]
+
+
+class OneStage(Detector):
+    """One head for all anchors. Raw: what it gives, and ``anchors`` [N, A, 4] in fractions of the image."""
+
+    def raw(self, images: Tensor) -> dict[str, Tensor]:
+        features = list(features_of(self.network, images).values())
+        return {**self.network.head(features), "anchors": anchors_of(self.network.anchor_generator, images, features)}
+
+    def own_loss(self, raw: Any, targets: Sequence[Boxes], *more: Any) -> Tensor:
+        """The sum of torchvision's losses; ``more``: what a family's ``compute_loss`` takes behind the anchors."""
+        found = self.network.compute_loss(as_torchvision(targets), raw, list(raw["anchors"]), *more)
+        return sum(found.values(), start=raw["anchors"].new_zeros(()))

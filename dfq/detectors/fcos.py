@@ -11,18 +11,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dfq.detectors._base import Boxes, Candidates, Detector
-from dfq.detectors._torchvision import anchors_of, as_torchvision, features_of
+from dfq.detectors._base import Boxes, Candidates
+from dfq.detectors._torchvision import OneStage
 
 
-class Adapter(Detector):
+class Adapter(OneStage):
     """Raw: ``cls_logits`` [N, A, K], ``bbox_ctrness`` [N, A, 1], ``bbox_regression`` and ``anchors`` [N, A, 4]."""
 
     fits: ClassVar[tuple[str, ...]] = ("torchvision.models.detection.fcos.FCOS",)
-
-    def raw(self, images: Tensor) -> dict[str, Tensor]:
-        features = list(features_of(self.network, images).values())
-        return {**self.network.head(features), "anchors": anchors_of(self.network.anchor_generator, images, features)}
 
     def candidates(self, raw: Any) -> Candidates:
         deltas, anchors = raw["bbox_regression"], raw["anchors"]
@@ -35,5 +31,4 @@ class Adapter(Detector):
         changes = ((widths[1:] / widths[:-1] - 1).abs() > 0.1).nonzero().flatten() + 1
         ends = [0, *changes.tolist(), len(widths)]
         levels = [end - start for start, end in pairwise(ends)]
-        found = self.network.compute_loss(as_torchvision(targets), raw, list(raw["anchors"]), levels)
-        return sum(found.values(), start=raw["anchors"].new_zeros(()))
+        return self.own_loss(raw, targets, levels)

@@ -7,18 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dfq.detectors._base import Boxes, Candidates, Detector
-from dfq.detectors._torchvision import anchors_of, as_torchvision, decoded, features_of
+from dfq.detectors._base import Boxes, Candidates
+from dfq.detectors._torchvision import OneStage, decoded
 
 
-class Adapter(Detector):
+class Adapter(OneStage):
     """Raw: ``cls_logits`` [N, A, K], ``bbox_regression`` and ``anchors`` [N, A, 4]."""
 
     fits: ClassVar[tuple[str, ...]] = ("torchvision.models.detection.retinanet.RetinaNet",)
-
-    def raw(self, images: Tensor) -> dict[str, Tensor]:
-        features = list(features_of(self.network, images).values())
-        return {**self.network.head(features), "anchors": anchors_of(self.network.anchor_generator, images, features)}
 
     def candidates(self, raw: Any) -> Candidates:
         boxes = decoded(self.network.box_coder, raw["bbox_regression"], raw["anchors"])
@@ -26,5 +22,4 @@ class Adapter(Detector):
 
     def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
         """Focal loss and distance of coded boxes, an object; torchvision's own."""
-        found = self.network.compute_loss(as_torchvision(targets), raw, list(raw["anchors"]))
-        return sum(found.values(), start=raw["anchors"].new_zeros(()))
+        return self.own_loss(raw, targets)

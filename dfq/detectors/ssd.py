@@ -8,19 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dfq.detectors._base import Boxes, Candidates, Detector
-from dfq.detectors._torchvision import anchors_of, as_torchvision, decoded, features_of
+from dfq.detectors._base import Boxes, Candidates
+from dfq.detectors._torchvision import OneStage, decoded
 from dfq.losses._box_overlap import pairwise_iou
 
 
-class Adapter(Detector):
+class Adapter(OneStage):
     """Raw: ``cls_logits`` [N, A, K], ``bbox_regression`` and ``anchors`` [N, A, 4]."""
 
     fits: ClassVar[tuple[str, ...]] = ("torchvision.models.detection.ssd.SSD",)
-
-    def raw(self, images: Tensor) -> dict[str, Tensor]:
-        features = list(features_of(self.network, images).values())
-        return {**self.network.head(features), "anchors": anchors_of(self.network.anchor_generator, images, features)}
 
     def candidates(self, raw: Any) -> Candidates:
         boxes = decoded(self.network.box_coder, raw["bbox_regression"], raw["anchors"])
@@ -34,5 +30,4 @@ class Adapter(Detector):
             else torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
             for wanted, anchors in zip(targets, raw["anchors"], strict=True)
         ]
-        found = self.network.compute_loss(as_torchvision(targets), raw, list(raw["anchors"]), matched)
-        return sum(found.values(), start=raw["anchors"].new_zeros(()))
+        return self.own_loss(raw, targets, matched)

@@ -11,8 +11,7 @@ not compared. Padding does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dfq.dataset import samples_of
-from dfq.hooks import evaluation_mode, forward_hooks, tensors_in
+from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks, tensors_in
 from dfq.lightning.distillation import LOG_STEPS, DistillationModule
 from dfq.losses.token_divergence import buckets, divergence
 from dfq.teacher import Teacher
@@ -50,11 +49,8 @@ class TokenDistillationModule(DistillationModule):
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         loss = self._token_loss(batch, self.settings.divergence) * self.terms["kl"] if "kl" in self.terms else 0.0
         if self._seen is not None and "feature" in self.terms:
-            loss = (
-                loss
-                + self.terms["feature"]
-                * torch.stack([self._feature_loss(got, wanted) for got, wanted in self._seen]).mean()
-            )
+            distances = [self._feature_loss(got, wanted) for got, wanted in self._seen]
+            loss = loss + self.terms["feature"] * torch.stack(distances).mean()
         step = self.trainer.global_step + 1
         if step % LOG_STEPS == 0 or step == self.settings.max_steps:
             self.log("loss", loss)
@@ -72,14 +68,14 @@ class TokenDistillationModule(DistillationModule):
         )
         cached = all(name in batch for name in CACHE)
         wants_features = not cached and "feature" in self.terms and kind == self.settings.divergence
-        with captured(self.student_module, list(self.features) if wants_features else []) as got:
+        with capture_outputs(self.student_module, list(self.features) if wants_features else []) as got:
             mine = self._outputs(self.student_module, ids, self.student_head)
         theirs: Any
         if cached:
             theirs = tuple(batch[name].to(ids.device)[known] for name in CACHE)
         else:
             places = list(self.features.values()) if wants_features else []
-            with torch.no_grad(), captured(self.fast_teacher[0], places) as wanted:
+            with torch.no_grad(), capture_outputs(self.fast_teacher[0], places) as wanted:
                 theirs = self._outputs(self.fast_teacher[0], ids, self.head)[known]
         self._seen = [(got[name], wanted[other]) for name, other in self.features.items()] if wants_features else None
         loss, self._agreement = chunked_divergence(
@@ -170,18 +166,6 @@ def hidden(module: nn.Module, head: str, ids: Tensor) -> Tensor:
     except _Reached:
         return found[0]
     raise RuntimeError(f"{head} was not called")
-
-
-@contextmanager
-def captured(module: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of sub-modules, with their gradients."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
-        found[name] = next(tensors_in(output))
-
-    with forward_hooks([(name, module.get_submodule(name)) for name in names], after=keep):
-        yield found
 
 
 def chunked_divergence(
