@@ -233,11 +233,12 @@ def evaluate(
         evaluation: an evaluation, or any iterable of (images, labels) batches that are normalized for the network.
 
     Returns:
-        ``{"teacher": metrics, "student": metrics, "fidelity": ...}``.
+        ``{"teacher": metrics, "student": metrics, "fidelity": ..., "num_judged": samples that metrics come from}``.
     """
     _check_kind(teacher, evaluation, "evaluation")
     task = task_of(teacher)
     found: dict[str, Any] = {"teacher": _measure(teacher, teacher.sha256, task, evaluation, teacher, "teacher")}
+    found["num_judged"] = getattr(evaluation, "num_samples", None) or None
     if student is not None:
         found["student"] = _measure(student, student.sha256, task, evaluation, teacher, "student")
         if dataset is not None:
@@ -416,6 +417,7 @@ def _details(
         "network": student.network,
         "kept_float": student.swap.kept_float,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
+        "judged": {"num_samples": figures.get("num_judged")},
         "estimated_drop": fidelity.get("estimated_drop"),
         "quality": None if dataset is None else quality.read(dataset),
         "continuation": (same := fidelity.get("continuation")),

@@ -59,6 +59,7 @@ MAIN_METRIC = {
     "masked_language_modeling": "perplexity",
 }
 LOWER_IS_BETTER = ("perplexity",)
+SHARES = ("top1", "top5", "agreement")  # of samples: their standard error follows from how many there are
 
 # What the files hold. A mapping: these exact keys; {str: x}: any keys; [x]: a list of x; (x, None): x or null.
 NUMBER, TEXT = (float, None), (str, None)
@@ -145,6 +146,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "images": {str: object},
     "kept_float": {str: str},  # layer → reason
     "held_out": {"num_samples": (int, None)},
+    "judged": {"num_samples": (int, None)},  # that the metrics come from; null where they are not counted
     # share of the teacher's metric that is lost on real data, estimated without any, and what it was estimated from
     "estimated_drop": (
         {"drop": NUMBER, "low": NUMBER, "high": NUMBER, "disagreement": NUMBER, "doubled_disagreement": NUMBER},
@@ -204,8 +206,9 @@ def _check(value: Any, schema: Any, where: str) -> None:
 def _checked_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """``details`` with every key of :data:`DETAILS`, and every row with every key of :data:`REFERENCE`."""
     lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes")}
-    mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")} | {"held_out": {"num_samples": None}}
-    filled = lists | mappings | dict.fromkeys(OPTIONAL) | dict(details)
+    mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")}
+    counts: dict[str, Any] = {"held_out": {"num_samples": None}, "judged": {"num_samples": None}}
+    filled = lists | mappings | counts | dict.fromkeys(OPTIONAL) | dict(details)
     if isinstance(filled["references"], Sequence):
         empty: dict[str, Any] = {**dict.fromkeys(REFERENCE), "metrics": {}}
         filled["references"] = [{**empty, **row} if isinstance(row, Mapping) else row for row in filled["references"]]
@@ -509,22 +512,31 @@ def _rows(report: Mapping[str, Any], details: Mapping[str, Any]) -> list[dict[st
     return rows
 
 
-def _loses_to_noise(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A clause for the verdict where Gaussian noise serves as well as the synthetic data; empty where it does not."""
+def _loses_to_noise(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], details: Mapping[str, Any]) -> str:
+    """A clause for the verdict where Gaussian noise serves as well as the synthetic data; empty where it does not.
+
+    A share of N samples is worse where it is lower by more than two standard errors of the difference of two such
+    shares (as if they were independent: those of students of one teacher differ by less).
+    """
     student = next((row for row in rows if row["role"] == "student"), None)
     noise = next((row for row in rows if row["role"] == "reference" and row["generator"] == "gaussian"), None)
     if noise is None or student is None:
         return ""
     metric = _main_metric(report)
     name, mine, its = metric_label(metric), student["metrics"].get(metric), noise["metrics"].get(metric)
+    count = details["judged"]["num_samples"]
     if not (_is_number(mine) and _is_number(its)):
         name, mine, its = "agreement on synthetic samples", student["agreement"], noise["agreement"]
-        metric = "agreement"
+        metric, count = "agreement", details["held_out"]["num_samples"]
     if not (_is_number(mine) and _is_number(its)):
         return ""
     if (mine < its) if metric in LOWER_IS_BETTER else (mine > its):
         return ""
-    return f"{'no better' if mine == its else 'worse'} than the same from Gaussian noise ({name} {its:.3f})"
+    chance = 0.0
+    if count and metric in SHARES:
+        chance = 2 * math.sqrt(max(mine * (1 - mine) + its * (1 - its), 0.0) / count)
+    word = "no better" if abs(mine - its) <= chance else "worse"
+    return f"{word} than the same from Gaussian noise ({name} {its:.3f})"
 
 
 def verdict(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -549,7 +561,7 @@ def verdict(report: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     estimate = estimated_loss(details)
     if estimate and not _is_number(after):
         result += f", an estimated {estimate} of the {name} lost"
-    parts = result, _smaller(report, student), _loses_to_noise(report, _rows(report, details))
+    parts = result, _smaller(report, student), _loses_to_noise(report, _rows(report, details), details)
     return f"{student['scheme']} student of {teacher['name']}{_origin(dataset)}: {'; '.join(filter(None, parts))}"
 
 
@@ -742,7 +754,7 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], tiles: list[str
         "report": report,
         "details": details,
         "verdict": verdict(report, details),
-        "loses_to_noise": bool(_loses_to_noise(report, rows)),
+        "loses_to_noise": bool(_loses_to_noise(report, rows, details)),
         "rows": rows,
         "metric": metric,
         "metrics": [metric, *dict.fromkeys(name for row in rows for name in row["metrics"] if name != metric)],

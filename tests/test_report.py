@@ -516,14 +516,19 @@ def test_verdict_is_honest():
     assert verdict(report, details).endswith("7.6x smaller; worse than the same from Gaussian noise (top-1 0.930)")
     details["references"][2]["metrics"]["top1"] = 0.9052
     assert verdict(report, details).endswith("; no better than the same from Gaussian noise (top-1 0.905)")
+    details["judged"] = {"num_samples": 10_000}  # standard error of a difference of 1 point: 0.4
+    details["references"][2]["metrics"]["top1"] = 0.9125
+    assert verdict(report, details).endswith("; no better than the same from Gaussian noise (top-1 0.912)")
+    details["references"][2]["metrics"]["top1"] = 0.9135
+    assert verdict(report, details).endswith("; worse than the same from Gaussian noise (top-1 0.913)")
     for row in details["references"]:
         row["metrics"] = {}
     details["references"][2]["agreement"] = 0.97
     report["teacher"]["metrics"] = report["student"]["metrics"] = {}
     assert verdict(report, details) == (
         "w4a4 student of digits, made without data: top-1 not measured, same answer as the teacher on 95.2 % of "
-        "held-out synthetic samples; 7.6x smaller; worse than the same from Gaussian noise (agreement on synthetic "
-        "samples 0.970)"
+        "held-out synthetic samples; 7.6x smaller; no better than the same from Gaussian noise (agreement on synthetic "
+        "samples 0.970)"  # of 102 samples: two
     )
     report = make_report()
     report["dataset"]["provenance"] = {"pixels": True, "labels": True}
