@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer and nothing else; each target sets up .venv by itself the first time.
 #   make test ARGS="-k zeroq"   arguments for pytest        make test WORKERS=0   in one process
-#   make demo ARGS="scheme=w2a4"   arguments for dfq run    make demo PYTHON=/path/to/python3
+#   make demo ARGS="scheme=w2a4"   other arguments for dfq run    make demo PYTHON=/path/to/python3
 ARGS ?=
 # Two torch processes with two threads each fight over two cores: one thread in each of at most four processes.
 WORKERS ?= auto
@@ -13,10 +13,10 @@ INSTALL = PYTHON='$(PYTHON)' sh scripts/install.sh
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: ## a 4-bit network made without data, and its report (dfq run)
+demo: ## a 3-bit network made without data, and its report (dfq run)
 	@$(INSTALL) onnx
-	@echo "[2/2] dfq run $(ARGS)"
-	@start=$$(date +%s) && .venv/bin/dfq run $(ARGS) && echo "dfq run took $$(($$(date +%s) - start)) s"
+	@echo "[2/2] dfq run $(or $(ARGS),scheme=w3a3)"
+	@start=$$(date +%s) && .venv/bin/dfq run $(or $(ARGS),scheme=w3a3) && echo "dfq run took $$(($$(date +%s) - start)) s"
 
 test: ## the tests
 	@$(INSTALL) dev
