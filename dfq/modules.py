@@ -559,27 +559,41 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
     return pairs
 
 
-@torch.no_grad()
-def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    """Fold each batch norm of ``pairs`` (layer, batch norm) into its layer, in place, leaving the function unchanged.
+@dataclass
+class Fold:
+    """What a layer and its batch norm are together: ``weight`` and ``bias`` of one layer, whose output [.., C, ..] is
+    ``gain`` [C] times that of the layer alone plus ``shift`` [C]; in double precision, on the CPU."""
 
-    w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)
+    weight: Tensor
+    bias: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, norm: nn.Module) -> Fold:
+    """w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)
     (Jacob et al., CVPR 2018, eq. 14)
     """
+    gain = torch.rsqrt(_double(norm.running_var) + norm.eps)
+    if norm.weight is not None:
+        gain = gain * _double(norm.weight)
+    shift = -_double(norm.running_mean) * gain
+    if norm.bias is not None:
+        shift = shift + _double(norm.bias)
+    bias = shift if layer.bias is None else shift + _double(layer.bias) * gain
+    return Fold(_double(layer.weight) * _per_output_channel(gain, layer), bias, gain, shift)
+
+
+@torch.no_grad()
+def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Fold each batch norm of ``pairs`` (layer, batch norm) into its layer, in place; the function stays the same."""
     for layer_name, norm_name in pairs:
         layer, norm = module.get_submodule(layer_name), module.get_submodule(norm_name)
-        weight, bias = layer.weight, layer.bias
-        gain = torch.rsqrt(_double(norm.running_var) + norm.eps)
-        if norm.weight is not None:
-            gain = gain * _double(norm.weight)
-        shift = -_double(norm.running_mean) * gain
-        if norm.bias is not None:
-            shift = shift + _double(norm.bias)
-        if bias is not None:
-            shift = shift + _double(bias) * gain
-        weight.copy_(_double(weight) * _per_output_channel(gain, layer))
-        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-        _become(norm, _what_follows(norm))
+        weight, together = layer.weight, fold(layer, norm)
+        weight.copy_(together.weight)
+        layer.bias = nn.Parameter(together.bias.to(weight), requires_grad=weight.requires_grad)
+        _become(norm, what_follows(norm))
 
 
 def _per_output_channel(values: Tensor, layer: nn.Module) -> Tensor:
@@ -603,7 +617,7 @@ def _double(x: Tensor) -> Tensor:
     return x.detach().cpu().double()  # on the CPU: MPS has no float64
 
 
-def _what_follows(norm: nn.Module) -> nn.Module:
+def what_follows(norm: nn.Module) -> nn.Module:
     """What remains of a batch norm once it is folded: nothing, or the activation it carries (timm's BatchNormAct2d)."""
     rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
     rest = [part for part in rest if not isinstance(part, nn.Identity)]

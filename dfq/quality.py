@@ -283,7 +283,9 @@ def verdict(quality: Quality) -> tuple[str, list[str]]:
         share = f"{100 * q.between_images:.0f} % of the variance lies between images (photographs: about a third)"
         judge(q.between_images, BETWEEN_IMAGES, f"all equally bright: {share}", share)
     if q.spectrum is not None:
-        text = f"power falls with the frequency to the power of {q.spectrum:.1f} (photographs -2 to -3.5, white noise 0)"
+        text = (
+            f"power falls with the frequency to the power of {q.spectrum:.1f} (photographs -2 to -3.5, white noise 0)"
+        )
         judge(q.spectrum, SPECTRUM, f"as noisy as noise: {text}", text)
         judge(q.spectrum, STEEP_SPECTRUM, f"out of focus: {text}")
     if q.num_samples < FEWEST:
