@@ -153,7 +153,12 @@ def compiled_step(loss_of: Callable[[Tensor], Tensor], images: Tensor) -> Step |
         reason = str(error).strip().splitlines()
         say(f"generate: steps run uncompiled ({type(error).__name__}: {reason[0] if reason else 'no message'})")
         return None
-    return lambda images: tuple(step(images))
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        loss, gradient = step(images)
+        return loss, gradient
+
+    return run
 
 
 def cosine(
