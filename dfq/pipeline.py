@@ -541,8 +541,8 @@ def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -
 
 def _describe_whole(teacher: Teacher, generator: Generator, dataset: SyntheticDataset) -> None:
     """What can be said once all samples are there, whichever ranks have made them."""
-    if isinstance(generator, Independent):
-        dataset.note(**generator.facts(dataset))
+    facts = generator.facts(dataset) if isinstance(generator, Independent) else {}
+    dataset.note(num_samples=len(dataset), **facts)
     quality.assess(teacher, dataset)
 
 
@@ -581,7 +581,7 @@ class _Told:
 
 def held_out_images(dataset: SyntheticDataset) -> Tensor:
     """The samples that selection and fidelity look at, and training does not."""
-    return dataset.samples()[dataset.split()[1]]
+    return dataset.samples(dataset.split()[1])
 
 
 def _allocate(

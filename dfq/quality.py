@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import dfq
 from dfq.algorithms._calibration import calibrate
-from dfq.dataset import QUALITY, SyntheticDataset, samples_of, write_json
+from dfq.dataset import QUALITY, SyntheticDataset, write_json
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
@@ -59,8 +59,8 @@ LEAST_DEVIATION, LARGEST_DEVIATION = (0.85, 0.5), (1.4, 2.0)
 # Photographs about 0.35. Images that made students clip real ones: 0.02 (means deviating by 0.1 of 0.75 in all).
 BETWEEN_IMAGES = (0.1, 0.03)
 PHOTOGRAPHS = 32  # pixels of the shorter side; smaller images are none (real digits of 8x8: 0.01)
-# White noise 0, photographs and real digits -2.
-SPECTRUM = (-0.5, -0.2)
+# White noise 0, photographs and real digits -2; twice and four times as steep, fine detail is missing.
+SPECTRUM, STEEP_SPECTRUM = (-0.5, -0.2), (-4.0, -8.0)
 WORDS = ("good", "doubtful", "poor")
 SEEN_AT = 32  # pixels of a side at which images are compared with each other; finer detail makes no other image
 
@@ -282,6 +282,7 @@ def verdict(quality: Quality) -> tuple[str, list[str]]:
     if q.spectrum is not None:
         text = f"power falls with the frequency to the power of {q.spectrum:.1f} (photographs -2, white noise 0)"
         judge(q.spectrum, SPECTRUM, f"as noisy as noise: {text}", text)
+        judge(q.spectrum, STEEP_SPECTRUM, f"smoother than photographs: {text}")
     if q.num_samples < FEWEST:
         found.append((1, f"{q.num_samples} samples are too few to say", ""))
     worst = max(level for level, _, _ in found)
@@ -304,7 +305,7 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
     if known is not None:
         return known
     kept, held_out = (
-        torch.stack([samples_of(dataset[indices[i]]) for i in places(len(indices), most)])
+        dataset.samples([indices[i] for i in places(len(indices), most)])
         for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
     )
     stored = dataset.tensors(names=("logits", "labels"))

@@ -175,6 +175,7 @@ def test_a_good_one_has_reasons_too():
         ("deviation", 1.5, 2.5, "wider than real images need"),
         ("between_images", 0.05, 0.018, "all equally bright"),
         ("spectrum", -0.4, 0.0, "as noisy as noise"),
+        ("spectrum", -5.7, -9.0, "smoother than photographs"),
         ("num_samples", 5, None, "5 samples are too few to say"),
     ],
 )

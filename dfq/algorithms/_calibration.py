@@ -19,7 +19,7 @@ MOST_TOKENS = 4096  # in a forward
 def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
     """Up to ``num_samples`` images [N, C, H, W], or ids [N, T], that are not held out."""
     indices, _ = dataset.split()
-    return dataset.samples(indices[:num_samples][-1] + 1)[indices[:num_samples]]
+    return dataset.samples(indices[:num_samples])
 
 
 def ensure_calibrated(
