@@ -50,8 +50,9 @@ def fitting_batch_size(generator: Generator, teacher: Teacher) -> int:
 
 def batch_bytes(generator: Generator, teacher: Teacher, num_samples: int) -> int:
     """The most bytes of tensors alive at once while ``num_samples`` are made; the network's are not counted."""
-    if any(field.name == "iterations" for field in fields(generator)):
-        generator = replace(generator, iterations=STEPS)  # type: ignore[call-arg]
+    known = {field.name for field in fields(generator)}
+    steps: Any = {name: STEPS for name in ("iterations", "final_iterations") if name in known}
+    generator = replace(generator, **steps)
     return peak_bytes(lambda: generator.sample(teacher, num_samples, batch_rng(0, 0), lambda amount, note="": None))
 
 

@@ -10,7 +10,8 @@ Images are smoothed in every step, and so when they are done, unless they are ti
 noise in them that no photograph has, and students learn from it (DGH in Sony MCT, WACV 2025, arXiv 2410.22110, which
 blurs with a 3x3 kernel).
 
-They start from noise with the spectrum of photographs and with a brightness, a tint and a contrast of its own in every
+They start, in units of the mean and deviation of photographs whatever range of numbers the network takes, from noise
+with the spectrum of photographs and with a brightness, a tint and a contrast of its own in every
 image (``start: diverse``, after Sony MCT, which draws a mean and a deviation for every channel). White noise makes
 images that are all equally bright, since the descent matches the statistics of a batch and has no need of differences
 between its images; steps of activations learned from such images clip real ones.
@@ -66,7 +67,16 @@ from dfq.generators._filters import (
     white_noise,
 )
 from dfq.generators._needs import check_needs
-from dfq.generators._optimization import Penalty, class_penalty, cosine, finish, mean_log_range, optimize, together
+from dfq.generators._optimization import (
+    Penalty,
+    class_penalty,
+    cosine,
+    finish,
+    mean_log_range,
+    optimize,
+    picture_statistics,
+    together,
+)
 from dfq.generators._statistics import Statistics, batch_norm_distances, noise_slack
 from dfq.progress import Advance
 from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -81,7 +91,7 @@ class ZeroQ(Generator):
     """Gradient descent on the pixels of one batch at a time."""
 
     iterations: PositiveInt = 50  # steps per batch
-    learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the input's standard deviation
+    learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the deviation of pictures
     clip: bool = True  # keep pixels between black and white
     statistics: Statistics = "batch"  # batch norms see the statistics of the whole batch, or of each image alone
     start: Literal["white", "pink", "diverse"] = "diverse"  # noise to start from
@@ -113,20 +123,23 @@ class ZeroQ(Generator):
         shape = (num_samples, *spec.size)
         noise = {"white": white_noise, "pink": pink_noise, "diverse": diverse_noise}[self.start](shape, rng)
         pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
+        mean, std = (values.view(-1, 1, 1).to(teacher.device) for values in picture_statistics(spec))
         sigma = self.blur if self.blur is not None else PHOTOGRAPH_BLUR * (min(spec.size[1:]) >= SMALLEST_PHOTOGRAPH)
         blur = gaussian_blur((spec.size[1], spec.size[2]), sigma, teacher.device)
-        limits = spec.limits(teacher.device)
+        limits = [(limit - mean) / std for limit in spec.limits(teacher.device)]
         best = _Best(pixels) if self.keep_best else None
         optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.9, 0.9))
         class_targets = (self.class_weight, self.label_smoothing, self.min_confidence, self.difficulty)
-        penalty = together(class_penalty(teacher, num_samples, rng, *class_targets), *self._penalties())
+        penalty = together(class_penalty(teacher, num_samples, rng, *class_targets), *self._penalties(spec))
         slack = None
         if self.slack > 0:
-            slack = noise_slack(teacher, self.statistics, self.slack, white_noise(shape, rng).to(teacher.device))
+            slack = noise_slack(
+                teacher, self.statistics, self.slack, white_noise(shape, rng).to(teacher.device) * std + mean
+            )
         optimize(
             teacher,
             batch_norm_distances(teacher, self.statistics, slack, self.emphasis),
-            lambda: augment(blur(pixels), self.flip, self.shift, rng),
+            lambda: augment(blur(pixels) * std + mean, self.flip, self.shift, rng),
             [cosine(optimizer, self.iterations)],
             self.iterations,
             advance,
@@ -135,14 +148,15 @@ class ZeroQ(Generator):
             after_step=lambda: pixels.clamp_(*limits) if self.clip else None,
         )
         found = best.images if best else pixels.detach()
-        return finish(blur(found), spec, self.low_pass, self.clip)
+        return finish(blur(found) * std + mean, spec, self.low_pass, self.clip)
 
-    def _penalties(self) -> Iterator[Penalty]:
+    def _penalties(self, spec: InputSpec) -> Iterator[Penalty]:
         """Those that look at nothing but images and outputs."""
         if self.stretch_weight > 0:
             yield lambda _images, outputs: -self.stretch_weight * mean_log_range(outputs, "the statistics alone")
         if self.variation_weight > 0:
-            yield lambda images, _outputs: self.variation_weight * total_variation(images)
+            std = picture_statistics(spec)[1].view(-1, 1, 1)
+            yield lambda images, _outputs: self.variation_weight * total_variation(images / std.to(images.device))
 
 
 class _Best:
