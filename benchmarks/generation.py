@@ -6,6 +6,8 @@
                                                                 installed in an environment of its own
     python benchmarks/generation.py --mode step --size 224 --batch 32     what share of the matrix peak one step reaches
     python benchmarks/generation.py --mode cost                 seconds and peak memory over samples and pixels
+    python benchmarks/generation.py --mode cost --kit DIR --network fastestdet --generators box_sampling \\
+        --iterations 8 --sizes 160,352,640 --counts 8 --batch 4     a detector; a tenth of the steps
 
 All contenders run in turns in one process, so that a busy machine slows all of them down. A run of 1 + STEPS steps and
 one of 1 step tell what a step costs and what comes once a batch; ``s / image`` is both at the row's own iterations.
@@ -16,7 +18,8 @@ the input, counted, over the peak of a large matrix product measured in the same
 reaches of it. It counts what the teacher needs: a generator that trains a network of its own does more.
 
 Random weights make no good images, but cost what trained ones cost. What images are worth is another question:
-``benchmarks/accuracy.py``.
+``benchmarks/accuracy.py``. In ``--mode cost`` generators take ``--iterations`` steps, and those with two stages as many
+of the second as go with them; "all its steps" is a batch without what comes once a dataset, multiplied.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -43,12 +47,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import dfq
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
+from dfq.generators.box_sampling import low_size
 from dfq.hooks import forward_hooks
 from dfq.settings import choices, resolve
 from dfq.teacher import Teacher
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples import digits_scenes, fastestdet
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-KIT = {"resnet20": 32, "fdmobilenet": 224}  # size of the images that they were trained on
+KIT = {"resnet20": 32, "fdmobilenet": 224, "fastestdet": 352}  # size of the images that they were trained on
+DETECTORS = ("fastestdet", "retinanet")
+STEPS = ("iterations", "final_iterations")  # what generators call how many steps they take
 REFERENCE = "reference loop"
 LARGEST_MATRIX, LONGEST_PRODUCT = 4096, 3.0  # places of a side, seconds
 MCT = """
@@ -86,22 +96,28 @@ class Row:
 
 
 def build(name: str, size: int | None, kit: Path | None, device: str) -> Teacher:
-    """Digits as they ship, ResNet-18 with random weights and settled batch norms, or a network of the kit."""
+    """Digits as they ship, ResNet-18 or a small RetinaNet with random weights, or a network of the kit."""
     if name == "digits":
         return dfq.load_teacher("digits", device=device)
     if name == "resnet18":
         return _teacher(settled(torchvision.models.resnet18, size or 32), size or 32, device)
+    if name == "retinanet":
+        return _teacher(settled(digits_scenes.retinanet, size or 64, False), size or 64, device, True)
     if name not in KIT:
-        raise UserError(f"got --network {name}", f"digits | resnet18 | {' | '.join(KIT)}")
+        raise UserError(f"got --network {name}", f"digits | resnet18 | retinanet | {' | '.join(KIT)}")
     if kit is None or not (kit / f"{name}.py").exists():
         raise UserError(f"got --network {name} and --kit {kit}", f"a folder with {name}.py", "give --kit DIR")
     sys.path.insert(0, str(kit.resolve()))
     sys.dont_write_bytecode = True
-    return _teacher(__import__(name).load(), size or KIT[name], device)
+    return _teacher(__import__(name).load(), size or KIT[name], device, name in DETECTORS)
 
 
-def settled(make: Callable[[], nn.Module], size: int) -> nn.Module:
-    """A network with random weights whose batch norms remember noise, one of its own for every channel."""
+def settled(make: Callable[[], nn.Module], size: int, forward: bool = True) -> nn.Module:
+    """A network with random weights whose batch norms remember noise, one of its own for every channel.
+
+    Args:
+        forward: it can be called in training mode on images alone.
+    """
     torch.manual_seed(0)
     network = make()
     with torch.no_grad():
@@ -109,13 +125,18 @@ def settled(make: Callable[[], nn.Module], size: int) -> nn.Module:
             if isinstance(part, nn.BatchNorm2d):
                 part.weight.uniform_(0.5, 1.5)
                 part.bias.normal_(0, 0.3)
-        for _ in range(10):
+        for _ in range(10 * forward):
             network.train()(torch.randn(8, 3, min(size, 64), min(size, 64)))
     return network.eval()
 
 
-def _teacher(network: nn.Module, size: int, device: str) -> Teacher:
-    return dfq.load_teacher(network, input_size=(3, size, size), device=device, **IMAGENET)
+def _teacher(network: nn.Module, size: int, device: str, finds_boxes: bool = False) -> Teacher:
+    settings: dict[str, Any] = dict(IMAGENET)
+    if finds_boxes:
+        settings["task"] = "detection"
+    if type(network).__name__ == "FastestDet":
+        settings |= {"adapter": fastestdet.Adapter, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return dfq.load_teacher(network, input_size=(3, size, size), device=device, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ contenders
@@ -340,8 +361,11 @@ def cost(options: argparse.Namespace) -> None:
     """Seconds and memory of whole datasets, each in a process of its own (peak memory never falls)."""
     name = (options.generators or "zeroq").split(",")[0]
     print(f"\n{options.network}, {name}, {options.iterations or 2} iterations, batch {options.batch}\n")
-    print("| pixels | samples | s | s / image | us / image and pixel | peak memory above the network's, MiB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| pixels | samples | s | s / image | us / image and pixel | of the floor | all its steps, s / image "
+        "| peak memory above the network's, MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for size in map(int, options.sizes.split(",")):
         for samples in map(int, options.counts.split(",")):
             words = ["--mode", "worker", "--network", options.network, "--generators", name, "--size", str(size)]
@@ -353,6 +377,7 @@ def cost(options: argparse.Namespace) -> None:
             each = found["seconds"] / samples
             print(
                 f"| {size} | {samples} | {found['seconds']:.1f} | {each:.4f} | {1e6 * each / size**2:.3f} "
+                f"| {100 * found['floor'] / found['steps']:.0f} % | {found['steps'] / found['share']:.3f} "
                 f"| {found['bytes'] / 2**20:.0f} |"
             )
 
@@ -361,13 +386,34 @@ def worker(options: argparse.Namespace) -> None:
     teacher = build(options.network, options.size, options.kit, options.device)
     clock = Clock(options.clock, teacher.device)
     generator = options.generators
-    settings = {"iterations": options.iterations} if hasattr(resolve("generator", generator), "iterations") else {}
+    own = {name: getattr(resolve("generator", generator), name, 0) for name in STEPS}
+    share = options.iterations / own["iterations"] if own["iterations"] else 1.0
+    settings = {name: max(1, round(steps * share)) for name, steps in own.items() if steps}
     with tempfile.TemporaryDirectory() as folder:
         dfq.generate(teacher, generator, 2, Path(folder) / "warm", batch_size=2, **settings)
         before, start = peak_bytes(teacher.device), clock()
         dfq.generate(teacher, generator, options.samples, Path(folder) / "data", batch_size=options.batch, **settings)
         seconds = clock() - start
-    print(json.dumps({"seconds": seconds, "bytes": peak_bytes(teacher.device) - before}))
+        memory = peak_bytes(teacher.device) - before
+    made: Generator = dataclasses.replace(resolve("generator", generator), **settings)
+    sampler = made.prepare(teacher, batch_rng(0, 0))
+    work = clock.time(lambda: sampler.sample(teacher, options.batch, batch_rng(0, 0), lambda amount, note="": None))
+    multiply = product(clock)
+    floor = floor_flops(teacher, generator, settings) / max(multiply() for _ in range(3))
+    found = {"seconds": seconds, "bytes": memory, "floor": floor, "steps": work / options.batch, "share": share}
+    print(json.dumps(found))
+
+
+def floor_flops(teacher: Teacher, generator: str, steps: Mapping[str, int]) -> float:
+    """Of one image: a forward and a gradient to it in every step, at the size that the step is taken at."""
+    total = 0.0
+    for name, count in steps.items():
+        size = teacher.input_spec.size
+        if name == "iterations" and "final_iterations" in steps:
+            size = (size[0], *low_size(teacher, teacher.input_spec, resolve("generator", generator).resolution))
+        shown = dataclasses.replace(teacher.input_spec, size=size)
+        total += count * count_flops(dataclasses.replace(teacher, input_spec=shown), 1)
+    return total
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -382,8 +428,10 @@ def peak_bytes(device: torch.device) -> int:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=("table", "step", "cost", "worker"), default="table")
-    parser.add_argument("--network", default="resnet18", help=f"digits, resnet18, {', '.join(KIT)} (with --kit)")
-    parser.add_argument("--kit", type=Path, help="folder with resnet20.py and fdmobilenet.py")
+    parser.add_argument(
+        "--network", default="resnet18", help=f"digits, resnet18, retinanet, {', '.join(KIT)} (with --kit)"
+    )
+    parser.add_argument("--kit", type=Path, help="folder with resnet20.py, fdmobilenet.py, fastestdet.py")
     parser.add_argument("--mct", help="interpreter of an environment with model-compression-toolkit")
     parser.add_argument("--generators", help="names with commas; by default all (step, cost: zeroq)")
     parser.add_argument("--size", type=int, help="pixels of a side; by default the network's own (resnet18: 32)")
