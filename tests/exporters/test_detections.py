@@ -1,6 +1,8 @@
 """Detectors as ONNX: raw outputs by their names, and boxes with the suppression of doubles in the graph."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from dfq.losses._box_overlap import pairwise_iou
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import Scheme
 from dfq.student import Student
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
+from dfq.teachers._detector import as_detector
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -98,3 +101,21 @@ def test_who_decodes_otherwise_is_told(tmp_path):
         OnnxQDQ(latency=False, decode=True).export(student, tmp_path / "a.onnx", None, images)
     assert str(error.value).startswith("got exporter.decode=true and the adapter tiny_detectors.DecodeOnly, which")
     assert "allowed: exporter.decode=false" in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_transformer_that_finds_boxes(decode, tmp_path):
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from examples.digits_scenes import SIZE, yolos
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = as_detector(yolos().eval())
+    teacher = Teacher(network, "detection", InputSpec((3, SIZE, SIZE), (0.45,) * 3, (0.25,) * 3), name="yolos")
+    student, images = quantized(teacher, 4)
+    made = OnnxQDQ(latency=False, decode=decode).export(student, tmp_path / "a.onnx", teacher, images)
+    outputs = found_by(tmp_path / "a.onnx", student, images)
+    assert list(outputs) == (["boxes", "scores", "labels", "image"] if decode else ["logits", "pred_boxes"])
+    assert made["parity"]["relative_error"] < 1e-3 and (not decode or made["parity"]["box_agreement"] > 0.99)
