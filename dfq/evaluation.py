@@ -8,6 +8,7 @@ this file.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import zipfile
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from dfq.errors import UserError
 from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import progress_bar
-from dfq.settings import PositiveInt
+from dfq.settings import Bound, PositiveInt
 from dfq.student import Student
 from dfq.tasks._backend import coco_backend
 from dfq.tasks._outputs import moved
@@ -300,6 +301,63 @@ def _read_arrays(path: str, names: tuple[str, ...], allowed: str) -> dict[str, A
 
 
 @dataclass(frozen=True)
+class LMEval:
+    """Tasks of EleutherAI's lm-evaluation-harness, which reads their data itself, usually from the hub."""
+
+    tasks: tuple[str, ...]  # as the harness calls them: [lambada_openai,hellaswag]
+    num_fewshot: Annotated[int, Bound(at_least=0)] | None = None  # examples before each question; null: the task's own
+    limit: PositiveInt | None = None  # questions of a task; null: all
+    batch_size: PositiveInt = 8  # questions at a time
+    tokenizer: str | None = None  # folder or hub id; null: the teacher's
+
+    kind: ClassVar[str] = "token ids"
+    num_samples: ClassVar[int] = 1  # there is something to measure
+    reference_path: ClassVar[str | None] = None
+
+    def __post_init__(self):
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                "got evaluation=lm_eval, which needs lm_eval, not installed here", do="pip install 'dfq[lm_eval]'"
+            )
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        if not self.tasks:
+            raise UserError(f"got evaluation.tasks={self.tasks!r}", "a list of tasks, such as [lambada_openai]")
+
+    def fingerprint(self) -> str:
+        """Changes when the harness does; it keeps its data by versions of its own."""
+        import lm_eval
+
+        return str(getattr(lm_eval, "__version__", ""))
+
+    def metrics_of(self, model: Teacher | Student, teacher: Teacher) -> dict[str, float]:
+        """Task and metric → its value; errors of the mean are left out."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        name = self.tokenizer or folder_of(teacher)
+        if name is None or not hasattr(teacher.module, "config"):
+            raise UserError(
+                f"got evaluation=lm_eval and {teacher.name}, which "
+                + ("is no network of transformers" if name else "comes without a tokenizer"),
+                "teacher=huggingface, or evaluation.tokenizer=FOLDER",
+            )
+        tokenizer = load_tokenizer(name, "evaluation.tokenizer")
+        with evaluation_mode(model.module):
+            wrapped = HFLM(pretrained=model.module, tokenizer=tokenizer, batch_size=self.batch_size)
+            found = simple_evaluate(
+                model=wrapped, tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit, bootstrap_iters=0
+            )
+        metrics = {}
+        for task, values in found["results"].items():
+            for key, value in values.items():
+                metric, _, how = key.partition(",")
+                is_metric = "," in key and "_stderr" not in metric  # the others are counts and settings
+                if is_metric and isinstance(value, int | float):
+                    metrics["_".join([task, metric, *([how] if how not in ("none", "") else [])])] = float(value)
+        return metrics
+
+
+@dataclass(frozen=True)
 class Coco:
     """Images with boxes, in COCO's format: a folder of images and one ``.json`` file."""
 
@@ -445,13 +503,15 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-
     quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
     network up to there, and the share of the layer's inputs that its grid clips. A student with a network of its own
-    has no layer that is one of the teacher's, and no such ratio; nor has one whose residual stream was rotated.
+    has no layer that is one of the teacher's, and no such ratio; nor has one whose residual stream was rotated, nor an
+    expert of a mixture, which is part of one tensor there.
     estimated_drop: what is lost of the metric on real data, by :mod:`dfq.drop`; None where the task has no rule for it.
     """
     folded = dict(student.surgery.folded)
     # A folded batch norm that carried an activation is still there under its name, with the activation alone.
     is_alike = student.network is None and not student.surgery.rotated
-    at = {name: folded.get(name, name) for name in student.layers} if is_alike else {}
+    theirs = dict(teacher.module.named_modules())
+    at = {name: folded.get(name, name) for name in student.layers if is_alike and name in theirs}
     here = {
         name: norm if not isinstance(student.module.get_submodule(norm), nn.Identity) else name
         for name, norm in at.items()

@@ -415,6 +415,7 @@ def _details(
         "student_dir": str(student_path),
         "network": student.network,
         "kept_float": student.swap.kept_float,
+        "unreached": student.unreached,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "estimated_drop": fidelity.get("estimated_drop"),
         "quality": None if dataset is None else quality.read(dataset),
@@ -624,7 +625,9 @@ def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None
 def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teacher, what: str) -> dict[str, float]:
     """Metrics of ``model`` (whose content is ``sha256``); those measured before on the same data are read again."""
     evaluation = _for_teacher(evaluation, teacher)
-    if not hasattr(evaluation, "batches"):  # any iterable of batches: nothing says whether it is the same as before
+    if not (
+        hasattr(evaluation, "batches") or hasattr(evaluation, "metrics_of")
+    ):  # any iterable of batches: nothing says whether it is the same as before
         return evaluations.measure(model, task, evaluation, 0, what)
     if not evaluation.num_samples:
         return {}
@@ -637,7 +640,10 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
     path = OUTPUTS / "evaluations" / f"{what.replace(' ', '_')}_{_hash(key)}.json"
     if path.exists():
         return read_json(path, "evaluation")["metrics"]
-    metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
+    if hasattr(evaluation, "metrics_of"):  # it asks its questions itself
+        metrics = evaluation.metrics_of(model, teacher)
+    else:
+        metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
     write_json(path, {"format": "dfq.evaluation", **key, "metrics": metrics})
     return metrics
 

@@ -46,7 +46,7 @@ from dfq.quantization import dequantize, from_groups, pack, quantize, tensor_sca
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.sites import HOLDER, Sites, find_sites, place_sites
-from dfq.surgery import apply, prepare
+from dfq.surgery import Experts, apply, prepare
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, hash_tensors, input_spec_from_dict
 
 SCHEMA_VERSION = 2
@@ -143,6 +143,7 @@ class Student:
         network: package.module:function that builds the network it is made of; None: its teacher's own.
         settings: what made it (algorithm, dataset, seed, ...), any json-able mapping.
         seconds: how long that took.
+        unreached: layers of a mixture's experts that no token chose during calibration.
     """
 
     def __init__(self, module: nn.Module, scheme: Scheme, surgery: Surgery, teacher: dict[str, Any]):
@@ -150,6 +151,7 @@ class Student:
         self.network: str | None = None
         self.settings: dict[str, Any] = {}
         self.seconds = 0.0
+        self.unreached: list[str] = []
 
     @classmethod
     def from_teacher(cls, teacher: Teacher, scheme: Scheme) -> Student:
@@ -168,6 +170,7 @@ class Student:
     def become(self, other: Student) -> None:
         """The same student of the same teacher as ``other``: for what makes another one and has to hand over this."""
         self.module, self.surgery, self.network = other.module, other.surgery, other.network
+        self.unreached = other.unreached
 
     @property
     def swap(self) -> Swap:
@@ -189,6 +192,17 @@ class Student:
         """Name → quantized layer, in call order."""
         found = quantized_layers(self.module)
         return {name: found[name] for name in self.swap.layers}
+
+    @property
+    def expert_layers(self) -> dict[str, str]:
+        """Quantized layer of a mixture's expert → what its siblings share: the name without the expert's number."""
+        found = {}
+        for name in self.swap.layers:
+            owner, _, layer = name.rpartition(".")
+            mixture, _, number = owner.rpartition(".")
+            if number.isdigit() and isinstance(self.module.get_submodule(mixture), Experts):
+                found[name] = f"{mixture}.*.{layer}"
+        return found
 
     @property
     def has_grids(self) -> bool:
@@ -284,6 +298,7 @@ class Student:
             **self.surgery.to_dict(),
             "settings": self.settings,
             "seconds": round(self.seconds, 3),
+            **({"unreached": self.unreached} if self.unreached else {}),
             "mean_weight_bits": self.mean_weight_bits,
             "size_bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -339,6 +354,7 @@ class Student:
             if isinstance(part, Quantizer):
                 part.enabled = True
         student.settings, student.seconds = manifest["settings"], manifest["seconds"]
+        student.unreached = list(manifest.get("unreached", []))  # not in students from before it
         student.module.to(teacher.device)
         return student.freeze()
 

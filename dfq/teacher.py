@@ -15,6 +15,8 @@ from dfq.errors import UserError
 from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import BATCH_NORMS
 
+LONGEST_EXAMPLE = 64  # tokens
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -195,8 +197,14 @@ class Teacher:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def example(self, num_samples: int = 2) -> Tensor:
-        """A fixed batch of noise (images) or of random token ids to see how data flows."""
-        return self.input_spec.example(num_samples, torch.Generator().manual_seed(0)).to(self.device)
+        """A fixed batch of noise (images) or of random token ids to see how data flows.
+
+        A network of transformers gets short texts: it takes any, and whoever looks keeps every value of a forward.
+        """
+        example = self.input_spec.example(num_samples, torch.Generator().manual_seed(0))
+        if isinstance(self.input_spec, TokenSpec) and hasattr(self.module, "config"):
+            example = example[:, :LONGEST_EXAMPLE]
+        return example.to(self.device)
 
     @cached_property
     def dataflow(self) -> Dataflow:

@@ -152,7 +152,7 @@ STATIC = (
 )
 KEYS = (
     "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax"
-    ", scheme.key_value, scheme.skip, scheme.input_bits"
+    ", scheme.key_value, scheme.skip, scheme.input_bits, scheme.key"
 )
 
 

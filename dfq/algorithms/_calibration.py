@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
 from dfq.hooks import forward_hooks
 from dfq.progress import progress_bar
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.student import Student
+from dfq.teacher import TokenSpec
 
 MOST_TOKENS = 4096  # in a forward
+MOST_LOGITS = 2**26  # of all tokens in a forward: 256 MB
 
 
 def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
@@ -45,6 +49,9 @@ def calibrate(
 ) -> dict[str, int]:
     """Set all grids. Activations are those of the float network: no layer's range depends on another's rounding.
 
+    Experts of a mixture that no token chose are listed in ``student.unreached``: their weights' ranges need no data,
+    and their inputs get those that all their siblings saw together.
+
     Args:
         images: [N, C, H, W], or ids [N, T]; all of them are looked at.
         weight_quantizer, activation_quantizer: methods of the quantizers family (``qparams(observation, scheme)``).
@@ -62,17 +69,30 @@ def calibrate(
     for quantizer in quantizers.values():
         quantizer.enabled = False
     seen = {name: Histogram() for name, quantizer in quantizers.items() if quantizer.has_qparams}
+    unreached = student.expert_layers
 
     def look(name: str, _module: nn.Module, inputs: tuple) -> None:
         seen[name].add(inputs[0])
 
+    def reach(name: str, _module: nn.Module, inputs: tuple) -> None:
+        if inputs[0].numel():
+            unreached.pop(name, None)
+
     if not images.is_floating_point():  # a token has as many logits as there are ids
-        batch_size = max(1, min(batch_size, MOST_TOKENS // images[0].numel()))
+        spec = student.input_spec
+        most = min(MOST_TOKENS, MOST_LOGITS // spec.vocab_size) if isinstance(spec, TokenSpec) else MOST_TOKENS
+        batch_size = max(1, min(batch_size, most // images[0].numel()))
     observed = [(name, quantizers[name]) for name in seen]
-    with forward_hooks(observed, before=look), progress_bar("calibrate", len(images), "samples") as advance:
-        for batch in images.split(batch_size):
+    with (
+        forward_hooks(observed, before=look),
+        forward_hooks([(name, layers[name]) for name in unreached], before=reach),
+        progress_bar("calibrate", len(images), "samples") as advance,
+    ):
+        for batch in images.split(batch_size) if observed or unreached else ():  # weights alone need none
             student(batch)
             advance(len(batch))
+    student.unreached = [name for name in layers if name in unreached]
+    _lend(seen, unreached, student.expert_layers)
     for name, quantizer in observed:
         quantizer.set_qparams(*activation_quantizer.qparams(seen[name].observation(), quantizer.scheme))
     for quantizer in quantizers.values():
@@ -82,3 +102,22 @@ def calibrate(
         if layer.bias_quantizer is not None:
             layer.bias_quantizer.make_room(layer)
     return {name: seen[name].num_seen // len(images) if name in seen else 0 for name in quantizers}
+
+
+def _lend(seen: dict[str, Histogram], unreached: Mapping[str, str], kin: Mapping[str, str]) -> None:
+    """Give inputs that were never seen what their siblings' inputs were, in ``seen``."""
+    for name, shared in unreached.items():
+        key = f"{name}.input_quantizer"
+        if key not in seen:
+            continue
+        histogram = Histogram()
+        for other in [other for other, its in kin.items() if its == shared and other not in unreached]:
+            if (theirs := seen[f"{other}.input_quantizer"]).counts is not None:
+                histogram.add(theirs.observation().values)
+        if histogram.counts is None:
+            raise UserError(
+                f"got calibration samples of which no token chose any of {shared}",
+                do="calibrate with more samples, or leave the layers' inputs float",
+            )
+        histogram.num_seen = 0
+        seen[key] = histogram

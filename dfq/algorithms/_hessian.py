@@ -20,7 +20,8 @@ What a solver does not see is done here, the same for all:
 
 Grids stay what calibration made them (COMQ may change scales). Layers without such a problem of their own keep nearest
 rounding: those outside of blocks, those whose weight several operations or its owner read, embeddings, transposed
-convolutions.
+convolutions, experts of a mixture that no token chose. Other experts see neither QEP nor a bias: in the float network
+other tokens may choose them.
 
 Differences from the QEP paper: its damping (the mean of the diagonal, ``propagate_damping``) can be set; it skips some
 layers of language models to save time, here none; grids are not made anew for W*.
@@ -353,9 +354,14 @@ class LayerwiseRounding(Algorithm):
         self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator
     ) -> None:
         """One layer: its weight is then on its grid."""
+        if (self.propagate or self.correct_bias) and name in student.expert_layers:
+            # Other tokens may choose an expert in the float network: there is no pair of inputs to compare.
+            replace(self, propagate=0.0, correct_bias=False)._round(student, reference, captured, name, rng)
+            return
         layer = student.layers[name]
         moments = self._moments(student, reference, captured, name, rng)
-        assert moments.mean is not None
+        if moments.mean is None:  # an expert that no token chose: nearest rounding
+            return
         centered = self.correct_bias and layer.bias is not None
         hessian = moments.hessian(centered)
         weight = layer.weight.detach().float().view(len(hessian), -1, hessian.shape[-1])
@@ -389,6 +395,8 @@ class LayerwiseRounding(Algorithm):
             x = captured.inputs[batch].to(device)
             mine = product_in(student.module, captured.block, name, x, captured.arguments)
             inputs = [mine.arguments["input"]]
+            if not inputs[0].numel():
+                continue
             if needs_float:
                 x = captured.float_inputs[batch].to(device)
                 theirs = product_in(reference, captured.block, name, x, captured.arguments)

@@ -6,6 +6,9 @@ of features where the network changes width or resolution. Each loss is a file o
 paper and equations, and has a weight here; teacher intervention and block decomposition are described in
 :mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
 
+With ``low_rank`` weights stay and W + B A is rounded in their place (L4Q, arXiv 2402.04902), A, B, steps and biases
+being trained; with ``zeroth_order`` there is no backward pass (ZeroQAT; :class:`dfq.optimizer.ZerothOrder`).
+
 Nothing but synthetic samples is read. The run looks at held-out ones ``checks`` times and keeps the student of the best
 look, the one that it was given among them; it may stop early in its second half. Batch norms that were not folded stay
 as they are: synthetic images must not move statistics.
@@ -17,9 +20,11 @@ that allows depends on the machine, so that the same seed does not give the same
 2018, arXiv 1802.05668, section 3). Features are compared where both networks have maps of the same size. The
 function is recorded with the student, which it rebuilds; no algorithm goes behind.
 
-Differences from the papers: LSQ's, see :mod:`dfq.quantizers.lsq`; Polino et al. distil into weights that are rounded at
-each step (here as all students are trained), and train batch norms, which are folded here before training begins: a
-network that was trained in float before, or has none, is the better start.
+Differences from the papers: L4Q begins with steps of its own and computes gradients of weights anew in the backward
+pass to save memory; here grids are calibrated and autograd keeps what it needs. LSQ's, see :mod:`dfq.quantizers.lsq`;
+Polino et al. distil into weights that are rounded at each step (here as all students are trained), and train batch
+norms, which are folded here before training begins: a network that was trained in float before, or has none, is the
+better start.
 """
 
 from __future__ import annotations
@@ -34,11 +39,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors.torch import load_file as load_safetensors
+from safetensors.torch import save_file as save_safetensors
 
 from dfq.algorithms._base import Algorithm, Work
 from dfq.dataset import samples_of
+from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
-from dfq.modules import stage_ends
+from dfq.modules import LowRank, repeated_blocks, stage_ends, weight_layers
 from dfq.quantizers.lsq import learn_step
 from dfq.settings import PositiveInt
 from dfq.student import Student, build_network
@@ -72,16 +80,20 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.progress import StepProgress
         from dfq.lightning.tokens import TokenDistillationModule
 
-        features = {name: name for name in stage_ends(teacher.dataflow) if _is_of_samples(teacher, name)}
+        self._check(teacher)
+        features = {name: name for name in self._places(teacher) if _is_of_samples(teacher, name)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
-        self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
+        self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)), seed)
         data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
         task = task_of(teacher)
         kind = TokenDistillationModule if self._is_of_tokens(teacher) else DistillationModule
         module = kind(student, teacher, task, features, self, seed, start)
         before = time.perf_counter()
-        given, loss_before = _state(module), _held_out_loss(module, data)
+        # Not in memory: what the run began with is wanted in the end, or not at all.
+        given, loss_before = work_dir / "given.safetensors", _held_out_loss(module, data)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        save_safetensors(_state(module), given)
         module.look_s = time.perf_counter() - before
         best = ModelCheckpoint(
             work_dir, filename="best", monitor="held_out_loss", save_weights_only=True, save_on_train_epoch_end=False
@@ -106,9 +118,13 @@ class Distillation(DistillationSettings, Algorithm):
             checkpoint = work_dir / "last.ckpt"
             _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
         if best.best_model_score is not None and float(best.best_model_score) < loss_before:
-            given = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)["state_dict"]
-        module.load_state_dict(given)
+            state = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        else:
+            state = load_safetensors(given)
+        module.load_state_dict(state)
+        given.unlink()
         student.module.to(teacher.device)
+        _merge_low_rank(student)
 
     def _is_of_tokens(self, teacher: Teacher) -> bool:
         """Whether nothing is asked for but a divergence of text, and features: logits need not be whole then."""
@@ -116,8 +132,52 @@ class Distillation(DistillationSettings, Algorithm):
         more = (*others, self.cam_weight, self.intervention, self.blocks_first, self.dampen, self.frozen_channels)
         return teacher.task == "language_modeling" and not any(more) and self.balance == "fixed"
 
-    def _learn_steps(self, student: Student, elements: dict[str, int]) -> None:
+    def _places(self, teacher: Teacher) -> list[str]:
+        """Where features are compared."""
+        if self.feature_places == "stages":
+            return stage_ends(teacher.dataflow)
+        found = repeated_blocks(teacher.module, teacher.dataflow)
+        if not found:
+            raise UserError(
+                f"got algorithm.feature_places=blocks and {teacher.name}, which has no list of blocks with outputs of "
+                "one shape",
+                "algorithm.feature_places=stages",
+            )
+        return found
+
+    def _check(self, teacher: Teacher) -> None:
+        """A UserError for settings that do not go together."""
+        of_text = {"token_tau": None, "ntp_weight": 0.0, "attention_map_weight": 0.0, "attention_output_weight": 0.0}
+        wrong = [name for name, unset in of_text.items() if getattr(self, name) != unset]
+        if wrong and not self._is_of_tokens(teacher):
+            raise UserError(
+                f"got algorithm.{wrong[0]}={getattr(self, wrong[0])} and {teacher.name}",
+                "a language model, and no loss of another kind (reverse_kl_weight, logits_weight, intervention, ...)",
+                f"leave algorithm.{wrong[0]} away",
+            )
+        both = [name for name in ("frozen_channels", "dampen") if getattr(self, name)]
+        if self.low_rank is not None and both:
+            raise UserError(
+                f"got algorithm.low_rank={self.low_rank} and algorithm.{both[0]}={getattr(self, both[0])}",
+                "one of the two",
+                "weights stay what they are with low_rank",
+            )
+        if self.zeroth_order and (self.frozen_channels or self.cam_weight or self.balance == "learned"):
+            what = "frozen_channels" if self.frozen_channels else "cam_weight" if self.cam_weight else "balance"
+            raise UserError(
+                f"got algorithm.zeroth_order=true and algorithm.{what}={getattr(self, what)}",
+                "losses and schedules that need no gradient",
+                f"leave algorithm.{what} away",
+            )
+
+    def _learn_steps(self, student: Student, elements: dict[str, int], seed: int) -> None:
         student.module.requires_grad_(True)
+        if not self.train_float:
+            own = {id(layer.weight) for layer in student.layers.values()}
+            for layer in weight_layers(student.module).values():
+                layer.weight.requires_grad_(id(layer.weight) in own)
+        if self.low_rank is not None:
+            _add_low_rank(student, self.low_rank, seed)
         if self.gradient == "straight_through":
             return
         offset, stable = self.gradient == "lsq_plus", self.gradient == "stable"
@@ -137,7 +197,37 @@ SHOWN = {"loss": "loss", "held_out_loss": "held-out"}
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    """All entries; tied ones, which safetensors takes once, and others that overlap as copies."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in module.state_dict().items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def _add_low_rank(student: Student, rank: int, seed: int) -> None:
+    """A pair of matrices beside each weight, which is not trained itself; tied weights have one pair."""
+    rng = torch.Generator().manual_seed(seed)
+    pairs: dict[int, LowRank] = {}
+    for layer in student.layers.values():
+        if id(layer.weight) not in pairs:
+            pairs[id(layer.weight)] = LowRank(layer.weight.detach(), rank, rng)
+        layer.low_rank = pairs[id(layer.weight)]
+        layer.weight.requires_grad_(False)
+
+
+@torch.no_grad()
+def _merge_low_rank(student: Student) -> None:
+    merged: set[int] = set()
+    for layer in student.layers.values():
+        if layer.low_rank is None:
+            continue
+        if id(layer.weight) not in merged:
+            layer.weight.copy_(layer.low_rank(layer.weight))
+            merged.add(id(layer.weight))
+        del layer.low_rank  # a sub-module until here
+        layer.low_rank = None
 
 
 @torch.no_grad()

@@ -21,7 +21,9 @@ as in the student, and what is gained is the size. What ONNX Runtime 1.32 does w
 - Every int8 weight has a zero point of its own and is read by one layer call; a weight that several calls read is
   uint8. ``session.x64quantprecision`` makes ONNX Runtime rewrite int8 weights of integer kernels to uint8, and it
   refuses to load a file in which two of them share a tensor, or in which one has no zero point.
-- From opset 21 on weights of at most 4 bits are int4 or uint4, and groups are blocks of one DequantizeLinear.
+- From opset 21 on weights of at most 4 bits are int4 or uint4, and groups are blocks of one DequantizeLinear. ONNX
+  Runtime makes its own MatMulNBits of it while it loads; with ``matmul_nbits`` the file has that operator already, for
+  runtimes that know it and no such blocks. Nothing but ONNX Runtime's kin reads such a file.
 """
 
 from __future__ import annotations
@@ -63,13 +65,15 @@ class OnnxQDQ:
 
     opset: Annotated[int, Bound(at_least=18)] | None = None  # of ONNX; null: 20, or 21 for weights in groups
     latency: bool = True  # time the file against the float network's
+    matmul_nbits: bool = False  # products with weights of 4 bits or fewer: ONNX Runtime's own operator
 
     format: ClassVar[str] = "onnx_qdq"
     suffix: ClassVar[str] = ".onnx"
 
     def __post_init__(self):
-        if self.opset is not None and self.opset < 18:
-            raise UserError(f"got exporter.opset={self.opset}", "a whole number >= 18")
+        if self.opset is not None and self.opset < (least := FOUR_BITS if self.matmul_nbits else 18):
+            why = " and matmul_nbits=true" if self.matmul_nbits else ""
+            raise UserError(f"got exporter.opset={self.opset}{why}", f"a whole number >= {least}")
         missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(
@@ -99,7 +103,14 @@ class OnnxQDQ:
         # In the file itself too: it may travel alone.
         provenance = artifact.provenance(student) | {"session_options": json.dumps(options)}
         model = _to_onnx(integer_network(student), spec, opset)
-        content = serialize(model, provenance, _low_bits(student) if opset >= FOUR_BITS else None)
+        low_bits = _low_bits(student) if opset >= FOUR_BITS else {}
+        if self.matmul_nbits and not low_bits:
+            raise UserError(
+                "got exporter.matmul_nbits=true and a student without weights of at most 4 bits",
+                "4 bits or fewer, in groups of 16, 32, 64, 128, ... or per channel",
+                "use scheme=w4a16_g32",
+            )
+        content = serialize(model, provenance, low_bits, self.matmul_nbits)
         float_content = None if teacher is None else export_float(teacher, opset)
         measured = parity(student, content, images, options, teacher)
         integer = integer_report(content, images[:1], options)
@@ -118,7 +129,7 @@ class OnnxQDQ:
 
     def _opset(self, student: Student) -> int:
         groups = any(weight.group_size is not None for weight, _ in student.swap.layers.values())
-        return self.opset or (FOUR_BITS if groups else 20)
+        return self.opset or (FOUR_BITS if groups or self.matmul_nbits else 20)
 
 
 def _low_bits(student: Student) -> dict[str, int | None]:

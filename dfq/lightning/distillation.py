@@ -23,6 +23,7 @@ from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.settings import DistillationSettings
 from dfq.losses._box_overlap import area
 from dfq.losses.balance import balanced_sum
+from dfq.losses.cosine_features import cosine_distance
 from dfq.losses.dampening import dampening_loss
 from dfq.losses.distillation import kl_divergence, relative_mse
 from dfq.losses.feature_affinity import feature_affinity, num_positions, random_projection
@@ -32,8 +33,8 @@ from dfq.losses.jensen_shannon import jensen_shannon
 from dfq.losses.logits_mse import logits_mse
 from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
-from dfq.modules import Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
-from dfq.optimizer import ScaledAdam
+from dfq.modules import LowRank, Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
+from dfq.optimizer import ScaledAdam, ZerothOrder
 from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.tasks._outputs import outputs_of
@@ -85,7 +86,8 @@ class DistillationModule(pl.LightningModule):
         self._student, self._teacher = [student], [teacher]  # lists: not registered as sub-modules
         self.task, self.features = task, dict(features)
         self.settings = s = settings or DistillationSettings()
-        self.rng = torch.Generator().manual_seed(seed)
+        self.seed, self.rng = seed, torch.Generator().manual_seed(seed)
+        self.automatic_optimization = not s.zeroth_order
         self.start, self.earlier_s, self.step_s, self.look_s = start, 0.0, 0.0, 0.0
         self.fast_teacher, self.layout = [teacher.module], torch.contiguous_format
         spec = teacher.input_spec
@@ -126,7 +128,12 @@ class DistillationModule(pl.LightningModule):
         # One kernel a group: small networks are all overhead.
         groups = [{"params": parameters, "lr": lr} for lr, parameters in self.groups.items()]
         sizes = {parameter: size.to(parameter.device) for parameter, size in self.sizes.items()}
-        optimizer = ScaledAdam(groups, sizes, fused=True)
+        s = self.settings
+        optimizer: torch.optim.Optimizer
+        if s.zeroth_order:
+            optimizer = ZerothOrder(groups, sizes, s.zeroth_eps, s.zeroth_rate, self.seed)
+        else:
+            optimizer = ScaledAdam(groups, sizes, fused=True)
         cosine = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
         )
@@ -136,6 +143,7 @@ class DistillationModule(pl.LightningModule):
         """Learning rate → parameters, by the grids that the student came with."""
         groups: dict[float, list[nn.Parameter]] = {}
         own = {id(layer.weight): layer for layer in self._student[0].layers.values()}
+        low_rank = {id(layer.low_rank): layer for layer in self._student[0].layers.values()}
         for name, parameter in self.student_module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -145,6 +153,11 @@ class DistillationModule(pl.LightningModule):
                 lr, self.sizes[parameter] = self.settings.step_lr, parameter.detach().abs()
             elif isinstance(owner, Quantizer):  # a zero point, in units of codes
                 lr = self.settings.step_lr * owner.scheme.quant_max
+            elif isinstance(owner, LowRank):
+                lr, of = self.settings.bias_lr, low_rank[id(owner)]
+                if of.weight_quantizer.has_qparams:
+                    weight, lr = of.weight.detach(), self.settings.weight_lr
+                    self.sizes[parameter] = owner.units(parameter, weight, of.weight_quantizer.steps_of(weight))
             elif layer is not None and layer.weight_quantizer.has_qparams:
                 lr, self.sizes[parameter] = self.settings.weight_lr, layer.weight_quantizer.steps_of(parameter.detach())
             else:
@@ -197,7 +210,23 @@ class DistillationModule(pl.LightningModule):
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor | None:
+        if not self.settings.zeroth_order:
+            return self.step_loss(batch)
+        before = self.rng.get_state()
+
+        def loss() -> Tensor:
+            self.rng.set_state(before)  # the same augmentation for both
+            return self.step_loss(batch)
+
+        optimizer: Any = self.optimizers()
+        with torch.no_grad():
+            optimizer.step(closure=loss)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return None
+
+    def step_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What a step makes smaller."""
         s, done = self.settings, self.done(self.trainer.global_step)
         samples = samples_of(batch)
         moves = draw_moves(samples, self.rng, s.flip, s.shift)
@@ -320,6 +349,8 @@ class DistillationModule(pl.LightningModule):
             )
         if self.settings.feature_loss == "qfd":
             return quantized_feature_loss(got, wanted, self.settings.feature_bits)
+        if self.settings.feature_loss == "cosine":
+            return cosine_distance(got, wanted)
         return relative_mse(got, wanted)
 
     def _dampening(self) -> Tensor:
