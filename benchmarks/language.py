@@ -2,7 +2,7 @@
 
     python benchmarks/language.py --kit DIR --folder WORK              tokens per second; a table of perplexities
     python benchmarks/language.py --kit DIR --folder WORK --only speed
-    python benchmarks/language.py --folder WORK --only memory          needs no kit
+    python benchmarks/language.py --folder WORK --only memory          needs no kit; 12 GiB, some minutes of two cores
 
 Speed: tokens per second of ``generator=self_generation`` beside a loop that writes one sample after the other with
 transformers' ``generate()``, as published data pipelines do. Both draw from the whole vocabulary at temperature 1.
@@ -14,6 +14,7 @@ network itself, random tokens, and (as a bound) stories of the kit that are not 
 Memory: peak resident memory of a process that distils a Llama of 301.6 M parameters with random weights, a vocabulary
 of 128,256 and texts of 512 tokens, one step of two texts: with logits of 128 tokens at a time and the teacher's cache,
 and with a plain loop that holds the logits of teacher and student whole. One step, since memory does not grow after it.
+``--shape small`` is a network of 16.5 M parameters with the same logits, for a machine without the time or the room.
 """
 
 from __future__ import annotations
@@ -166,18 +167,32 @@ OPTIONS = {
     "low_rank": {"train_float": False, "low_rank": 16},
     "zeroth": {"train_float": False, "zeroth_order": True},
 }
-SHAPE = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 14, "num_attention_heads": 12}
+SHAPES = {
+    "large": {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 14, "num_attention_heads": 12},
+    "small": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
 VOCABULARY, LENGTH, TEXTS, CACHED = 128_256, 512, 2, 64
 
 
-def memory(folder: Path, ways: list[str]) -> None:
+def memory(folder: Path, ways: list[str], shape: str) -> None:
     """One process for each way; figures of those measured before are read again."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = folder / "memory.json"
+    known = folder / f"memory_{shape}.json"
     found = json.loads(known.read_text()) if known.exists() else {}
     for way in ways:
         if way not in found:
-            command = [sys.executable, __file__, "--only", "memory", "--way", way, "--folder", str(folder)]
+            command = [
+                sys.executable,
+                __file__,
+                "--only",
+                "memory",
+                "--way",
+                way,
+                "--shape",
+                shape,
+                "--folder",
+                str(folder),
+            ]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[way] = json.loads(output.splitlines()[-1])
             known.write_text(json.dumps(found, indent=1))
@@ -187,7 +202,7 @@ def memory(folder: Path, ways: list[str]) -> None:
         print(f"{WAYS[way]:52} {peak:6.2f} GiB at most, {before:.2f} of them before  {minutes:.1f} min")
 
 
-def memory_of(way: str, folder: Path) -> None:
+def memory_of(way: str, folder: Path, shape: str) -> None:
     """In a process of its own: prints peak and figures as json."""
     import transformers
 
@@ -196,7 +211,7 @@ def memory_of(way: str, folder: Path) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=LENGTH, **SHAPE
+        vocab_size=VOCABULARY, num_key_value_heads=4, max_position_embeddings=LENGTH, **SHAPES[shape]
     )
     torch.manual_seed(0)
     module = transformers.AutoModelForCausalLM.from_config(config)
@@ -248,6 +263,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/language"))
     parser.add_argument("--only", choices=["speed", "perplexity", "memory"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of distilling, with --only memory")
+    parser.add_argument("--shape", choices=SHAPES, default="large", help="of the network, with --only memory")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--samples", type=int, default=512)
@@ -258,9 +274,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.only == "memory":
         if args.way:
-            memory_of(args.way, args.folder)
+            memory_of(args.way, args.folder, args.shape)
         else:
-            memory(args.folder, args.ways)
+            memory(args.folder, args.ways, args.shape)
         return
     if args.kit is None or not (args.kit / "stories260k").is_dir():
         print("language.py: skipped, give --kit DIR with the evaluation kit (stories260k/ in it)")

@@ -430,13 +430,14 @@ class _CallSites(TorchFunctionMode):
         keys = self.sites[pair].get(index, {})
         self.called |= set(keys.values())
         mine: dict[str, Any] = {place: self.quantizers[key] for place, key in keys.items()}
-        keys = next((place for place, part in mine.items() if rounds_keys(part)), None)
+        of_keys = next((place for place, part in mine.items() if rounds_keys(part)), "")
         if mine:
-            args, kwargs = _quantized_inputs({p: q for p, q in mine.items() if p != keys}, args, kwargs)
-        if SOFTMAX in mine or (keys and pair[1] == FUSED_ATTENTION):
-            result = attention(mine.get(SOFTMAX), *args, key_quantizer=mine[keys] if keys else None, **kwargs)
-        elif keys:
-            result = _with_rounded_keys(func(*args, **kwargs), lambda key: func(args[0], key), args[1], mine[keys])
+            args, kwargs = _quantized_inputs({p: q for p, q in mine.items() if p != of_keys}, args, kwargs)
+        if SOFTMAX in mine or (of_keys and pair[1] == FUSED_ATTENTION):
+            options = {**kwargs, "key_quantizer": mine.get(of_keys)}
+            result = attention(mine.get(SOFTMAX), *args, **options)
+        elif of_keys:
+            result = _with_rounded_keys(func(*args, **kwargs), lambda key: func(args[0], key), args[1], mine[of_keys])
         else:
             result = func(*args, **kwargs)
         if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:

@@ -325,7 +325,7 @@ def _become_experts(part: nn.Module) -> None:
             expert.add_module(name, layer)
         expert.train(part.training)
         part.add_module(str(index), expert)
-    part.__class__ = _experts_class(type(part))
+    part.__class__ = _experts_class(type(part))  # type: ignore[arg-type]  # mypy: a type is no Hashable
 
 
 # ------------------------------------------------------------------------------------------------ computed weights

@@ -107,7 +107,7 @@ class CompressedTensors:
         network.write_beside(path, files)
         artifact.write(path, content, self, student, {"parity": None, "latency_ms": None})
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
-        found = {"parity": parity(student, path, images, teacher), "latency_ms": None}
+        found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
         if not all(getattr(student.scheme, part).is_float for part in ("key_value", "key", "attention")):
             found["key_value"] = "not stored: no reader has such a grid" if key_value is None else key_value
