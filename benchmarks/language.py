@@ -36,12 +36,29 @@ SCHEMES = {
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
     "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),
 }
+BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
+DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 METHODS = {
     "nearest": {"algorithm": "round_to_nearest", "weight_quantizer": "min_max"},
     "hqq": {"algorithm": "hqq", "weight_quantizer": "min_max"},
+    "clip_search": {"algorithm": "clip_search"},
+    "neuqi": {"algorithm": "neuqi"},
+    "awq": {"algorithm": "sequence", "steps": ["awq", "neuqi"]},
     "gptq": {"algorithm": "gptq"},
-    "distillation": {"algorithm": "distillation", "max_steps": 600, "batch_size": 16, "weight_lr": 0.02},
+    "gptq_rsq": {"algorithm": "gptq", "token_weights": "attention"},
+    "neuqi_gptq": {"algorithm": "sequence", "steps": ["neuqi", "gptq"]},
+    "gptq_norms": {"algorithm": "sequence", "steps": ["gptq", "norm_tweaking"]},
+    "gptq_lqer": {"algorithm": "sequence", "steps": ["gptq", "lqer"]},
+    "distillation": {"algorithm": "distillation", **DISTILLATION},
+    "block_ap": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP]},
+    "block_ap_e2e_qp": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP, "e2e_qp"]},
+    "block_ap_distillation": {
+        "algorithm": "sequence",
+        "steps": ["neuqi", BLOCK_AP, {"_target_": "dfq.algorithms.distillation.Distillation", **DISTILLATION}],
+    },
 }
+WITHOUT_TEXT = ("nearest", "hqq")
+SOURCES = ("its own", "random", "sampled")
 
 
 def speed(kit: Path, folder: Path, length: int, samples: int, batch_size: int) -> None:
@@ -88,7 +105,9 @@ def texts(teacher, kit: Path, folder: Path, seed: int, samples: int) -> dict[str
     return found | {"sampled": real}
 
 
-def perplexities(kit: Path, folder: Path, schemes: list[str], methods: list[str], seeds: int, samples: int) -> None:
+def perplexities(
+    kit: Path, folder: Path, schemes: list[str], methods: list[str], sources: list[str], seeds: int, samples: int
+) -> None:
     teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=128, device="cpu")
     rows = json.loads((kit / "data/stories_tinystories.json").read_text())["ids"]
     padded = np.full((len(rows), max(map(len, rows))), -1)
@@ -114,10 +133,9 @@ def perplexities(kit: Path, folder: Path, schemes: list[str], methods: list[str]
     print(f"float: perplexity {base:.4f} on real stories")
     for scheme in schemes:
         for method in methods:
-            sources = ["its own"] if method in ("nearest", "hqq") else ["its own", "random", "sampled"]
-            for source in sources:
+            for source in ["its own"] if method in WITHOUT_TEXT else sources:
                 keys = []
-                for seed in range(seeds if method not in ("nearest", "hqq") else 1):
+                for seed in range(seeds if method not in WITHOUT_TEXT else 1):
                     keys.append(f"{scheme} {method} {source} {seed}")
                     measured(
                         keys[-1],
@@ -130,7 +148,7 @@ def perplexities(kit: Path, folder: Path, schemes: list[str], methods: list[str]
                 minutes = sum(found[key][1] for key in keys) / len(keys) / 60
                 mean = statistics.fmean(values)
                 print(
-                    f"{scheme:18} {method:13} {source:9} {mean:9.4f}{spread}  ({100 * (mean / base - 1):+.1f} %)"
+                    f"{scheme:18} {method:21} {source:9} {mean:9.4f}{spread}  ({100 * (mean / base - 1):+.1f} %)"
                     f"  {minutes:.1f} min"
                 )
 
@@ -146,6 +164,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     args = parser.parse_args()
     if args.kit is None or not (args.kit / "stories260k").is_dir():
         print("language.py: skipped, give --kit DIR with the evaluation kit (stories260k/ in it)")
@@ -153,7 +172,7 @@ def main() -> None:
     if args.only != "perplexity":
         speed(args.kit, args.folder, args.length, args.samples, args.batch_size)
     if args.only != "speed":
-        perplexities(args.kit, args.folder, args.schemes, args.methods, args.seeds, args.samples)
+        perplexities(args.kit, args.folder, args.schemes, args.methods, args.sources, args.seeds, args.samples)
 
 
 if __name__ == "__main__":

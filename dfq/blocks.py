@@ -252,6 +252,7 @@ class Captured:
         arguments: of the block's first module in the student.
         inputs: [N, ...] in the student, whose earlier blocks are quantized already.
         float_inputs, float_outputs: [N, ...] in the float network.
+        token_weights: [N, T], what tokens count in moments of the block's inputs; None: all the same.
     """
 
     block: Block
@@ -259,6 +260,7 @@ class Captured:
     inputs: Tensor
     float_inputs: Tensor
     float_outputs: Tensor
+    token_weights: Tensor | None = None
 
 
 def capture(

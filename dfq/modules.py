@@ -146,7 +146,8 @@ class QuantizedLayer(nn.Module):
     """Mixed into a weight layer's class: quantizes the layer's input and its weight, then does what the layer does.
 
     ``input_is_on_grid``: the input comes from ``input_quantizer`` already, which was called where it was made.
-    ``bias_quantizer``: there if the bias is rounded too.
+    ``bias_quantizer``: there if the bias is rounded too. ``correction``: there if a pair of thin matrices makes up for
+    a part of what rounding costs.
     """
 
     weight: Tensor
@@ -157,6 +158,7 @@ class QuantizedLayer(nn.Module):
     feature_axis: ClassVar[int] = 1  # of the input: what the layer sums over
     input_is_on_grid = False
     bias_quantizer: BiasQuantizer | None
+    correction: LowRankCorrection | None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input if self.input_is_on_grid else self.input_quantizer(input)
@@ -164,9 +166,28 @@ class QuantizedLayer(nn.Module):
         own["weight"], bias = self.weight_quantizer(self.weight), getattr(self, "bias", None)
         own["bias"] = bias if self.bias_quantizer is None else self.bias_quantizer(bias, self)
         try:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
+            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
         finally:
             del own["weight"], own["bias"]
+        return y if self.correction is None else y + self.correction(x)
+
+
+class LowRankCorrection(nn.Module):
+    """What is added to a linear layer's output: up (down x), two thin matrices (LQER).
+
+    Shapes: ``down`` [K, I], ``up`` [O, K], in the format that they are stored in.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor):
+        super().__init__()
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+
+    down: Tensor
+    up: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
 
 class BiasQuantizer(nn.Module):
@@ -512,7 +533,7 @@ def swap_layer(layer: nn.Module, weight_scheme: TensorScheme, activation_scheme:
     layer.__class__ = kind
     layer.input_quantizer = Quantizer(activation_scheme, feature_axis=kind.feature_axis).to(weight.device)
     layer.weight_quantizer = Quantizer(weight_scheme, shape, axis).to(weight.device)
-    layer.bias_quantizer = None
+    layer.bias_quantizer = layer.correction = None
 
 
 def share_tied_grids(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ Policies (the convention has to be named, or two papers cannot be compared):
 Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
 
 ``uniform``
-    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed.
+    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed; a float z is added before rounding.
 ``ternary``
     x_hat = q s, q in -1, 0, 1 (TWN, 1605.04711); not symmetric: x_hat = q s + shift (TernaryLLM, 2406.07177).
 ``seq``
@@ -58,6 +58,7 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_token")
 GRIDS = ("uniform", "ternary", "seq", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "log2", "float")
 SCALE_FORMATS = ("float32", "float16", "e8m0", "e4m3")
 RANGES = ("full", "narrow", "7bit")
+ZERO_POINTS = ("integer", "float")
 FIXED_BITS = {"ternary": 2, "fp8_e4m3": 8, "fp8_e5m2": 8, "fp4_e2m1": 4, "float": 16}
 
 
@@ -94,6 +95,7 @@ class TensorScheme:
     dynamic: bool = False  # activations: the range of each batch instead of a calibrated one
     scale_format: str = "float32"  # float32 | float16 | e8m0 | e4m3; powers of two, or small beside a float32 a tensor
     range: str = "full"  # full | narrow | 7bit; narrow: -127..127, 7bit: -64..63 in 8 bits, for CPUs without VNNI
+    zero_point: str = "integer"  # integer | float; float: of weights, finer at 2 and 3 bits, but few formats hold it
 
     def __post_init__(self):
         _choice("grid", self.grid, GRIDS)
@@ -111,6 +113,7 @@ class TensorScheme:
         _choice("granularity", self.granularity, GRANULARITIES)
         _choice("scale_format", self.scale_format, SCALE_FORMATS)
         _choice("range", self.range, RANGES)
+        _choice("zero_point", self.zero_point, ZERO_POINTS)
         self._check_together()
         if self.granularity == "per_token":
             object.__setattr__(self, "dynamic", True)
@@ -144,6 +147,12 @@ class TensorScheme:
             )
         if self.range != "full" and not (self.grid == "uniform" and self.symmetric):
             raise UserError(f"got range={self.range}", "full", "only symmetric uniform grids can be narrower")
+        if self.zero_point == "float" and (self.grid != "uniform" or self.symmetric):
+            raise UserError(
+                f"got zero_point=float, grid={self.grid} and symmetric={str(self.symmetric).lower()}",
+                "zero_point=float with grid=uniform and symmetric=false",
+                "leave zero_point away: other grids have none, or one that is no code anyway",
+            )
         if self.range == "7bit" and self.num_bits != 8:
             raise UserError(f"got range=7bit and num_bits={self.num_bits}", "num_bits=8")
         if self.scale_format == "e4m3" and self.grid not in FLOAT_FORMATS:
@@ -180,11 +189,12 @@ class TensorScheme:
     @property
     def has_integer_codes(self) -> bool:
         """x_hat = (q - z) s with whole q and z: what integer kernels compute with."""
-        return self.grid == "uniform" or (self.grid == "ternary" and self.symmetric)
+        whole = self.grid == "uniform" and self.zero_point == "integer"
+        return whole or (self.grid == "ternary" and self.symmetric)
 
     @property
     def has_float_zero_point(self) -> bool:
-        return self.grid == "ternary" and not self.symmetric
+        return self.zero_point == "float" or (self.grid == "ternary" and not self.symmetric)
 
     @property
     def bits_per_value(self) -> float:
@@ -387,6 +397,8 @@ def _check_weight(scheme: TensorScheme, where: str) -> None:
 def _check_activation(scheme: TensorScheme, where: str) -> None:
     if scheme.is_float:
         return
+    if scheme.zero_point == "float":
+        raise UserError(f"got {where}.zero_point=float", "zero_point=integer", "float ones are for weights")
     if scheme.granularity == "per_channel":
         raise UserError(
             f"got {where}.granularity=per_channel",

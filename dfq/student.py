@@ -31,6 +31,7 @@ from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, record_dataflow
 from dfq.modules import (
+    LowRankCorrection,
     QuantizedLayer,
     Quantizer,
     Swap,
@@ -77,6 +78,7 @@ class Surgery:
     sites: Sites
     rescaled: dict[str, Rescaled] = field(default_factory=dict, compare=False)  # layer → what equalization did to it
     rotated: bool = field(default=False, compare=False)  # outputs of layers are the teacher's in other coordinates
+    corrections: dict[str, tuple[int, str]] = field(default_factory=dict, compare=False)  # layer → rank, format (LQER)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -92,6 +94,7 @@ class Surgery:
             "integer_bias": self.sites.has_integer_bias,
             **({"site_axes": self.sites.feature_axes} if self.sites.feature_axes else {}),
             **({"rotated": True} if self.rotated else {}),
+            **({"corrections": self.corrections} if self.corrections else {}),
             "rescaled": {
                 name: {part: values.tolist() for part, values in vars(record).items()}
                 for name, record in self.rescaled.items()
@@ -122,6 +125,7 @@ class Surgery:
             ),
             rescaled,
             values.get("rotated", False),
+            {name: (rank, form) for name, (rank, form) in values.get("corrections", {}).items()},
         )
 
     def repeat(self, module: nn.Module) -> nn.Module:
@@ -131,6 +135,12 @@ class Surgery:
         for name, schemes in self.swap.layers.items():
             swap_layer(module.get_submodule(name), *schemes)
         share_tied_grids(module)
+        for name, (rank, form) in self.corrections.items():
+            layer = module.get_submodule(name)
+            assert isinstance(layer, QuantizedLayer)
+            outputs, inputs = layer.weight.shape
+            like = {"dtype": getattr(torch, form), "device": layer.weight.device}
+            layer.correction = LowRankCorrection(torch.zeros(rank, inputs, **like), torch.zeros(outputs, rank, **like))
         return place_sites(module, self.sites)
 
 

@@ -11,8 +11,9 @@ with an auxiliary e that takes up the large errors::
 from the zero point that calibration has chosen and from several shares of its scale. What is kept of a row is its best
 grid, judged by sum |w - w_hat|^norm as it will be stored; the calibrated one is among them.
 
-Differences from the paper: there one scale is tried, the widest, and the zero point is no whole number. Rounded to one,
-which is all that integer formats hold, it hardly ever moves, and what comes out is the grid that went in. With a choice
+Differences from the paper: there one scale is tried, the widest, and the zero point is no whole number (here with
+``scheme.weight.zero_point=float``). Rounded to one, which is all that integer formats hold, it hardly ever moves, and
+what comes out is the grid that went in. With a choice
 of scales the paper's own norm is no judge: with p < 1 a row is best where most of its weights are met exactly and the
 largest are cut off, which at 4 bits hurts a network more than nearest rounding does. So rows are judged by their
 squared error. Errors are shrunk in units of the step, so that beta means the same for small weights and for large ones.
@@ -92,13 +93,14 @@ class HQQ(Algorithm):
                 else:
                     trial_z = (q - (w - e) / trial_s).mean(1, keepdim=True)
                 q = codes(trial_s, trial_z)
-                # As it will be stored: a float32 scale and a whole zero point.
-                stored = trial_s.float().double(), torch.round(trial_z).clamp(low, high)
+                # As it will be stored: a float32 scale and, unless the scheme has float ones, a whole zero point.
+                whole = trial_z if scheme.has_float_zero_point else torch.round(trial_z).clamp(low, high)
+                stored = trial_s.float().double(), whole.float().double()
                 found = (error(*stored), *stored)
                 better = found[0] < best[0]
                 best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore
                 beta *= self.growth
-        return best[1][:, 0].float(), best[2][:, 0].to(torch.int32)
+        return best[1][:, 0].float(), best[2][:, 0].to(zero_point.dtype)
 
 
 def shrink(x: Tensor, power: float, beta: float) -> Tensor:

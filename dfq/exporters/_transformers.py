@@ -16,13 +16,19 @@ from dfq.sites import HOLDER
 from dfq.student import Student
 from dfq.teacher import Teacher
 
-OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", HOLDER)  # sub-modules that dfq has added
+OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", "correction", HOLDER)  # sub-modules that dfq has added
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*")
 COPIED = (*TOKENIZER, "generation_config.json", "spiece.model", "sentencepiece*.model")
 
 
 def configuration(student: Student, exporter: str) -> dict[str, Any]:
     """config.json of the network as transformers reads it."""
+    if student.surgery.corrections:
+        raise UserError(
+            f"got exporter={exporter} and a student with low-rank corrections (algorithm=lqer)",
+            "exporter=pt2 | onnx_qdq for such a student",
+            "these files have no place for the pairs beside the layers",
+        )
     config = getattr(student.module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise UserError(

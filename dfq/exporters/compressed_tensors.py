@@ -138,6 +138,8 @@ def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[s
 def _arguments(scheme: TensorScheme, name: str, part: str) -> dict[str, Any]:
     """Bits, granularity and symmetry in the words of compressed-tensors."""
     what = f"got exporter=compressed_tensors and layer {name} with scheme.{part}"
+    if scheme.zero_point == "float":
+        raise UserError(f"{what}.zero_point=float", "zero_point=integer", "the format has no others")
     if not scheme.has_integer_codes or scheme.num_bits > 8:
         raise UserError(
             f"{what}.grid={scheme.grid} of {scheme.num_bits} bits", "grid=uniform, or symmetric ternary ones"
