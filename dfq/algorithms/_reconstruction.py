@@ -66,10 +66,16 @@ class BlockFitting(Algorithm):
     time_limit_s: PositiveFloat | None = None  # seconds for all blocks; null: no limit (the same seed, the same bits)
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
     single_layers: ClassVar[bool] = False
-    drop: ClassVar[float] = 0.0
-    activation_step_lr: ClassVar[float] = 0.0
-    bias_lr: ClassVar[float] = 0.0
-    parts: ClassVar[int] = 0  # what comes after the blocks and takes as much of the time as one of them
+
+    @property
+    def float_share(self) -> float:
+        """Chance of an input, and of activations inside, to stay float during training."""
+        return 0.0
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts come after the blocks, each with as much of the time limit as one of them."""
+        return 0
 
     def trainable(
         self, student: Student, block: Block, activations: list[Quantizer], elements: dict[Quantizer, int]
@@ -119,7 +125,7 @@ class BlockFitting(Algorithm):
                     student.module, reference, block, images, 4 * self.batch_size, work_dir, self.memory_bytes
                 )
                 weights = self.weights(reference, teacher, block, images, rng)
-                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.parts)
+                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
                 done.save(index, student)
                 for file in work_dir.glob("*.activations"):
@@ -134,16 +140,20 @@ class BlockReconstruction(BlockFitting):
 
     rounding_lr: PositiveFloat = 1e-2  # Adam on the rounding logits V
     weight_step_lr: NonNegativeFloat = 0.0  # Adam on weight steps, relative to each; 0: they stay
-    activation_step_lr: NonNegativeFloat = 0.0  # type: ignore[misc]  # Adam on activation steps, relative to each
-    bias_lr: NonNegativeFloat = 0.0  # type: ignore[misc]  # Adam on biases, in units of their mean magnitude
-    drop: Fraction = 0.0  # type: ignore[misc]  # share of inputs, and of activations inside, that stay float during training (QDrop)
+    activation_step_lr: NonNegativeFloat = 0.0  # Adam on activation steps, relative to each; 0: they stay
+    bias_lr: NonNegativeFloat = 0.0  # Adam on biases, in units of their mean magnitude; 0: they stay
+    drop: Fraction = 0.0  # share of inputs, and of activations inside, that stay float during training (QDrop)
     rounding_weight: NonNegativeFloat = 0.05  # lambda
     warm_up: Fraction = 0.2  # share of the steps before lambda sets in
     finish_iterations: NonNegativeInt = 0  # steps at the end that train steps and biases on the teacher's outputs
     sensitivity: bool = False  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
 
     @property
-    def parts(self) -> int:  # type: ignore[override]
+    def float_share(self) -> float:
+        return self.drop
+
+    @property
+    def num_parts(self) -> int:
         return int(self.finish_iterations > 0)
 
     def trainable(
@@ -301,21 +311,24 @@ class Trainable:
         layers: Iterable[QuantizedLayer],
         activations: list[Quantizer],
         elements: dict[Quantizer, int],
+        activation_step_lr: float = 0.0,
+        bias_lr: float = 0.0,
     ):
         self.settings, self.layers, self.activations, self.elements = settings, list(layers), activations, elements
+        self.activation_step_lr, self.bias_lr = activation_step_lr, bias_lr
 
     def __enter__(self) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer; those whose rate decays say so."""
-        s, groups = self.settings, []
-        if s.activation_step_lr > 0:
+        groups = []
+        if self.activation_step_lr > 0:
             for quantizer in self.activations:
                 steps = learn_step(quantizer, self.elements.get(quantizer, 1))
-                groups += [self.group(step, s.activation_step_lr, step.detach().abs()) for step in steps]
-        if s.bias_lr > 0:
+                groups += [self.group(step, self.activation_step_lr, step.detach().abs()) for step in steps]
+        if self.bias_lr > 0:
             for layer in self.layers:
                 if layer.bias is not None:
                     layer.bias.requires_grad_(True)
-                    groups.append(self.group(layer.bias, s.bias_lr, layer.bias.detach().abs().mean()))
+                    groups.append(self.group(layer.bias, self.bias_lr, layer.bias.detach().abs().mean()))
         self.smallest = {quantizer: quantizer.scale.detach() * 1e-2 for quantizer in self.activations}
         return groups
 
@@ -354,7 +367,7 @@ class _Roundings(Trainable):
         elements: dict[Quantizer, int],
         roundings: bool,
     ):
-        super().__init__(settings, layers, activations, elements)
+        super().__init__(settings, layers, activations, elements, settings.activation_step_lr, settings.bias_lr)
         self.roundings = roundings
         self.hard = {layer: layer.weight_quantizer for layer in self.layers}
         # A weight that is on its grid already (tied to a layer of an earlier block) keeps its codes.
@@ -468,8 +481,8 @@ class _Fit:
         s, c = self.settings, self.captured
         chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
         x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
-        if s.drop > 0:
-            x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.drop))
+        if s.float_share > 0:
+            x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.float_share))
         error = s.error(run_block(self.network, c.block, x, c.arguments), wanted)
         if self.sensitivity is not None:
             error = error * self.sensitivity[chosen].to(self.device)
@@ -491,7 +504,7 @@ class _Fit:
     @contextmanager
     def _drop(self) -> Iterator[None]:
         """QDrop inside the block: some activations pass their quantizer by."""
-        p = self.settings.drop
+        p = self.settings.float_share
 
         def mix(_name: str, _module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             return torch.lerp(output, inputs[0], self._chance(output, p))

@@ -22,6 +22,8 @@ mean magnitude); inputs that come out of attention are left alone; clipping is a
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -29,7 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.algorithms._equalization import FloatNetwork, find_paths, pass_on, rescaled, without_surprises
+from dfq.algorithms._equalization import (
+    FloatNetwork,
+    Path,
+    find_paths,
+    layer_products,
+    num_inputs,
+    num_outputs,
+    pass_on,
+    rescaled,
+    without_surprises,
+)
 from dfq.algorithms._inputs import importance, in_float, input_squares
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, record_dataflow
@@ -72,7 +84,7 @@ def scale_inputs(student: Student, example: Tensor, images: Tensor, weight_quant
     before = network.outputs(example)
     found = 0
     norms = readers_of_norms(student.module, network.flow)
-    paths = [path for path in find_paths(network, layers) if path.is_private]
+    paths = [path for path in find_paths(network, layers) if path.is_private] + gated(network, layers)
     paths = without_surprises(network, [path for path in paths if path.last in squares])
     with progress_bar("awq", len(norms) + len(paths), "inputs") as advance:
         for norm, names in norms.items():
@@ -144,6 +156,25 @@ def readers_of_norms(module: nn.Module, flow: Dataflow) -> dict[str, list[str]]:
         if twice or any(shared[id(parts[name].weight)] > 1 for name in [norm, *names]):
             lost.add(norm)
     return {norm: names for norm, names in found.items() if norm not in lost}
+
+
+def gated(network: FloatNetwork, layers: Mapping[str, nn.Module]) -> list[Path]:
+    """Pairs of linear layers with a product of the first one's outputs and something else between them."""
+    products, flow = layer_products(network, layers), network.flow
+    makers = {op.outputs[0]: name for name, op in products.items()}
+    producers = {number: op for op in flow.ops for number in op.outputs}
+    reads = Counter(number for op in flow.ops for number in op.inputs) + Counter(flow.outputs)
+    found = []
+    for last, product in products.items():
+        op, width = producers.get(product.inputs[0]), num_inputs(layers[last])
+        if op is None or op.name not in ("mul", "imul", "rmul") or reads[product.inputs[0]] != 1:
+            continue
+        for number in op.inputs:
+            first = makers.get(number)
+            if first is not None and reads[number] == 1 and num_outputs(layers[first]) == width:
+                found.append(Path(first, last, (op,), True, torch.arange(width), False))
+                break
+    return found
 
 
 def _has_gain(part: nn.Module) -> bool:

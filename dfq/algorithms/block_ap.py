@@ -43,7 +43,7 @@ class BlockAP(BlockFitting):
     weight_lr: PositiveFloat = 0.03  # Adam on weights, in units of each weight's step
     weight_step_lr: NonNegativeFloat = 2e-3  # Adam on weight steps, relative to each; 0: they stay
     zero_point_lr: NonNegativeFloat = 0.01  # Adam on zero points of weights, in codes; 0: they stay
-    activation_step_lr: NonNegativeFloat = 1e-3  # type: ignore[misc]  # Adam on activation steps, relative to each; 0: they stay
+    activation_step_lr: NonNegativeFloat = 1e-3  # Adam on activation steps, relative to each; 0: they stay
     bias_lr: NonNegativeFloat = (
         1e-3  # Adam on biases and gains of norms, in units of their mean magnitude; 0: they stay
     )
@@ -78,7 +78,7 @@ class _Parameters(Trainable):
         rounded: dict[Quantizer, QuantizedLayer],
         others: list[Tensor],
     ):
-        super().__init__(settings, layers, activations, elements)
+        super().__init__(settings, layers, activations, elements, settings.activation_step_lr, settings.bias_lr)
         self.rounded = {quantizer: layer for quantizer, layer in rounded.items() if quantizer.has_qparams}
         self.others = others
 

@@ -191,9 +191,9 @@ def test_behind_an_algorithm_that_rounds_it_is_fitted_to_the_teacher(teacher, da
     block_ap = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 40, "batch_size": 8}
     found = [
         kl(teacher, dfq.quantize(teacher, dataset, W2, algorithm="sequence", steps=steps))
-        for steps in (["gptq"], ["gptq", block_ap])
+        for steps in (["squant"], ["squant", block_ap])
     ]
-    assert found[1] < 0.9 * found[0]
+    assert found[1] < 0.8 * found[0]
     rotated = Scheme(TensorScheme(4, True, "per_channel"), FLOAT)
     with pytest.raises(dfq.UserError, match="got a student that was rotated and rounded"):
         dfq.quantize(teacher, dataset, rotated, algorithm="sequence", steps=["rotation", "gptq", block_ap])
