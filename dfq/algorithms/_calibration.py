@@ -69,11 +69,10 @@ def calibrate(
     if not images.is_floating_point():  # a token has as many logits as there are ids
         batch_size = max(1, min(batch_size, MOST_TOKENS // images[0].numel()))
     observed = [(name, quantizers[name]) for name in seen]
-    if observed:  # where inputs stay float, or have the range of each token, there is nothing to see
-        with forward_hooks(observed, before=look), progress_bar("calibrate", len(images), "samples") as advance:
-            for batch in images.split(batch_size):
-                student(batch)
-                advance(len(batch))
+    with forward_hooks(observed, before=look), progress_bar("calibrate", len(images), "samples") as advance:
+        for batch in images.split(batch_size):
+            student(batch)
+            advance(len(batch))
     for name, quantizer in observed:
         quantizer.set_qparams(*activation_quantizer.qparams(seen[name].observation(), quantizer.scheme))
     for quantizer in quantizers.values():

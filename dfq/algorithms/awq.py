@@ -231,6 +231,6 @@ def _error(layer: QuantizedLayer, squares: Tensor, scale: Tensor, weight_quantiz
     factor = scale.to(layer.weight).view(shape).expand_as(layer.weight)
     weight = layer.weight.detach() * factor
     rows = quantizer.rows(weight)
-    grid = weight_quantizer.qparams(Observation.of_tensor(rows, 0), quantizer.scheme)
-    error = (round_to_grid(rows, *grid, quantizer.scheme, 0) - rows) / quantizer.rows(factor)
+    scale_of_rows, zero_point = weight_quantizer.qparams(Observation.of_tensor(rows, 0), quantizer.scheme)
+    error = (round_to_grid(rows, scale_of_rows, zero_point, quantizer.scheme, 0) - rows) / quantizer.rows(factor)
     return float((importance(layer, squares) * error.square()).sum())

@@ -43,7 +43,7 @@ class ClipSearch(GridSearch):
         quantizer, scheme = layer.weight_quantizer, layer.weight_quantizer.scheme
         rows = quantizer.rows(layer.weight.detach())
         linear = isinstance(layer, nn.Linear) and known is not None
-        weights = None if linear else importance(layer, known)
+        weights = torch.ones_like(rows) if linear else importance(layer, known)
         low, high = rows.amin(1), rows.amax(1)
         best_scale, best_zero = choose_qparams(low, high, scheme)
         best = torch.full_like(low, torch.inf)

@@ -21,14 +21,13 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.algorithms.distillation import Distillation
 from dfq.losses.token_divergence import Divergence
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.quantization import dequantize, from_groups, scale_through, to_groups
-from dfq.settings import NonNegativeFloat, PositiveFloat, PositiveInt
+from dfq.settings import NonNegativeFloat, PositiveFloat, PositiveInt, resolve
 from dfq.student import Student
 
 
@@ -55,24 +54,10 @@ class E2EQP(Algorithm):
     def run(self, work: Work) -> None:
         work.ensure_calibrated(work.images(self.num_calibration_samples))
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        trains_float = settings["bias_lr"] > 0
-        if not trains_float:
+        if self.bias_lr == 0:
             del settings["bias_lr"]
-        with fixed_codes(work.student):
-            _OfGrids(**settings, trains_float=trains_float).run(work)
-
-
-@dataclass(frozen=True)
-class _OfGrids(Distillation):
-    trains_float: bool = False
-
-    def _learn_steps(self, student: Student, *rest: Any) -> None:
-        super()._learn_steps(student, *rest)
-        weights = {id(layer.weight) for layer in student.layers.values()}
-        for name, parameter in student.module.named_parameters():
-            owner = student.module.get_submodule(name.rpartition(".")[0])
-            trained = isinstance(owner, Quantizer) or (self.trains_float and id(parameter) not in weights)
-            parameter.requires_grad_(trained)
+        with fixed_codes(work.student), held(work.student, all_but_grids=self.bias_lr == 0):
+            work.hand_to(resolve("algorithm", "distillation", **settings), work.student, "distillation")
 
 
 class FixedCodes(Quantizer):
@@ -113,3 +98,25 @@ def fixed_codes(student: Student) -> Iterator[None]:
                 del quantizer.codes
                 quantizer.__class__ = Quantizer
                 layer.weight.requires_grad_(False)
+
+
+@contextmanager
+def held(student: Student, all_but_grids: bool) -> Iterator[None]:
+    """Weights, or all that no quantizer owns, are buffers inside: whoever trains parameters does not see them."""
+    weights = {id(layer.weight) for layer in student.layers.values()}
+    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    for part in list(student.module.modules()):
+        own = {name: p for name, p in part._parameters.items() if p is not None and (all_but_grids or id(p) in weights)}
+        if own and not isinstance(part, Quantizer):
+            kept.append((part, dict(part._parameters)))
+            for name, parameter in own.items():
+                del part._parameters[name]
+                part.register_buffer(name, parameter.detach())
+    try:
+        yield
+    finally:
+        for part, parameters in kept:
+            for name in parameters:
+                part._buffers.pop(name, None)
+            part._parameters.clear()
+            part._parameters.update(parameters)
