@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dfq
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.dataset import QUALITY, SyntheticDataset, samples_of, write_json
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match

@@ -29,7 +29,7 @@ import dfq
 from dfq import dataset as store
 from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
-from dfq.hooks import evaluation_mode, record_dataflow
+from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import (
     QuantizedLayer,
     Quantizer,
@@ -124,6 +124,29 @@ class Surgery:
             values.get("rotated", False),
         )
 
+    @classmethod
+    def perform(
+        cls, module: nn.Module, scheme: Scheme, example: Tensor, flow: Dataflow | None = None, fold: bool = True
+    ) -> Surgery:
+        """Turn a float network into a quantized one, in place; its quantizers have no grid yet.
+
+        Args:
+            example: what it takes, to see how data flows.
+            flow: what :func:`~dfq.hooks.record_dataflow` says of both, where it is known.
+            fold: batch norms into the layers before them.
+        """
+        rewrites = prepare(module)
+        if rewrites or flow is None:
+            flow = record_dataflow(module, example)
+        folded = find_foldable(module, flow) if fold else []
+        fold_batch_norm(module, folded)
+        after = record_dataflow(module, example) if folded else flow  # without the folded ones' operations
+        functional = functional_uses(module, after)
+        swap = swap_layers(module, scheme, flow)
+        sites = find_sites(scheme, swap, after, functional)
+        place_sites(module, sites)
+        return cls(rewrites, folded, swap, sites)
+
     def repeat(self, module: nn.Module) -> nn.Module:
         """The same on a fresh copy of the network; AttributeError and the like if it is another network."""
         apply(module, self.rewrites)
@@ -154,16 +177,8 @@ class Student:
     @classmethod
     def from_teacher(cls, teacher: Teacher, scheme: Scheme) -> Student:
         """A copy of the teacher, prepared, batch norm folded, every weight layer swapped; nothing has a grid yet."""
-        module = copy.deepcopy(teacher.module)
-        rewrites = prepare(module)
-        flow = record_dataflow(module, teacher.example()) if rewrites else teacher.dataflow
-        folded = find_foldable(module, flow)
-        fold_batch_norm(module, folded)
-        after = record_dataflow(module, teacher.example()) if folded else flow  # without the folded ones' operations
-        functional = functional_uses(module, after)
-        swap = swap_layers(module, scheme, flow)
-        sites = find_sites(scheme, swap, after, functional)
-        return cls(place_sites(module, sites), scheme, Surgery(rewrites, folded, swap, sites), _describe(teacher))
+        module, flow = copy.deepcopy(teacher.module), teacher.dataflow
+        return cls(module, scheme, Surgery.perform(module, scheme, teacher.example(), flow), _describe(teacher))
 
     def become(self, other: Student) -> None:
         """The same student of the same teacher as ``other``: for what makes another one and has to hand over this."""

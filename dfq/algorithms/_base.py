@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dfq.algorithms._calibration import calibrate, calibration_images, ensure_calibrated
+from dfq.calibration import calibrate, calibration_images, ensure_calibrated
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.student import Student
@@ -39,7 +39,7 @@ class Work:
         return calibration_images(self.dataset, num_samples)
 
     def calibrate(self, images: Tensor) -> dict[str, int]:
-        """:func:`~dfq.algorithms._calibration.calibrate` the student."""
+        """:func:`~dfq.calibration.calibrate` the student."""
         return calibrate(self.student, images, self.weight_quantizer, self.activation_quantizer)
 
     def ensure_calibrated(self, images: Tensor) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pytorch_lightning import Callback
 from torch import nn
 
 import dfq.lightning.distillation as lightning_distillation
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.errors import UserError

@@ -15,7 +15,7 @@ from torch import nn
 
 import dfq
 import dfq.lightning.distillation as lightning_distillation
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.algorithms.auto import _Figures
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfq
-from dfq.algorithms._calibration import calibration_images
+from dfq.calibration import calibration_images
 from dfq.algorithms._hessian import (
     Grid,
     LayerwiseRounding,

@@ -7,7 +7,7 @@ from conftest import NETS as TINY
 from conftest import NUM_CLASSES, as_teacher, settle
 from torch import nn
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.algorithms.squant import SQuant, rounded, squant
 from dfq.modules import swap_layer

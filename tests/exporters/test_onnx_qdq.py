@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.dataset import file_sha256
 from dfq.errors import UserError
 from dfq.quantization import quantize
