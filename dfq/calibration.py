@@ -58,6 +58,7 @@ def calibrate(
     if not images.is_floating_point():  # a token has as many logits as there are ids
         batch_size = max(1, min(batch_size, MOST_TOKENS // images[0].numel()))
     ranges = Ranges(student, weight_quantizer, activation_quantizer)
+    enable(student, False)
     with ranges.watching(), progress_bar("calibrate", len(images), "samples") as advance:
         for batch in images.split(batch_size):
             student(batch)
@@ -70,10 +71,9 @@ def calibrate(
 
 
 class Ranges:
-    """Sees what goes into the quantizers of a student, which is float from here on, until :meth:`choose`.
+    """Sees what goes into the quantizers of a student until :meth:`choose` gives them their grids.
 
     Args:
-        student: its activation quantizers are turned off; its weights are looked at in the end.
         weight_quantizer, activation_quantizer: methods of the quantizers family (``qparams(observation, scheme)``).
     """
 
@@ -81,7 +81,6 @@ class Ranges:
         self.student, self.methods = student, (weight_quantizer, activation_quantizer)
         self.quantizers = student.activation_quantizers
         self.seen = {name: Histogram() for name, quantizer in self.quantizers.items() if quantizer.has_qparams}
-        enable(student, False)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
