@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from rich.console import Console
@@ -17,11 +18,24 @@ from dfq import inspection, pipeline
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
+from dfq.lightning.quantized import (
+    find_network,
+    is_lightning_class,
+    load_module,
+    network_of,
+    read_checkpoint,
+    read_record,
+    replace_network,
+    student_of,
+    write_records,
+)
 from dfq.pipeline import Experiment
 from dfq.scheme import MixedScheme, Scheme
-from dfq.settings import build, load, resolve
+from dfq.settings import build, resolve
+from dfq.settings import load as config_of
 from dfq.student import Student, build_network, read_manifest
-from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, resolve_device
+from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, input_spec_from_dict, resolve_device
+from dfq.teachers._import import import_named
 
 TOKEN_TASKS = ("language_modeling", "masked_language_modeling")  # a classifier may take images or token ids
 
@@ -54,7 +68,7 @@ def load_teacher(
     images = {"input_size": input_size, "mean": mean, "std": std}
     tokens = {"vocab_size": vocab_size, "length": length}
     if isinstance(model, str):
-        config = load("teacher", model)
+        config = config_of("teacher", model)
         given = images | tokens | {"adapter": adapter} | ({"task": task} if "task" in config else {})
         teacher = _build_teacher(config | settings | {k: v for k, v in given.items() if v is not None}, device)
         if task not in (None, teacher.task):
@@ -112,8 +126,12 @@ def generate(
     return pipeline.generate(teacher, chosen, num_samples, seed, _path(dataset_dir), rank, world_size, folders)
 
 
+@overload
+def quantize(teacher: Teacher, dataset: SyntheticDataset | str | os.PathLike, *args: Any, **kw: Any) -> Student: ...
+@overload
+def quantize(teacher: nn.Module, dataset: SyntheticDataset | str | os.PathLike, *args: Any, **kw: Any) -> Any: ...
 def quantize(
-    teacher: Teacher,
+    teacher: Teacher | nn.Module,
     dataset: SyntheticDataset | str | os.PathLike,
     scheme: Scheme | str = "w4a4",
     policy: str | None = None,
@@ -123,17 +141,32 @@ def quantize(
     student_dir: str | os.PathLike | None = None,
     seed: int = 0,
     budget: Mapping[str, Any] | str | float | None = None,
+    attribute: str | None = None,
+    task: str = "classification",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **settings: Any,
-) -> Student:
+) -> Any:
     """A quantized student of ``teacher``, made with ``dataset``; settings of the algorithm go in as keywords.
 
     With ``student_dir`` the student is saved there, an interrupted call goes on, and a finished one is loaded.
 
+    Of a LightningModule a copy is given back whose network is the student's; the module itself stays as it is.
+    ``dfq.lightning.student_of`` gives its student, to export.
+
     Args:
+        attribute: the network's name in a LightningModule; None: the only part that has weights; ``"."``: the module.
+        task, mean, std: what a LightningModule's outputs mean, and the normalization of its images; None: as the
+            dataset records it.
         budget: ``{"size_bytes": 150000}`` and the like: bits are chosen layer by layer (see ``scheme="mixed"``). A time
             such as ``"10min"`` is the algorithm's (``auto``).
     """
-    chosen = Scheme.from_dict(load("scheme", scheme)) if isinstance(scheme, str) else scheme
+    if not isinstance(teacher, Teacher):
+        given = locals()
+        options = {key: given[key] for key in ("scheme", "policy", "algorithm", "weight_quantizer", "seed", "budget")}
+        options |= {"activation_quantizer": activation_quantizer, "student_dir": student_dir, **settings}
+        return _quantize_module(teacher, _dataset(dataset), attribute, task, mean, std, options)
+    chosen = Scheme.from_dict(config_of("scheme", scheme)) if isinstance(scheme, str) else scheme
     if policy is not None:
         chosen = replace(chosen, policy=policy)
     if isinstance(budget, Mapping):
@@ -149,6 +182,71 @@ def quantize(
     with tempfile.TemporaryDirectory() as scratch:
         path = _path(student_dir) or Path(scratch) / "student"
         return pipeline.quantize(teacher, _dataset(dataset), chosen, *methods, seed=seed, student_dir=path)[0]
+
+
+def _quantize_module(
+    module: nn.Module,
+    dataset: SyntheticDataset,
+    attribute: str | None,
+    task: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    if not is_lightning_class(type(module)):
+        raise UserError(
+            f"got a {type(module).__name__} to quantize",
+            "a Teacher, or a LightningModule",
+            "dfq.load_teacher(model, task=..., input_size=..., mean=..., std=...) makes a Teacher",
+        )
+    module = copy.deepcopy(module)
+    name = find_network(module, attribute)
+    recorded = dataset.manifest["settings"].get("input_spec")
+    if mean is not None and std is not None:
+        recorded = {"size": list(dataset.samples(1).shape[1:]), "mean": mean, "std": std}
+    if recorded is None:
+        raise UserError(f"got {dataset.path}, which does not say how its images are normalized", "mean=... and std=...")
+    network = copy.deepcopy(network_of(module, name))
+    device = next(network.parameters()).device
+    student = quantize(Teacher(network, task, input_spec_from_dict(recorded), device=device), dataset, **options)
+    if student.network is not None:
+        raise UserError(
+            f"got student_network={student.network} and a LightningModule, whose network stays its own",
+            "student_network=None",
+        )
+    replace_network(module, name, student)
+    return module
+
+
+def load(
+    path: str | os.PathLike,
+    module: Any = None,
+    attribute: str | None = None,
+    as_module: bool = False,
+    device: str | torch.device = "auto",
+    **arguments: Any,
+) -> Any:
+    """The quantized network in a Lightning checkpoint, or in a student's folder: a :class:`Student`.
+
+    Args:
+        module: the LightningModule's class, or one that is made; None: the class that the checkpoint names.
+        attribute: name of the network, if several are quantized.
+        as_module: give the LightningModule instead, its weights as they were trained.
+        arguments: of the class, beyond the hyper-parameters in the checkpoint.
+    """
+    if Path(path).is_dir():
+        return load_student(path, device=device)
+    content = read_checkpoint(path)
+    record = read_record(content, f"path={path}")
+    if isinstance(module, nn.Module):
+        write_records(module)
+        module.on_load_checkpoint(content)  # type: ignore[operator]  # of a LightningModule
+        module.load_state_dict(content["state_dict"])
+    else:
+        kind = module or import_named("module", record["module"], "dfq.load(path, module=THE_CLASS)")
+        module = load_module(kind, path, "path", "dfq.load(path, NAME=VALUE)", **arguments)
+    module = module.to(resolve_device(device))
+    return module if as_module else student_of(module, attribute)
 
 
 def load_student(

@@ -169,15 +169,16 @@ def input_spec(request: Request) -> None:
 
 def factories(request: Request) -> None:
     """The module and the function (or class) of a ``module:function`` exist, as far as its source can tell."""
-    named = (("teacher", "factory", "factory"), ("algorithm", "distillation", "student_network"))
-    for part, choice, option in (*named, ("teacher", "factory", "adapter"), ("teacher", "torchvision", "adapter")):
+    named = [("teacher", choice, "adapter") for choice in ("factory", "torchvision", "lightning")]
+    named += [("teacher", "factory", "factory"), ("teacher", "lightning", "module")]
+    for part, choice, option in (*named, ("algorithm", "distillation", "student_network")):
         name = request.get(part, option) if request.choice(part) == choice else None
         if name is not None:
             _is_factory(f"{part}.{option}", name)
 
 
 def _is_factory(key: str, name: str) -> None:
-    kind = "class" if key.endswith(".adapter") else "function"
+    kind = "class" if key.endswith((".adapter", ".module")) else "function"
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in f"{module}.{function}".split(".")):
         raise UserError(f"got {key}={name}", f"package.module:{kind}")

@@ -113,7 +113,8 @@ class QuantizationCallback(Callback):
         # Trainers look for their own package's class in places. Both may be imported; none has to be, before.
         found = [sys.modules[name] for name in PACKAGES if hasattr(sys.modules.get(name), "Callback")]
         found = found or [importlib.import_module("pytorch_lightning")]
-        return object.__new__(_over(cls, tuple(package.Callback for package in found)))
+        bases = tuple(package.Callback for package in found)
+        return object.__new__(_over(cls, bases))  # type: ignore[arg-type]  # mypy: a type is no Hashable
 
     def __init__(
         self,
@@ -152,6 +153,12 @@ class QuantizationCallback(Callback):
         self.features = list(features)
         if self.loss is None and (self.features or teacher is not None):
             raise UserError("got features or a teacher, and distill=False", "distill=True for them")
+        if self.loss is not None and teacher is None and self.settings.start_step:
+            raise UserError(
+                f"got distill=True and start_step={self.settings.start_step}, of which no checkpoint knows the float "
+                "weights that quantization starts from",
+                "start_step=0, or teacher=..., the float network to distil from",
+            )
         self.given_teacher = teacher.module if isinstance(teacher, Teacher) else teacher
         self.description = {"task": task, "mean": mean, "std": std}
         self._copy: tuple[nn.Module, nn.Module] | None = None  # network → its float self

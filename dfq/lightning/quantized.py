@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +36,10 @@ ITSELF = "."  # the name of a network that is the LightningModule itself
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
-def is_lightning(module: Any, kind: str = "LightningModule") -> bool:
-    """Whether an object is a ``kind`` of either package, without importing one."""
-    return any(c.__name__ == kind and c.__module__.startswith(PACKAGES) for c in type(module).__mro__)
+def is_lightning_class(kind: Any) -> bool:
+    """Whether it is a LightningModule of either package; none is imported to know."""
+    mro = kind.__mro__ if isinstance(kind, type) else ()
+    return any(c.__name__ == "LightningModule" and c.__module__.startswith(PACKAGES) for c in mro)
 
 
 # ------------------------------------------------------------------------------------------------ finding
@@ -288,6 +290,51 @@ def read_record(checkpoint: dict[str, Any], where: str = "the checkpoint") -> di
             "install a newer dfq to read it",
         )
     return record
+
+
+def read_checkpoint(path: str | os.PathLike, key: str = "path") -> dict[str, Any]:
+    """What a Trainer wrote, without unpickling objects; ``key`` is what the path is called in errors."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"got {key}={path}, which does not exist", "a .ckpt file that a Trainer wrote") from None
+    except Exception as error:  # torch's reader of a file that is none of its own raises nearly anything
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+        if "weights only" in reason.lower() or "unsupported" in str(error).lower():
+            raise UserError(
+                f"got {key}={path}, which holds pickled objects, and dfq never unpickles",
+                "tensors and plain values",
+                "keep objects out of save_hyperparameters (its ignore=[...])",
+            ) from None
+        raise UserError(f"got {key}={path}, which can't be read ({reason})", "a .ckpt file of a Trainer") from None
+    if not isinstance(content, dict) or "state_dict" not in content or "pytorch-lightning_version" not in content:
+        raise UserError(f"got {key}={path}, which no Trainer wrote", "a .ckpt file of a Trainer")
+    return content
+
+
+def load_module(kind: Any, path: str | os.PathLike, key: str, arguments: str, **given: Any) -> Any:
+    """``kind.load_from_checkpoint``, of quantized networks too; a UserError says what does not fit.
+
+    Args:
+        kind: the LightningModule's class.
+        key, arguments: what the path and ``given`` are called in errors.
+    """
+    name = kind.__name__
+    try:
+        reader = kind if issubclass(kind, QuantizedModuleMixin) else _with_records(kind)
+        return reader.load_from_checkpoint(path, map_location="cpu", weights_only=True, **given)
+    except UserError:
+        raise
+    except TypeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"got {key}={path}, with which {name} can't be made ({reason})",
+            "hyper-parameters that the class takes",
+            f"give the others as {arguments}, or have {name} call save_hyperparameters()",
+        ) from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"got {key}={path} and a {name} that it does not fit ({reason})") from error
 
 
 def restore(module: nn.Module, checkpoint: dict[str, Any]) -> None:

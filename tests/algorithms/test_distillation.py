@@ -15,10 +15,10 @@ from torch import nn
 
 import dfq
 import dfq.lightning.distillation as lightning_distillation
-from dfq.calibration import calibrate
 from dfq.algorithms.auto import _Figures
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
+from dfq.calibration import calibrate
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.hooks import capture_outputs
