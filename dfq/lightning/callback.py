@@ -12,12 +12,11 @@ starts, or after ``start_step`` optimizer steps; until then the network computes
 
 Distillation adds a loss between the outputs of the network's forwards in ``training_step`` and those of a frozen float
 copy for the same inputs (Hinton et al., 2015, arXiv 1503.02531), and the relative squared error of outputs of named
-parts. The copy belongs to the callback: it is in no checkpoint, in no optimizer, and not among ``module.parameters()``.
+parts. The copy is no part of the module: in no checkpoint, in no optimizer, and not among ``module.parameters()``.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import os
@@ -40,6 +39,8 @@ from dfq.lightning.quantized import (
     PACKAGES,
     elements_per_sample,
     find_network,
+    float_network,
+    keep_float,
     learn_steps,
     network_of,
     quantize_in_place,
@@ -161,7 +162,6 @@ class QuantizationCallback(Callback):
             )
         self.given_teacher = teacher.module if isinstance(teacher, Teacher) else teacher
         self.description = {"task": task, "mean": mean, "std": std}
-        self._copy: tuple[nn.Module, nn.Module] | None = None  # network → its float self
         self._name = ""
         self._ranges: Ranges | None = None  # while batches are looked at
         self._num_wanted = 0  # batches to look at still
@@ -190,6 +190,7 @@ class QuantizationCallback(Callback):
         if _is_overridden(pl_module, "configure_model"):
             pl_module.configure_model()  # Lightning calls it again, for which it has to be made
         self._name = find_network(pl_module, self.attribute)
+        self._check_compiled(pl_module)
         if self._name in records(pl_module):
             self._check_same(self.student(pl_module))
         else:
@@ -206,9 +207,8 @@ class QuantizationCallback(Callback):
 
     def _swap(self, trainer: Any, pl_module: Any) -> None:
         example = self._example(trainer, pl_module)
-        network = network_of(pl_module, self._name)
         if self.loss is not None and self.given_teacher is None:
-            self._copy = (network, copy.deepcopy(network).eval().requires_grad_(False))
+            keep_float(pl_module, self.attribute)
         describe: dict[str, Any] = {"task": self.description["task"]}
         mean, std = self.description["mean"], self.description["std"]
         if isinstance(self.dataset, SyntheticDataset):
@@ -245,6 +245,25 @@ class QuantizationCallback(Callback):
             )
         return first[:2]
 
+    def _check_compiled(self, pl_module: Any) -> None:
+        """A graph that torch.compile has made calls no hook that comes later."""
+        whole = getattr(pl_module, "_compiler_ctx", None) is not None
+        if not whole and self._called(pl_module) is network_of(pl_module, self._name):
+            return
+        s = self.settings
+        later = self.dataset is None and s.start_step > 0
+        if (whole and self.loss is not None) or self.features or s.refresh_steps or later:
+            raise UserError(
+                f"got a compiled {'LightningModule' if whole else 'network'} with distill, features, refresh_steps, or "
+                "start_step without dataset, which look into it",
+                "a compiled network with distill and without features; a compiled LightningModule without distill",
+                "compile later or less: what is compiled can't be looked into",
+            )
+
+    def _called(self, pl_module: Any) -> nn.Module:
+        """What the module calls: the network, or what torch.compile has made of it."""
+        return pl_module if self._name == ITSELF else pl_module.get_submodule(self._name)
+
     def _check_same(self, student: Student) -> None:
         if student.scheme.to_dict() != self.scheme.to_dict():
             raise UserError(
@@ -256,7 +275,7 @@ class QuantizationCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         student = self.student(pl_module)
         if self.loss is not None:
-            teacher = self._teacher(student)
+            teacher = self._teacher(pl_module, student)
             teacher.to(student.device)
             self._hooks.enter_context(self._distilling(pl_module, student, teacher))
         if student.has_grids:
@@ -264,21 +283,22 @@ class QuantizationCallback(Callback):
         elif self.settings.start_step == 0 and self.dataset is not None:
             self._calibrate(trainer, pl_module)
 
-    def _teacher(self, student: Student) -> nn.Module:
+    def _teacher(self, pl_module: Any, student: Student) -> nn.Module:
         if self.given_teacher is not None:
             return self.given_teacher.eval().requires_grad_(False)
-        if self._copy is None or self._copy[0] is not student.module:
+        kept = float_network(pl_module, self._name)
+        if kept is None:
             raise UserError(
-                "got distill=True and a network that was quantized before",
+                "got distill=True and a network that was quantized before, without it",
                 "QuantizationCallback(teacher=...), its float self",
             )
-        if hash_tensors(self._copy[1].state_dict()) != student.teacher["sha256"]:
+        if hash_tensors(kept.state_dict()) != student.teacher["sha256"]:
             raise UserError(
                 "got distill=True and a checkpoint of a run that distilled from other float weights than those that "
                 "the module came with",
                 "a module with the same float weights as when the run began, or QuantizationCallback(teacher=...)",
             )
-        return self._copy[1]
+        return kept
 
     # -- ranges ------------------------------------------------------------------------------------------------------
 
@@ -395,7 +415,7 @@ class QuantizationCallback(Callback):
     def _distilling(self, pl_module: Any, student: Student, teacher: nn.Module) -> Iterator[None]:
         """``training_step`` gives a loss with the distillation's in it, or ``manual_backward`` takes one."""
         forwards: list[_Forward] = []
-        called = pl_module if self._name == ITSELF else pl_module.get_submodule(self._name)
+        called = self._called(pl_module)
         step = pl_module.training_step
 
         @functools.wraps(step)

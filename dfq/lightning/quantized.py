@@ -15,6 +15,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from dfq.teacher import InputSpec, hash_tensors
 
 KEY, SCHEMA_VERSION = "dfq", 1  # of a checkpoint
 RECORDS = "quantized_networks"  # attribute of a LightningModule: name of the network → Student
+FLOAT = "float_networks"  # another: name → the network as it was before, frozen, for distillation; in no checkpoint
 ITSELF = "."  # the name of a network that is the LightningModule itself
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -117,6 +119,29 @@ def dataflow_of(network: nn.Module, example: Tensor) -> Dataflow:
 def records(module: nn.Module) -> dict[str, Student]:
     """Name → the quantized network of that name."""
     return vars(module).get(RECORDS, {})
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A network that is no part of the module that holds it; copies of the module (averages of weights) share it."""
+
+    network: nn.Module
+
+    def __deepcopy__(self, _memo: dict) -> Frozen:
+        return self
+
+
+def keep_float(module: nn.Module, attribute: str | None) -> None:
+    """Keep a frozen copy of a LightningModule's network with it, to distil from."""
+    name = find_network(module, attribute)
+    network = copy.deepcopy(network_of(module, name)).eval().requires_grad_(False)
+    vars(module).setdefault(FLOAT, {})[name] = Frozen(network)
+
+
+def float_network(module: nn.Module, name: str) -> nn.Module | None:
+    """What :func:`keep_float` has kept."""
+    kept = vars(module).get(FLOAT, {}).get(name)
+    return None if kept is None else kept.network
 
 
 def quantize_in_place(
