@@ -114,7 +114,8 @@ class Distillation(DistillationSettings, Algorithm):
         """Whether nothing is asked for but a divergence of text, and features: logits need not be whole then."""
         others = (self.reverse_kl_weight, self.jensen_shannon_weight, self.logits_weight, self.label_weight)
         more = (*others, self.cam_weight, self.intervention, self.blocks_first, self.dampen, self.frozen_channels)
-        return teacher.task == "language_modeling" and not any(more) and self.balance == "fixed"
+        whole = self.loss is not None or self.balance != "fixed"
+        return teacher.task == "language_modeling" and not any(more) and not whole
 
     def _learn_steps(self, student: Student, elements: dict[str, int]) -> None:
         student.module.requires_grad_(True)

@@ -230,20 +230,19 @@ class QuantizationCallback(Callback):
         if isinstance(self.dataset, SyntheticDataset):
             return calibration_images(self.dataset, 2)
         if self.dataset is not None:
-            return next(_inputs(self.dataset))[:2]
+            return _first_samples(self.dataset, 2)
         given = getattr(pl_module, "example_input_array", None)
         if given is not None:
             return next(tensors_in(given))
         source = getattr(trainer.fit_loop, "_data_source", None)
-        with torch.random.fork_rng(devices=[]):  # the order of the training samples stays what it would be
+        with torch.random.fork_rng(devices=[]):
             loader = None if source is None else source.dataloader()
-            first = None if loader is None else next(_inputs(loader), None)
-        if first is None:
+        if not hasattr(loader, "__iter__") or isinstance(loader, Mapping):  # a mapping: of several loaders
             raise UserError(
                 f"got a {type(pl_module).__name__} and nothing to see what its network takes",
                 "QuantizationCallback(example=...), a tensor [N, ...] that it takes",
             )
-        return first[:2]
+        return _first_samples(loader, 2)
 
     def _check_compiled(self, pl_module: Any) -> None:
         """A graph that torch.compile has made calls no hook that comes later."""
@@ -603,7 +602,7 @@ def _inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _first_samples(batches: Iterable[Any], num_samples: int) -> Tensor:
-    """Up to ``num_samples`` samples [N, ...]; a loader that counts what it gave is set back."""
+    """Up to ``num_samples`` samples [N, ...]; what is given afterwards, and in which order, stays what it would be."""
     state = batches.state_dict() if hasattr(batches, "state_dict") else None
     found: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):

@@ -34,6 +34,7 @@ from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
 from dfq.modules import Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
 from dfq.optimizer import ScaledAdam
+from dfq.settings import locate
 from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.tasks._outputs import outputs_of
@@ -123,10 +124,13 @@ class DistillationModule(pl.LightningModule):
         return min(share, 1.0)
 
     def configure_optimizers(self) -> Any:
+        """The settings' optimizer on a cosine schedule; a sub-class may have another."""
         # One kernel a group: small networks are all overhead.
         groups = [{"params": parameters, "lr": lr} for lr, parameters in self.groups.items()]
         sizes = {parameter: size.to(parameter.device) for parameter, size in self.sizes.items()}
-        optimizer = ScaledAdam(groups, sizes, fused=True)
+        optimizer: Any = ScaledAdam(groups, sizes, fused=True)
+        if self.settings.optimizer is not None:
+            optimizer = _optimizer(self.settings.optimizer, list(self.trained.values()))
         cosine = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
         )
@@ -297,6 +301,8 @@ class DistillationModule(pl.LightningModule):
             return torch.stack(
                 [self._feature_loss(seen.got[n], seen.wanted[t]) for n, t in self.features.items()]
             ).mean()
+        if name == "loss":
+            return s.loss(seen.output, seen.target)
         output, target = _logits(seen.output, f"{name}_weight"), _logits(seen.target, f"{name}_weight")
         if name == "kl":
             return kl_divergence(output, target, s.temperature)
@@ -443,7 +449,9 @@ BOXES = ("box", "task")
 
 def _terms(settings: DistillationSettings, has_features: bool, finds_boxes: bool = False) -> dict[str, float]:
     """Name → weight of each loss that counts."""
-    names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature")
+    names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature", *(() if settings.loss is None else ("loss",)))
+    if settings.loss is not None and not callable(settings.loss):
+        raise UserError(f"got algorithm.loss={settings.loss!r}", "{_target_: package.module.Class} with a __call__")
     weights = {name: getattr(settings, f"{name}_weight") for name in names}
     wrong = {f"{name}_weight": getattr(settings, f"{name}_weight") for name in LOGITS} if finds_boxes else {}
     wrong |= {"temperature": settings.temperature - 1, "mixup": settings.mixup if settings.task_weight else 0}
@@ -467,6 +475,20 @@ def _terms(settings: DistillationSettings, has_features: bool, finds_boxes: bool
             "stages that are trained apart have nothing but their own features to learn from",
         )
     return found
+
+
+def _optimizer(settings: Mapping[str, Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """``{name: package.Class, ...}`` of what it is called with beside the parameters."""
+    options = dict(settings)
+    name = options.pop("name", None)
+    kind = locate(str(name), "algorithm.optimizer.name")
+    try:
+        return kind(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"got algorithm.optimizer={dict(settings)}, which {name} does not take ({str(error).splitlines()[0]})",
+            "name: an optimizer's class, and what it takes",
+        ) from error
 
 
 def _logits(outputs: Any, setting: str) -> Tensor:

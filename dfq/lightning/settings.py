@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from dfq.losses.token_divergence import Divergence
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,6 +19,9 @@ class DistillationSettings:
 
     max_steps: PositiveInt = 400  # optimizer steps at most
     time_limit_s: PositiveFloat | None = None  # seconds until training ends; null: steps alone say when
+    optimizer: Mapping[str, Any] | None = (
+        None  # {name: torch.optim.SGD, lr: 0.01, ...}; null: Adam with the rates below
+    )
     weight_lr: PositiveFloat = 0.01  # Adam on weights, in units of each weight's step
     bias_lr: PositiveFloat = 4e-4  # Adam on biases and other float parameters
     step_lr: PositiveFloat = 1e-3  # Adam on the quantizers' steps, relative to each step
@@ -38,6 +42,8 @@ class DistillationSettings:
     divergence: Divergence = "forward"  # of text, weighted by kl_weight: between distributions over the next token
     top_k: PositiveInt = 64  # tokens that are told apart with top_k, all others being one
     chunk_tokens: PositiveInt = 1024  # of text: tokens whose logits are in memory at a time
+    loss: Any = None  # of your own: {_target_: package.module.Class}, called with the outputs of student and teacher
+    loss_weight: NonNegativeFloat = 1.0  # of it
     balance: Literal["fixed", "learned"] = "fixed"  # learned: the weights of the terms are trained too (Kendall et al.)
 
     intervention: Fraction = 0.0  # chance that a sample's features are the teacher's, falls to zero half way
