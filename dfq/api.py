@@ -244,7 +244,7 @@ def load(
         module.load_state_dict(content["state_dict"])
     else:
         kind = module or import_named("module", record["module"], "dfq.load(path, module=THE_CLASS)")
-        module = load_module(kind, path, "path", "dfq.load(path, NAME=VALUE)", **arguments)
+        module = load_module(kind, path, "path", "dfq.load(path, NAME=VALUE)", arguments)
     module = module.to(resolve_device(device))
     return module if as_module else student_of(module, attribute)
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +174,13 @@ def check_generator(generator: Any) -> None:
     _that([m.training for m in module.modules()] == modes, "the network's modes are restored")
     _that(hooks() == hooks_before, "no hook is left on the network")
     _that(not any(p.requires_grad or p.grad is not None for p in module.parameters()), "its parameters get no gradient")
-    with tempfile.TemporaryDirectory() as folder:
-        whole = pipeline.generate(teacher, generator, 6, 3, Path(folder) / "whole")
-        part = pipeline.generate(teacher, generator, 3, 3, Path(folder) / "part")
-        _that(len(part) == 3 and len(whole) == 6, "a dataset as large as it was asked for")
-        grown = pipeline.generate(teacher, generator, 6, 3, Path(folder) / "part")
+    small = replace(generator, batch_size=4)
+    with _work() as folder:
+        whole = pipeline.generate(teacher, small, 10, 3, folder / "whole")
+        part = pipeline.generate(teacher, small, 5, 3, folder / "part")
+        _that(len(part) == 5 and len(whole) == 10, "a dataset as large as it was asked for")
+        _that(torch.equal(part.samples(), whole.samples(5)), "a smaller dataset is the beginning of a larger one")
+        grown = pipeline.generate(teacher, small, 10, 3, folder / "part")
         _that(grown.sha256 == whole.sha256, "a dataset that is made in two calls has the bits of one made in one")
 
 
@@ -224,7 +227,7 @@ def check_loss(loss: Callable[[Any, Any], Tensor]) -> None:
     value.backward()
     _that(mine.grad is not None and torch.isfinite(mine.grad).all() and mine.grad.abs().sum() > 0, "a finite gradient")
     _that(torch.equal(mine.detach(), output) and torch.equal(theirs.detach(), target), "its inputs stay as they are")
-    _that(float(loss(target, target)) <= float(value), "equal outputs cost no more than others")
+    _that(float(loss(target, target)) <= float(value.detach()), "equal outputs cost no more than others")
     _that(torch.equal(loss(output, target), value.detach()), "the same value for the same outputs")
 
 

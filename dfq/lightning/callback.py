@@ -18,9 +18,7 @@ parts. The copy is no part of the module: in no checkpoint, in no optimizer, and
 from __future__ import annotations
 
 import functools
-import importlib
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,14 +27,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dfq.calibration import Ranges, calibrate, calibration_images
 from dfq.dataset import SAMPLES, SyntheticDataset, samples_of
 from dfq.errors import UserError
 from dfq.hooks import capture_outputs, evaluation_mode, tensors_in
+from dfq.lightning.packages import PACKAGES, for_all_packages
 from dfq.lightning.quantized import (
     ITSELF,
-    PACKAGES,
     elements_per_sample,
     find_network,
     float_network,
@@ -58,7 +57,7 @@ from dfq.teacher import Teacher, hash_tensors
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
 else:
-    Callback = object  # of the packages that are there when a callback is made, see __new__
+    Callback = object  # of the packages that are there when a callback is made
 
 Gradient = Literal["straight_through", "lsq", "lsq_plus", "stable"]
 SMALLEST_STEP = 1e-2  # of the step that training starts with: one that crossed zero would flip its tensor's sign
@@ -112,10 +111,7 @@ class QuantizationCallback(Callback):
 
     def __new__(cls, *_: Any, **__: Any) -> QuantizationCallback:
         # Trainers look for their own package's class in places. Both may be imported; none has to be, before.
-        found = [sys.modules[name] for name in PACKAGES if hasattr(sys.modules.get(name), "Callback")]
-        found = found or [importlib.import_module("pytorch_lightning")]
-        bases = tuple(package.Callback for package in found)
-        return object.__new__(_over(cls, bases))  # type: ignore[arg-type]  # mypy: a type is no Hashable
+        return object.__new__(for_all_packages(cls, "Callback"))
 
     def __init__(
         self,
@@ -271,6 +267,14 @@ class QuantizationCallback(Callback):
                 "the same scheme, or a module that is not quantized yet",
             )
 
+        learned = {key for key in _grids(student.module) if key in dict(student.module.named_parameters())}
+        if bool(learned) != (self.settings.gradient != "straight_through"):
+            raise UserError(
+                f"got gradient={self.settings.gradient} and a module whose quantizers' steps are "
+                f"{'parameters' if learned else 'no parameters'}",
+                "the gradient that it was quantized with, or a module that is not quantized yet",
+            )
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         student = self.student(pl_module)
         if self.loss is not None:
@@ -334,7 +338,8 @@ class QuantizationCallback(Callback):
         for callback in trainer.callbacks:
             average = getattr(callback, "_average_model", None)
             if average is not None:
-                theirs = dict(getattr(average, "module", average).named_modules())
+                average = average.module if isinstance(average, AveragedModel) else average
+                theirs = dict(average.named_modules())
                 for name, part in pl_module.named_modules():
                     if isinstance(part, Quantizer):
                         other = theirs[name]
@@ -540,14 +545,6 @@ def _mse(output: Any, target: Any) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ Lightning's ways
-
-
-@functools.cache
-def _over(cls: Any, bases: tuple[type, ...]) -> Any:
-    """``cls`` derived from ``bases`` too."""
-    bases = tuple(base for base in bases if not issubclass(cls, base))
-    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls, *bases), own) if bases else cls
 
 
 def _check_trainer(trainer: Any, settings: CallbackSettings) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from dfq.dataset import SyntheticDataset, collate
+from dfq.lightning.packages import for_all_packages
 
 
 class ShuffledOrder(RandomSampler):
@@ -69,6 +70,9 @@ class SyntheticDataModule(pl.LightningDataModule):
             resumed gets those that it has not had.
         num_workers: processes that read; 0 reads in this one.
     """
+
+    def __new__(cls, *_: Any, **__: Any) -> SyntheticDataModule:
+        return object.__new__(for_all_packages(cls, "LightningDataModule"))
 
     def __init__(
         self,

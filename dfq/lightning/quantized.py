@@ -14,7 +14,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import dfq
 from dfq.calibration import enable
 from dfq.errors import UserError, did_you_mean
 from dfq.hooks import Dataflow, forward_hooks, record_dataflow
+from dfq.lightning.packages import PACKAGES
 from dfq.modules import Quantizer, weight_layers
 from dfq.quantizers.lsq import learn_step
 from dfq.scheme import Scheme
@@ -35,7 +36,6 @@ KEY, SCHEMA_VERSION = "dfq", 1  # of a checkpoint
 RECORDS = "quantized_networks"  # attribute of a LightningModule: name of the network → Student
 FLOAT = "float_networks"  # another: name → the network as it was before, frozen, for distillation; in no checkpoint
 ITSELF = "."  # the name of a network that is the LightningModule itself
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def is_lightning_class(kind: Any) -> bool:
@@ -285,7 +285,11 @@ def to_record(module: nn.Module) -> dict[str, Any]:
                 **student.surgery.to_dict(),
                 "settings": student.settings,
                 "enabled": [key for key, part in _quantizers(student) if part.enabled],
-                "learned": sorted(key for key, p in student.module.named_parameters() if _is_of_grid(student, key)),
+                "learned": {
+                    key: {"names": list(part._parameters), "gradient_scale": part.gradient_scale, "stable": part.stable}
+                    for key, part in _quantizers(student)
+                    if part._parameters
+                },
             }
             for name, student in records(module).items()
         },
@@ -297,10 +301,6 @@ def _quantizers(student: Student) -> Iterator[tuple[str, Quantizer]]:
     for name, part in student.module.named_modules():
         if isinstance(part, Quantizer):
             yield name, part
-
-
-def _is_of_grid(student: Student, name: str) -> bool:
-    return isinstance(student.module.get_submodule(name.rpartition(".")[0]), Quantizer)
 
 
 def read_record(checkpoint: dict[str, Any], where: str = "the checkpoint") -> dict[str, Any]:
@@ -337,11 +337,12 @@ def read_checkpoint(path: str | os.PathLike, key: str = "path") -> dict[str, Any
     return content
 
 
-def load_module(kind: Any, path: str | os.PathLike, key: str, arguments: str, **given: Any) -> Any:
+def load_module(kind: Any, path: str | os.PathLike, key: str, arguments: str, given: Mapping[str, Any]) -> Any:
     """``kind.load_from_checkpoint``, of quantized networks too; a UserError says what does not fit.
 
     Args:
         kind: the LightningModule's class.
+        given: arguments of it beyond the checkpoint's hyper-parameters.
         key, arguments: what the path and ``given`` are called in errors.
     """
     name = kind.__name__
@@ -425,13 +426,15 @@ def _repeat(module: nn.Module, name: str, scheme: Scheme, surgery: Surgery, teac
 
 def _take_over(student: Student, values: dict[str, Any]) -> None:
     """Whether quantizers round, and which of their tensors are parameters: no tensor says so."""
-    enabled, learned = set(values["enabled"]), set(values["learned"])
+    enabled, learned = set(values["enabled"]), values["learned"]
     for name, part in _quantizers(student):
         part.enabled = name in enabled
-        for key in ("scale", "zero_point"):
-            if f"{name}.{key}" in learned and key in part._buffers:
+        how = learned.get(name, {"names": []})
+        for key in how["names"]:
+            if key in part._buffers:
                 start = part._buffers.pop(key)
                 part.register_parameter(key, nn.Parameter(start.float()))
+            part.gradient_scale, part.stable = how["gradient_scale"], how["stable"]
 
 
 def replace_network(module: nn.Module, name: str, student: Student) -> None:
@@ -439,8 +442,14 @@ def replace_network(module: nn.Module, name: str, student: Student) -> None:
     network = network_of(module, name)
     student.surgery.repeat(network)
     network.load_state_dict(student.module.state_dict())
+    modes, trained = list(network.modules()), [p for p in network.parameters() if p.requires_grad]
+    training = [part.training for part in modes]
     mine = Student(network, student.scheme, student.surgery, student.teacher)
     mine.settings, mine.seconds = student.settings, student.seconds
     enable(mine, True)
     mine.freeze()
+    for parameter in trained:  # it is to be trained as it was before
+        parameter.requires_grad_(True)
+    for part, mode in zip(modes, training, strict=True):
+        part.training = mode
     remember(module, name, mine)

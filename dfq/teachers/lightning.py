@@ -34,7 +34,7 @@ def load(
             "a float network",
             "dfq.load(path) reads it",
         )
-    owner = load_module(kind, checkpoint, "teacher.checkpoint", "teacher.kwargs", **(kwargs or {}))
+    owner = load_module(kind, checkpoint, "teacher.checkpoint", "teacher.kwargs", kwargs or {})
     network = network_of(owner, find_network(owner, attribute))
     name = type(network).__name__
     if task == "detection":

@@ -428,6 +428,10 @@ def test_what_is_loaded_goes_on_as_what_was_saved(gradient, tmp_path):
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     loaded = Mixed.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in module.named_parameters()]
+    pairs = zip(records(loaded)["network"].layers.values(), records(module)["network"].layers.values(), strict=True)
+    for mine, theirs in pairs:
+        assert mine.weight_quantizer.gradient_scale == theirs.weight_quantizer.gradient_scale
+        assert (mine.weight_quantizer.gradient_scale == 1) == (gradient == "straight_through")
     whole = Mixed(lr=0.05)
     fit(whole, QuantizationCallback("w4a4", loader(), gradient=gradient), epochs=3)
     resumed = Mixed(lr=0.05)
@@ -546,6 +550,8 @@ def test_trainers_that_do_not_work():
     fit(module, QuantizationCallback("w4a4", loader()))
     with pytest.raises(UserError, match=r"got QuantizationCallback\('w8a8', policy='all'\) and a module that is "):
         fit(module, QuantizationCallback("w8a8", loader()))
+    with pytest.raises(UserError, match="got gradient=lsq and a module whose quantizers' steps are no parameters"):
+        fit(module, QuantizationCallback("w4a4", loader(), gradient="lsq"))
     with pytest.raises(UserError, match=r"got an error from Sequential on an input of \[2, 7\]"):
         fit(Plain(), QuantizationCallback("w4a4", example=torch.zeros(2, 7)))
     with pytest.raises(UserError, match="got features with 'nothing', which is no part of network"):
