@@ -233,7 +233,7 @@ class QuantizationCallback(Callback):
         source = getattr(trainer.fit_loop, "_data_source", None)
         with torch.random.fork_rng(devices=[]):
             loader = None if source is None else source.dataloader()
-        if not hasattr(loader, "__iter__") or isinstance(loader, Mapping):  # a mapping: of several loaders
+        if not isinstance(loader, Iterable) or isinstance(loader, Mapping):  # a mapping: of several loaders
             raise UserError(
                 f"got a {type(pl_module).__name__} and nothing to see what its network takes",
                 "QuantizationCallback(example=...), a tensor [N, ...] that it takes",
