@@ -137,14 +137,19 @@ def check_settings(method: Any) -> None:
     _that(again == method, "methods with the same settings are equal (a dataclass)")
 
 
-def check_generator(generator: Any) -> None:
-    """Right shapes, nothing left behind on the network or in global random numbers, batch i from (seed, i) alone."""
+def check_generator(generator: Any, teacher: Teacher | None = None) -> None:
+    """Right shapes, nothing left behind on the network or in global random numbers, batch i from (seed, i) alone.
+
+    Args:
+        teacher: a tiny network that has what the generator needs; None: one of :func:`tiny_teacher`.
+    """
     _that(isinstance(generator, Generator), "a generator derives from dfq.generators._base.Generator")
     check_settings(generator)
-    if generator.needs_boxes:
+    if generator.needs_boxes and teacher is None:
         raise Skipped("it needs a detector, of which there is no tiny one here")
     tokens = generator.kind == "token ids"
-    teacher = tiny_teacher("tokens" if tokens else "attention" if generator.needs_attention else "batch norm")
+    if teacher is None:
+        teacher = tiny_teacher("tokens" if tokens else "attention" if generator.needs_attention else "batch norm")
     module = teacher.module
 
     def hooks() -> list[int]:
@@ -164,6 +169,9 @@ def check_generator(generator: Any) -> None:
     size = (4, *teacher.input_spec.size)
     _that(images.shape == size and images.dtype == kind, f"samples {list(size)} of {kind}, got {list(images.shape)}")
     _that(not images.requires_grad and torch.isfinite(images).all(), "finite samples without gradients")
+    _that(float(images.double().std()) > 0, "samples that are not all one value")
+    rows = {tuple(row.flatten().tolist()) for row in images}
+    _that(len(rows) == 4, "samples of a batch differ")
     _that(not done or math.isclose(sum(done), 4, rel_tol=1e-6), "advance is called with the number of samples, in all")
     torch.manual_seed(1)
     other = sample(index=1)

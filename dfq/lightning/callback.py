@@ -60,6 +60,7 @@ else:
     Callback = object  # of the packages that are there when a callback is made
 
 Gradient = Literal["straight_through", "lsq", "lsq_plus", "stable"]
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 SMALLEST_STEP = 1e-2  # of the step that training starts with: one that crossed zero would flip its tensor's sign
 
 
@@ -203,6 +204,10 @@ class QuantizationCallback(Callback):
 
     def _swap(self, trainer: Any, pl_module: Any) -> None:
         example = self._example(trainer, pl_module)
+        parts = dict(network_of(pl_module, self._name).named_modules())
+        for feature in self.features:
+            if feature not in parts:
+                raise UserError(f"got features with {feature!r}, which is no part of {self._name}")
         if self.loss is not None and self.given_teacher is None:
             keep_float(pl_module, self.attribute)
         describe: dict[str, Any] = {"task": self.description["task"]}
@@ -213,9 +218,6 @@ class QuantizationCallback(Callback):
             describe["input_spec"] = {"size": list(example.shape[1:]), "mean": list(mean), "std": list(std)}
         student = quantize_in_place(pl_module, self.attribute, self.scheme, example, self.settings.fold, describe)
         student.settings = {"callback": asdict(self.settings)}
-        for feature in self.features:
-            if feature not in dict(student.module.named_modules()):
-                raise UserError(f"got features with {feature!r}, which is no part of {self._name}")
         if self.settings.gradient != "straight_through":
             elements = elements_per_sample(student, example.to(student.device))
             learn_steps(student, self.settings.gradient, elements)
@@ -266,7 +268,6 @@ class QuantizationCallback(Callback):
                 f"quantized with {student.scheme.name}, policy {student.scheme.policy}",
                 "the same scheme, or a module that is not quantized yet",
             )
-
         learned = {key for key in _grids(student.module) if key in dict(student.module.named_parameters())}
         if bool(learned) != (self.settings.gradient != "straight_through"):
             raise UserError(
@@ -555,11 +556,8 @@ def _check_trainer(trainer: Any, settings: CallbackSettings) -> None:
             "swapped layers do not come back",
             'Trainer(strategy="ddp") and other strategies that start processes of their own',
         )
-    if precision.endswith("16-true"):
-        raise UserError(
-            f"got Trainer(precision={precision!r}), whose ranges would be too coarse",
-            "32-true | 64-true | 16-mixed | bf16-mixed",
-        )
+    if precision not in PRECISIONS:
+        raise UserError(f"got Trainer(precision={precision!r}), in which ranges are no float32", " | ".join(PRECISIONS))
     # A step that nothing is rounded with yet has no gradient, for which DDP waits.
     waits = trainer.world_size > 1 and not getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
     if waits and settings.gradient != "straight_through" and settings.start_step > 0:

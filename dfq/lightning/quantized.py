@@ -181,7 +181,11 @@ def quantize_in_place(
         "config": None,
         **{key: value for key, value in (describe or {}).items() if value is not None},
     }
-    student = Student(network, scheme, Surgery.perform(network, scheme, example, flow, fold), teacher)
+    changed = copy.deepcopy(network)  # a network that can't be quantized stays as it is
+    surgery = Surgery.perform(changed, scheme, example, flow, fold)
+    surgery.repeat(network)
+    network.load_state_dict(changed.state_dict())
+    student = Student(network, scheme, surgery, teacher)
     remember(module, name, student)
     return student
 

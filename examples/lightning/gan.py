@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dfq.lightning import QuantizationCallback, QuantizedModuleMixin  # dfq
 
-START = 8  # optimizer steps, of both networks
+START = 4  # optimizer steps, of both networks
 
 
 def rings(num_samples: int = 128, seed: int = 0) -> DataLoader:

@@ -544,8 +544,9 @@ def test_wrong_settings(options, message):
 
 
 def test_trainers_that_do_not_work():
-    with pytest.raises(UserError, match=r"got Trainer\(precision='bf16-true'\), whose ranges would be too coarse"):
-        fit(Plain(), QuantizationCallback("w4a4", loader()), precision="bf16-true")
+    for precision in ("bf16-true", "64-true"):
+        with pytest.raises(UserError, match=rf"got Trainer\(precision='{precision}'\), in which ranges are no float32"):
+            fit(Plain(), QuantizationCallback("w4a4", loader()), precision=precision)
     module = Plain()
     fit(module, QuantizationCallback("w4a4", loader()))
     with pytest.raises(UserError, match=r"got QuantizationCallback\('w8a8', policy='all'\) and a module that is "):
@@ -556,6 +557,21 @@ def test_trainers_that_do_not_work():
         fit(Plain(), QuantizationCallback("w4a4", example=torch.zeros(2, 7)))
     with pytest.raises(UserError, match="got features with 'nothing', which is no part of network"):
         fit(Plain(), QuantizationCallback("w4a4", loader(), distill=True, features=["nothing"]))
+
+
+def test_a_network_that_cannot_be_quantized_stays_as_it_is():
+    wrong = Scheme(W4A8.weight, W4A8.activation, overrides={"nothing": {"weight": {"num_bits": 8}}})
+    for callback in (
+        QuantizationCallback(wrong, loader()),
+        QuantizationCallback("w4a4", loader(), distill=True, features=["nothing"]),
+        QuantizationCallback("w4a16_g64", loader()),  # groups of 64 do not divide 27
+    ):
+        module = Plain()
+        before = list(map(str, module.modules()))
+        with pytest.raises(UserError, match=r"got features with|got scheme\."):
+            fit(module, callback)
+        assert list(map(str, module.modules())) == before and not records(module)
+        assert hash_tensors(module.network.state_dict()) == hash_tensors(network().state_dict())
 
 
 def test_an_interrupted_fit_leaves_nothing_on_the_module():
