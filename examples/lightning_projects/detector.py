@@ -1,6 +1,6 @@
 """A small detector whose LightningModule calls its backbone and its head itself, brought to 8 bits (``dfq`` lines).
 
-    python examples/lightning/detector.py --folder outputs/detector
+    python examples/lightning_projects/detector.py --folder outputs/detector
 
 One square an image; the head says for each cell whether the square's centre is there, and the square's size. Ranges
 come from the training images; backbone and outputs follow those of the float network.

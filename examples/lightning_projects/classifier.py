@@ -1,6 +1,6 @@
 """A classifier as Lightning projects have it, brought to 4 bits by three lines (marked ``dfq``).
 
-    python examples/lightning/classifier.py --folder outputs/classifier
+    python examples/lightning_projects/classifier.py --folder outputs/classifier
 
 trains in float unless ``float.ckpt`` is there, then with quantized weights and activations, distilled from the float
 network; tests the best checkpoint and writes ``classifier.onnx`` (needs the extra ``onnx``).

@@ -1,6 +1,6 @@
 """A generative adversarial network with manual optimization, of which the generator alone is quantized (``dfq`` lines).
 
-    python examples/lightning/gan.py --folder outputs/gan
+    python examples/lightning_projects/gan.py --folder outputs/gan
 
 The generator is trained in float for ``START`` optimizer steps; the ranges come from the batches that follow. Nothing
 but ``example_input_array``, which Lightning projects have for model summaries, says what it takes.

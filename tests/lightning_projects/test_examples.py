@@ -1,4 +1,4 @@
-"""The three projects of examples/lightning, as their users run them: with both of Lightning's names."""
+"""The three projects of examples/lightning_projects, as their users run them: with both of Lightning's names."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ import dfq
 from dfq.lightning import student_of
 from dfq.lightning.quantized import KEY, records
 
-FOLDER = Path(__file__).parents[2] / "examples" / "lightning"
+FOLDER = Path(__file__).parents[2] / "examples" / "lightning_projects"
 EXAMPLES = {"classifier": "network", "gan": "generator", "detector": "."}
 PACKAGES = ["pytorch_lightning", "lightning.pytorch"]
 
@@ -24,8 +24,7 @@ every_example = pytest.mark.parametrize("name", EXAMPLES)
 
 def written(name, package, folder):
     """The example as somebody with ``package`` writes it; the module's name."""
-    if importlib.util.find_spec(package.partition(".")[0]) is None:
-        pytest.skip(f"{package.partition('.')[0]} is not installed: pip install lightning")
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install lightning")
     text = (FOLDER / f"{name}.py").read_text()
     text = text.replace("import pytorch_lightning as pl", f"import {package} as pl")
     text = text.replace("from pytorch_lightning.", f"from {package}.")
