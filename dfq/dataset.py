@@ -23,7 +23,10 @@ import bisect
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -42,13 +45,15 @@ from dfq.errors import UserError
 SCHEMA_VERSION = 1
 COUNTS = ".counts"  # behind the name of what has another length in every sample
 QUALITY = "quality.json"
+HOST = re.sub(r"[^\w]+", "_", socket.gethostname()) or "here"
+ABANDONED_S = 86_400.0  # after which a temporary file of another machine belongs to nobody
 SAMPLES = ("images", "input_ids")  # what a network takes, by its name in a shard
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name beside ``path``, flush to disk, rename: ``path`` is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -467,8 +472,13 @@ def _is_temporary(file: Path) -> bool:
 
 
 def _is_in_use(temporary: Path) -> bool:
-    """Whether the process that writes ``temporary`` may still be at work (on this machine)."""
-    process = temporary.stem.rpartition(".")[2]
+    """Whether the process that writes ``temporary`` may still be at work; of one elsewhere its age alone tells."""
+    host, _, process = temporary.stem.rpartition(".")[2].rpartition("-")
+    if host not in ("", HOST):
+        try:
+            return time.time() - temporary.stat().st_mtime < ABANDONED_S
+        except OSError:
+            return False
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError, OverflowError):

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, on the same storage: its part of a sharded one, else all of it."""
+    found: Any = tensor.detach()
+    return found.to_local() if hasattr(found, "to_local") else found
+
+
 class ScaledAdam(torch.optim.Adam):
     """Adam (Kingma & Ba, ICLR 2015, arXiv 1412.6980), its step times a size: theta <- theta - lr size m / sqrt(v).
 
@@ -19,7 +25,7 @@ class ScaledAdam(torch.optim.Adam):
     Args:
         groups: as Adam takes them; ``lr`` is relative where a size is given.
         sizes: parameter → what its steps are multiplied by, broadcast to it; 1 for those that are not in it. They are
-            no part of the optimizer's state.
+            no part of the optimizer's state. Of a parameter that is sharded over processes, those of this process.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], sizes: Mapping[Tensor, Tensor], **settings: Any):
@@ -28,7 +34,7 @@ class ScaledAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        parameters, sizes = list(self.sizes), list(self.sizes.values())
+        parameters, sizes = [local(parameter) for parameter in self.sizes], list(self.sizes.values())
         before = [parameter.clone() for parameter in parameters]
         loss = super().step(closure)
         if parameters:

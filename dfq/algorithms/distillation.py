@@ -24,7 +24,9 @@ network that was trained in float before, or has none, is the better start.
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 import signal
 import time
 import warnings
@@ -61,7 +63,8 @@ class Distillation(DistillationSettings, Algorithm):
     def run(self, work: Work) -> None:
         """Train the student; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
         start = time.perf_counter()
-        student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
+        student, teacher, seed, training = work.student, work.teacher, work.seed, work.training
+        work_dir = work.shared_dir or work.work_dir
         # Lightning takes seconds to import; who only rounds does not pay for it.
         import pytorch_lightning as pl
         from pytorch_lightning.callbacks import ModelCheckpoint
@@ -76,10 +79,12 @@ class Distillation(DistillationSettings, Algorithm):
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
-        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
+        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed, shard=training.world_size > 1)
         task = task_of(teacher)
         kind = TokenDistillationModule if self._is_of_tokens(teacher) else DistillationModule
-        module = kind(student, teacher, task, features, self, seed, start)
+        # What is sharded for training doesn't come back; the one to keep takes the weights over.
+        trained = copy.deepcopy(student) if training.strategy == "fsdp" else student
+        module = kind(trained, teacher, task, features, self, seed, start)
         before = time.perf_counter()
         given, loss_before = _state(module), _held_out_loss(module, data)
         module.look_s = time.perf_counter() - before
@@ -91,7 +96,7 @@ class Distillation(DistillationSettings, Algorithm):
         callbacks = [best, last, Looks(self.checks), StepProgress("distill", self.max_steps, SHOWN)]
         with quiet_lightning():
             trainer = pl.Trainer(
-                **trainer_device(teacher.device),
+                **training.arguments(teacher.device),
                 max_steps=self.max_steps,
                 max_epochs=-1,
                 check_val_every_n_epoch=None,
@@ -99,16 +104,23 @@ class Distillation(DistillationSettings, Algorithm):
                 num_sanity_val_steps=0,
                 callbacks=callbacks if self.patience is None else [*callbacks, Patience(self.patience)],
                 enable_progress_bar=False,
-                logger=False,
+                logger=training.logger or False,
+                log_every_n_steps=1,  # what is logged at all
                 enable_model_summary=False,
                 default_root_dir=work_dir,
             )
             checkpoint = work_dir / "last.ckpt"
             _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
-        if best.best_model_score is not None and float(best.best_model_score) < loss_before:
-            given = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)["state_dict"]
-        module.load_state_dict(given)
-        student.module.to(teacher.device)
+        if best.best_model_path:  # its figure is read from there too: the process that looked may be gone
+            found = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)
+            if found["distillation"]["held_out_loss"] < loss_before:
+                given = found["state_dict"]
+        wait_for_all()  # behind this, rank 0 may remove what was read
+        prefix = "student_module."
+        state = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+        student.module.load_state_dict(state)
+        for network in (student.module, teacher.module):
+            network.to(teacher.device)
 
     def _is_of_tokens(self, teacher: Teacher) -> bool:
         """Whether nothing is asked for but a divergence of text, and features: logits need not be whole then."""
@@ -169,11 +181,10 @@ def _replace_network(student: Student, teacher: Teacher, factory: str, same_widt
     return pairs
 
 
-def trainer_device(device: torch.device) -> dict[str, Any]:
-    """What a Lightning Trainer has to be told to run on ``device``."""
-    if device.type == "cuda":
-        return {"accelerator": "gpu", "devices": [device.index or 0]}
-    return {"accelerator": device.type, "devices": 1}
+def wait_for_all() -> None:
+    """Until every process has come here; at once where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 @contextmanager
@@ -200,9 +211,12 @@ def _fit(trainer: Any, module: Any, data: Any, checkpoint: str | None) -> None:
 
     Lightning ignores SIGINT from then on and leaves by ``sys.exit(1)``.
     """
-    handler = signal.getsignal(signal.SIGINT)
+    handler, world_size = signal.getsignal(signal.SIGINT), os.environ.get("WORLD_SIZE")
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+    finally:
+        if world_size is not None:  # Lightning takes it away, and with it who of several processes this one is
+            os.environ["WORLD_SIZE"] = world_size

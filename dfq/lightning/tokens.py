@@ -113,10 +113,10 @@ class TokenDistillationModule(DistillationModule):
         rows = [data.dataset[i] for i in data.train_indices[: 10 * data.batch_size]]
         if all(name in rows[0] for name in CACHE):
             return float(torch.stack([row["teacher_log_probs"][:, 0].float().exp().mean() for row in rows]).mean())
-        teacher, head = self._teacher[0], self._head_of(self._teacher[0].module, self.head)
+        teacher, head = self._teacher[0], self._head_of(self.fast_teacher[0], self.head)
         found = []
         for row in rows:
-            x = self._outputs(teacher.module, samples_of(row)[None].to(teacher.device), self.head)[0]
+            x = self._outputs(self.fast_teacher[0], samples_of(row)[None].to(teacher.device), self.head)[0]
             found.append(
                 torch.cat([head(part).softmax(-1).amax(-1) for part in x.split(self.settings.chunk_tokens)]).mean()
             )
