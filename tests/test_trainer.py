@@ -66,7 +66,7 @@ def test_units_of_a_language_model_and_parts_of_a_size():
     assert local_part(torch.ones(()), weight, 1, 2).shape == () and len(local_part(steps[:3], weight[:3], 3, 4)) == 0
 
 
-@pytest.mark.parametrize("strategy, kind", [("ddp", "plain"), ("fsdp", "llama")])
+@pytest.mark.parametrize("strategy, kind", [("ddp", "plain"), ("ddp_spawn", "plain"), ("fsdp", "llama")])
 def test_two_processes_train_as_one_with_twice_the_batch(strategy, kind, tmp_path):
     """Up to rounding: sums are taken in another order, and Adam makes much of a gradient that is nearly zero."""
     if kind == "llama":
@@ -74,12 +74,15 @@ def test_two_processes_train_as_one_with_twice_the_batch(strategy, kind, tmp_pat
     still = {"max_steps": 1, "weight_lr": 1e-12, "step_lr": 1e-12, "bias_lr": 1e-12}
     alone, mine = ranks.train(tmp_path, "single", kind, 16)
     before, start = ranks.train(tmp_path / "start", "single", kind, 16, **still)
-    launch([SCRIPT, str(tmp_path), strategy, kind], 2, tmp_path)
     path = tmp_path / f"{kind}_{strategy}"
+    if strategy == "ddp_spawn":  # starts its processes itself, and they leave no files
+        theirs = [ranks.train(tmp_path, strategy, kind, 8)[1]] * 2
+    else:
+        launch([SCRIPT, str(tmp_path), strategy, kind], 2, tmp_path)
+        theirs = [torch.load(f"{path}_{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert sorted(file.name for file in path.iterdir()) == ["student.json", "student.safetensors"]
-    theirs = [torch.load(f"{path}_{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(value, theirs[1][name]) for name, value in theirs[0].items()), "ranks differ"
-    assert difference(mine, theirs[0], start) < 0.02
+    assert difference(mine, theirs[0], start) < (0.02 if strategy == "fsdp" else 1e-3)
     both = Student.load(path, ranks.teacher_of(kind))
     assert both.settings["processes"] == 2 and "processes" not in alone.settings
     data, teacher = ranks.dataset_of(tmp_path, kind), ranks.teacher_of(kind)

@@ -31,7 +31,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -110,7 +110,8 @@ class Distillation(DistillationSettings, Algorithm):
                 default_root_dir=work_dir,
             )
             checkpoint = work_dir / "last.ckpt"
-            _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
+            with shared_by_name() if training.strategy == "ddp_spawn" else nullcontext():
+                _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
         if best.best_model_path:  # its figure is read from there too: the process that looked may be gone
             found = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)
             if found["distillation"]["held_out_loss"] < loss_before:
@@ -179,6 +180,18 @@ def _replace_network(student: Student, teacher: Teacher, factory: str, same_widt
         if fitting:
             pairs[name] = fitting[-1]
     return pairs
+
+
+@contextmanager
+def shared_by_name() -> Iterator[None]:
+    """Tensors go to processes that are started here by the name of their memory: handing on open files fails in some
+    containers, and takes one for each tensor."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
 
 
 def wait_for_all() -> None:
