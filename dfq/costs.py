@@ -91,20 +91,30 @@ def timed(work: Callable[[], Any], device: torch.device) -> Cost:
     return Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
 
+def difference(more: Cost, less: Cost) -> Cost:
+    """Time that ``more`` takes beyond ``less``; noise gives none back."""
+    return Cost(max(0.0, more.seconds - less.seconds), max(0.0, more.cpu_seconds - less.cpu_seconds))
+
+
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
 def extrapolated(
-    run: Callable[..., Cost], small: Mapping[str, float], larger: Mapping[str, float], full: Mapping[str, float]
+    run: Callable[..., Cost],
+    small: Mapping[str, float],
+    larger: Mapping[str, float],
+    full: Mapping[str, float],
+    base: Cost | None = None,
 ) -> Cost:
     """Cost of ``run`` at ``full``: a constant, and for each setting so much a unit.
 
     Args:
         run: called with the settings as keywords, at ``small`` and with one of them at a time as in ``larger``.
+        base: what it costs at ``small``, where that is known.
     """
-    base = run(**small)
+    base = base or run(**small)
     seconds, cpu, memory = base.seconds, base.cpu_seconds, base.memory_bytes
     for name, value in larger.items():
         if value == small[name] or full[name] == small[name]:
@@ -173,7 +183,10 @@ def of_generation(
         nonlocal count
         count += 1
         length = int(values.get("length", 0))
-        shorter = replace(teacher, input_spec=replace(spec, length=length)) if length else teacher  # type: ignore[arg-type]
+        shorter = teacher
+        if length:
+            shorter = replace(teacher, input_spec=replace(spec, length=length))  # type: ignore[arg-type]
+            shorter.__dict__["sha256"] = teacher.sha256  # of the same weights: not hashed anew
         shrunk = replace(generator, batch_size=size, **{name: int(values[name]) for name in steps})  # type: ignore[arg-type]
         path = folder / f"trial_{count}"
 
@@ -185,15 +198,14 @@ def of_generation(
 
     small, larger, full = ({name: values[i] for name, values in settings.items()} for i in range(3))
     first = trial(False, batch, 1, small)  # prepares kernels
-    one = extrapolated(lambda **values: trial(False, batch, 1, values), small, larger, full)
+    base, two = trial(False, batch, 1, small), trial(False, batch, 2, small)
+    one = extrapolated(lambda **values: trial(False, batch, 1, values), small, larger, full, base)
     made = SyntheticDataset(folder / "trial_1")
-    batches = math.ceil(math.ceil(num_samples / batch_size) / world_size)
-    if shares:
-        a_batch = trial(False, batch, 2, small) + trial(False, batch, 1, small).times(-1)
-        a_batch = Cost(max(a_batch.seconds, 0), max(a_batch.cpu_seconds, 0))
-        time_ = one + a_batch.times(batches * batch_size / batch - 1)
-    else:
-        time_ = one.times(batches * batch_size / batch)
+    batches = math.ceil(math.ceil(num_samples / batch_size) / world_size) * batch_size / batch
+    # What a call costs, its steps (of all batches, or once for all) and whatever else each further batch takes.
+    steps_of_one, a_batch = difference(one, base), difference(two, base)
+    time_ = base + steps_of_one.times(1 if shares else batches) + a_batch.times(batches - 1)
+    warm = difference(first, base)
     # Bytes: of a batch of two and of four, and of a shorter and a longer text.
     sizes = {"size": (2, 4, batch_size), **{k: v for k, v in settings.items() if k == "length"}}
     few = {name: min(2, value) for name, value in full.items() if name != "length"}
@@ -206,14 +218,8 @@ def of_generation(
     look = timed(lambda: quality.assess(teacher, dataset), teacher.device)
     looked_at = min(num_samples, quality.MOST_SAMPLES) / min(len(dataset), quality.MOST_SAMPLES)
     on_disk = sum(file.stat().st_size for file in (dataset.path / "shards").iterdir()) / len(dataset) * num_samples
-    warm = max(0.0, first.seconds - trial(False, batch, 1, small).seconds)
-    return (
-        time_
-        + look.times(looked_at)
-        + Cost(seconds=warm, cpu_seconds=warm, memory_bytes=bytes_.memory_bytes)
-        + Cost(disk_bytes=on_disk),
-        dataset,
-    )
+    total = time_ + look.times(looked_at) + warm
+    return replace(total, memory_bytes=bytes_.memory_bytes, disk_bytes=on_disk), dataset
 
 
 def _grown(
@@ -333,13 +339,14 @@ def _of_algorithm(
     time_ = extrapolated(
         lambda **values: run(False, **values),
         small,
-        {name: value for name, value in larger.items()},
+        larger,
         {
             name: small[name] + (value - small[name]) * (full_batch / batch if name in STEPS else 1)
             for name, value in full_values.items()
         },
+        again,
     )
-    once = Cost(max(0.0, first.seconds - again.seconds), max(0.0, first.cpu_seconds - again.cpu_seconds))
+    once = difference(first, again)
     sizes: dict[str, tuple[int, int, float]] = {k: v for k, v in settings.items() if k in SAMPLES}
     if trains:
         sizes["batch_size"] = (max(1, batch // 2), batch, full_batch)

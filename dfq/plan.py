@@ -241,7 +241,8 @@ def may_load(config: Mapping[str, Any], device: torch.device) -> bool:
 def allocated_bytes(device: torch.device) -> int:
     """What this process holds: of the device's memory, or resident in the computer's."""
     if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
+        torch.cuda.empty_cache()  # what trials have left
+        return torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     statm = Path("/proc/self/statm")
