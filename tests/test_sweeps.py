@@ -105,3 +105,19 @@ def test_a_figure_that_there_is_not():
         "got optimized_metric=top2; allowed: seed | student.metrics.top1 | student.size_bytes | fidelity.agreement | "
         "fidelity.kl | agreement | kl | top1; did you mean 'top1'?"
     )
+
+
+def test_a_sweeper_that_draws_its_values(api, capsys):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    trials = ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize"]
+    words = ["hydra/sweeper=optuna", *trials, "generator.learning_rate=interval(0.1,0.5)"]
+    assert main(["run", "-m", *words, "optimized_metric=kl"]) == 0
+    assert len({row["generator.learning_rate"] for row in table()}) == 3
+
+
+def test_a_sweeper_that_is_not_installed(api, capsys, monkeypatch):
+    monkeypatch.setattr("dfq.commands.plugins", lambda kind: [])
+    assert main(["run", "-m", "hydra/sweeper=optuna"]) == 2
+    assert capsys.readouterr().err == (
+        "dfq: got hydra/sweeper=optuna; allowed: basic; pip install 'dfq[sweep]' for optuna\n"
+    )
