@@ -203,9 +203,10 @@ def wait_for_all() -> None:
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without Lightning's lines on devices it does not use and products it recommends; warnings of substance stay."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # The data is a memory map or a few tensors: worker processes would only cost.
@@ -216,7 +217,8 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _fit(trainer: Any, module: Any, data: Any, checkpoint: str | None) -> None:
