@@ -213,7 +213,8 @@ def of_generation(
     def counted(size: float, **values: float) -> Cost:
         return trial(True, int(size), 1, {**few, **{k: v for k, v in values.items() if k == "length"}})
 
-    bytes_ = extrapolated(counted, *({name: values[i] for name, values in sizes.items()} for i in range(3)))
+    few_of, more_of, all_of = ({name: values[i] for name, values in sizes.items()} for i in range(3))
+    bytes_ = extrapolated(counted, few_of, more_of, all_of)
     dataset = _grown(teacher, generator, made, num_samples, _count(each, 16, 512), folder / "grown")
     look = timed(lambda: quality.assess(teacher, dataset), teacher.device)
     looked_at = min(num_samples, quality.MOST_SAMPLES) / min(len(dataset), quality.MOST_SAMPLES)
@@ -351,10 +352,8 @@ def _of_algorithm(
     if trains:
         sizes["batch_size"] = (max(1, batch // 2), batch, full_batch)
     fixed = {name: value for name, value in small.items() if name not in SAMPLES}
-    bytes_ = extrapolated(
-        lambda **values: run(True, **{**fixed, **values}),
-        *({name: values[i] for name, values in sizes.items()} for i in range(3)),
-    )
+    few_of, more_of, all_of = ({name: values[i] for name, values in sizes.items()} for i in range(3))
+    bytes_ = extrapolated(lambda **values: run(True, **{**fixed, **values}), few_of, more_of, all_of)
     limit = getattr(algorithm, "time_limit_s", None) or math.inf
     stored = 2 * num_samples * samples_of(dataset.tensors(1)).nbytes  # they are read at once, shard by shard
     total = time_ + once
