@@ -150,6 +150,7 @@ def test_ranks_as_options_and_from_the_environment(monkeypatch):
 WORDS = ["-m", "dfq", "generate", "num_samples=20", "generator.batch_size=4", "generator.iterations=2", "device=cpu"]
 
 
+@pytest.mark.slow
 def test_processes_of_a_launcher_and_those_that_it_starts_itself(tmp_path, capfd):
     """Two ranks by their environment, and ``processes=2``: the bytes of one process."""
     teacher = dfq.load_teacher("digits", device="cpu")
