@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.exporters.onnx_qdq import OnnxQDQ
 from dfq.hooks import forward_hooks, tensors_in

@@ -2,10 +2,14 @@
 
     python benchmarks/generation.py                             torchvision's ResNet-18 with random weights, 32 px
     python benchmarks/generation.py --kit DIR --network resnet20 --size 32 --batch 128
-    python benchmarks/generation.py --mct ENV/bin/python        and the data generation of model-compression-toolkit,
-                                                                installed in an environment of its own
+    python benchmarks/generation.py --mct install               and the data generation of model-compression-toolkit,
+                                                                installed for it in an environment that is thrown away
+    python benchmarks/generation.py --mct ENV/bin/python        the same in an environment that has it
     python benchmarks/generation.py --mode step --size 224 --batch 32     what share of the matrix peak one step reaches
+    python benchmarks/generation.py --mode profile --size 224 --batch 32  where the time of one step goes
     python benchmarks/generation.py --mode cost                 seconds and peak memory over samples and pixels
+    python benchmarks/generation.py --mode cost --kit DIR --network fastestdet --generators box_sampling \\
+        --iterations 8 --sizes 160,352,640 --counts 8 --batch 4     a detector; a tenth of the steps
 
 All contenders run in turns in one process, so that a busy machine slows all of them down. A run of 1 + STEPS steps and
 one of 1 step tell what a step costs and what comes once a batch; ``s / image`` is both at the row's own iterations.
@@ -15,8 +19,13 @@ step for the plateau schedule, 500 iterations. The floor is the multiply-accumul
 the input, counted, over the peak of a large matrix product measured in the same rounds; ``of peak`` is what a step
 reaches of it. It counts what the teacher needs: a generator that trains a network of its own does more.
 
+``--mode cost`` measures batches of ``--batch`` or, with ``--batch auto``, as large as ``memory_bytes`` allow: then the
+peak is compared with that bound, which counts tensors, without what kernels take for themselves. ``--mode profile``
+sorts the operations of one step by what they are for; with a profiler on, a step takes longer than without.
+
 Random weights make no good images, but cost what trained ones cost. What images are worth is another question:
-``benchmarks/accuracy.py``.
+``benchmarks/accuracy.py``. In ``--mode cost`` generators take ``--iterations`` steps, and those with two stages as many
+of the second as go with them; "all its steps" is a batch without what comes once a dataset, multiplied.
 """
 
 from __future__ import annotations
@@ -29,27 +38,39 @@ import resource
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import venv
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import dfq
 from dfq.errors import UserError
 from dfq.generators._base import Generator, batch_rng
+from dfq.generators.box_sampling import low_size
 from dfq.hooks import forward_hooks
 from dfq.settings import choices, resolve
 from dfq.teacher import Teacher
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples import digits_scenes, fastestdet
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-KIT = {"resnet20": 32, "fdmobilenet": 224}  # size of the images that they were trained on
+KIT = {"resnet20": 32, "fdmobilenet": 224, "fastestdet": 352}  # size of the images that they were trained on
+DETECTORS = ("fastestdet", "retinanet")
+STEPS = ("iterations", "final_iterations")  # what generators call how many steps they take
 REFERENCE = "reference loop"
+AUTO = "auto"
 LARGEST_MATRIX, LONGEST_PRODUCT = 4096, 3.0  # places of a side, seconds
 MCT = """
 import json, sys, time
@@ -86,22 +107,28 @@ class Row:
 
 
 def build(name: str, size: int | None, kit: Path | None, device: str) -> Teacher:
-    """Digits as they ship, ResNet-18 with random weights and settled batch norms, or a network of the kit."""
+    """Digits as they ship, ResNet-18 or a small RetinaNet with random weights, or a network of the kit."""
     if name == "digits":
         return dfq.load_teacher("digits", device=device)
     if name == "resnet18":
         return _teacher(settled(torchvision.models.resnet18, size or 32), size or 32, device)
+    if name == "retinanet":
+        return _teacher(settled(digits_scenes.retinanet, size or 64, False), size or 64, device, True)
     if name not in KIT:
-        raise UserError(f"got --network {name}", f"digits | resnet18 | {' | '.join(KIT)}")
+        raise UserError(f"got --network {name}", f"digits | resnet18 | retinanet | {' | '.join(KIT)}")
     if kit is None or not (kit / f"{name}.py").exists():
         raise UserError(f"got --network {name} and --kit {kit}", f"a folder with {name}.py", "give --kit DIR")
     sys.path.insert(0, str(kit.resolve()))
     sys.dont_write_bytecode = True
-    return _teacher(__import__(name).load(), size or KIT[name], device)
+    return _teacher(__import__(name).load(), size or KIT[name], device, name in DETECTORS)
 
 
-def settled(make: Callable[[], nn.Module], size: int) -> nn.Module:
-    """A network with random weights whose batch norms remember noise, one of its own for every channel."""
+def settled(make: Callable[[], nn.Module], size: int, forward: bool = True) -> nn.Module:
+    """A network with random weights whose batch norms remember noise, one of its own for every channel.
+
+    Args:
+        forward: it can be called in training mode on images alone.
+    """
     torch.manual_seed(0)
     network = make()
     with torch.no_grad():
@@ -109,13 +136,18 @@ def settled(make: Callable[[], nn.Module], size: int) -> nn.Module:
             if isinstance(part, nn.BatchNorm2d):
                 part.weight.uniform_(0.5, 1.5)
                 part.bias.normal_(0, 0.3)
-        for _ in range(10):
+        for _ in range(10 * forward):
             network.train()(torch.randn(8, 3, min(size, 64), min(size, 64)))
     return network.eval()
 
 
-def _teacher(network: nn.Module, size: int, device: str) -> Teacher:
-    return dfq.load_teacher(network, input_size=(3, size, size), device=device, **IMAGENET)
+def _teacher(network: nn.Module, size: int, device: str, finds_boxes: bool = False) -> Teacher:
+    settings: dict[str, Any] = dict(IMAGENET)
+    if finds_boxes:
+        settings["task"] = "detection"
+    if type(network).__name__ == "FastestDet":
+        settings |= {"adapter": fastestdet.Adapter, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return dfq.load_teacher(network, input_size=(3, size, size), device=device, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ contenders
@@ -171,11 +203,31 @@ def contender(teacher: Teacher, name: str, batch: int, samples: int, iterations:
     return Contender(run, own, samples if trains else batch, note)
 
 
+def install_mct(folder: Path) -> str:
+    """An interpreter that has model-compression-toolkit and, behind it, what this one has (PyTorch).
+
+    Raises:
+        OSError: it does not install; the message is the installer's last line.
+    """
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    inside = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (inside / "outer.pth").write_text(sysconfig.get_path("purelib"))
+    words = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "model-compression-toolkit"]
+    made = subprocess.run([*map(str, words)], capture_output=True, text=True)
+    if made.returncode:
+        raise OSError(f"it does not install: {(made.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return str(python)
+
+
 def mct_contender(python: str, teacher: Teacher, batch: int, clock: str, folder: Path) -> Contender | str:
-    """model-compression-toolkit's generator, in its own interpreter; or a line that says why there is none."""
+    """model-compression-toolkit's generator, in its own interpreter; or a line that says why there is none.
+
+    Args:
+        python: the interpreter; ``install``: one that is made in ``folder``.
+    """
     path = folder / "network.pt"
     torch.save(teacher.module, path)
-    seconds: list[float] = []
 
     def run(steps: int) -> float:
         words = [python, "-c", MCT, path, teacher.input_spec.size[-1], batch, steps, clock]
@@ -185,12 +237,13 @@ def mct_contender(python: str, teacher: Teacher, batch: int, clock: str, folder:
         )
         if made.returncode:
             raise OSError((made.stderr.strip().splitlines() or ["no message"])[-1])
-        seconds.append(json.loads(made.stdout.strip().splitlines()[-1]))
-        return seconds[-1]
+        return json.loads(made.stdout.strip().splitlines()[-1])
 
     try:
+        if python == "install":
+            python = install_mct(folder / "environment")
         run(1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         return f"no row of model-compression-toolkit: {python} says: {error}"
     return Contender(run, 500, batch, "in its own process")
 
@@ -281,7 +334,7 @@ def table(teacher: Teacher, options: argparse.Namespace, clock: Clock) -> None:
             else:
                 contenders["model-compression-toolkit"] = found
         else:
-            notes.append("no row of model-compression-toolkit: give --mct PYTHON of an environment that has it")
+            notes.append("no row of model-compression-toolkit: give --mct install, or PYTHON that has it")
         rows, peak = measure(contenders, clock, options.steps, options.rounds)
     floor = count_flops(teacher, options.batch) / peak
     print(_heading(teacher, options, peak))
@@ -333,6 +386,50 @@ def _heading(teacher: Teacher, options: argparse.Namespace, peak: float) -> str:
     )
 
 
+# ------------------------------------------------------------------------------------------------ profile
+
+KINDS = {  # what an operation is for, by what its name has in it; the first that fits
+    "convolution, backward": ("convolution_backward",),
+    "convolution, forward": ("convolution", "conv2d"),
+    "matrix product": ("mm", "matmul", "linear"),
+    "statistics": ("mean", "var", "square", "sub_", "addcmul", "sub"),
+    "batch norm": ("batch_norm",),
+    "activation": ("relu", "threshold", "hardtanh", "silu", "gelu"),
+    "pooling": ("pool",),
+    "copies": ("copy_", "clone", "contiguous", "to_copy"),
+}
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation such as ``aten::convolution_backward``."""
+    name = operation.removeprefix("aten::")
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+
+
+def profile(teacher: Teacher, options: argparse.Namespace, clock: Clock) -> None:
+    """Where the time of one step of a generator goes: the time of each operation itself, by kind."""
+    name = (options.generators or "zeroq").split(",")[0]
+    one = contender(teacher, name, options.batch, options.samples, options.iterations)
+    one.run(1)
+    kinds: dict[str, list[float]] = {}
+    for steps, sign in ((1, -1.0), (1 + options.steps, 1.0)):  # what comes once a batch falls out
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if teacher.device.type == "cuda" else [])]
+        with torch_profile(activities=activities) as found:
+            one.run(steps)
+        for entry in found.key_averages():
+            spent = entry.self_device_time_total if teacher.device.type == "cuda" else entry.self_cpu_time_total
+            row = kinds.setdefault(kind_of(entry.key), [0.0, 0.0])
+            row[0] += sign * spent / 1000 / options.steps
+            row[1] += sign * entry.count / options.steps
+    total = sum(spent for spent, _ in kinds.values())
+    peak = max(product(clock)() for _ in range(2))
+    print(_heading(teacher, options, peak))
+    print(f"{name}: {total:.1f} ms a step with the profiler on\n")
+    print("| | ms a step | share | operations a step |\n|---|---|---|---|")
+    for kind, (spent, count) in sorted(kinds.items(), key=lambda item: -item[1][0]):
+        print(f"| {kind} | {spent:.2f} | {100 * spent / total:.0f} % | {count:.0f} |")
+
+
 # ------------------------------------------------------------------------------------------------ cost
 
 
@@ -340,8 +437,14 @@ def cost(options: argparse.Namespace) -> None:
     """Seconds and memory of whole datasets, each in a process of its own (peak memory never falls)."""
     name = (options.generators or "zeroq").split(",")[0]
     print(f"\n{options.network}, {name}, {options.iterations or 2} iterations, batch {options.batch}\n")
-    print("| pixels | samples | s | s / image | us / image and pixel | peak memory above the network's, MiB |")
-    print("|---|---|---|---|---|---|")
+    bound = resolve("generator", name).memory_bytes
+    if options.batch == AUTO:
+        print(f"memory_bytes {bound / 2**20:.0f} MiB\n")
+    print(
+        "| pixels | samples | batch | s | s / image | us / image and pixel | of the floor | all its steps, s / image "
+        "| peak memory above the network's, MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for size in map(int, options.sizes.split(",")):
         for samples in map(int, options.counts.split(",")):
             words = ["--mode", "worker", "--network", options.network, "--generators", name, "--size", str(size)]
@@ -352,7 +455,9 @@ def cost(options: argparse.Namespace) -> None:
             found = json.loads(made.stdout.strip().splitlines()[-1])
             each = found["seconds"] / samples
             print(
-                f"| {size} | {samples} | {found['seconds']:.1f} | {each:.4f} | {1e6 * each / size**2:.3f} "
+                f"| {size} | {samples} | {found['batch']} | {found['seconds']:.1f} | {each:.4f} "
+                f"| {1e6 * each / size**2:.3f} | {100 * found['floor'] / found['steps']:.0f} % "
+                f"| {found['steps'] / found['share']:.3f} "
                 f"| {found['bytes'] / 2**20:.0f} |"
             )
 
@@ -361,13 +466,35 @@ def worker(options: argparse.Namespace) -> None:
     teacher = build(options.network, options.size, options.kit, options.device)
     clock = Clock(options.clock, teacher.device)
     generator = options.generators
-    settings = {"iterations": options.iterations} if hasattr(resolve("generator", generator), "iterations") else {}
+    own = {name: getattr(resolve("generator", generator), name, 0) for name in STEPS}
+    share = options.iterations / own["iterations"] if own["iterations"] else 1.0
+    settings = {name: max(1, round(steps * share)) for name, steps in own.items() if steps}
     with tempfile.TemporaryDirectory() as folder:
         dfq.generate(teacher, generator, 2, Path(folder) / "warm", batch_size=2, **settings)
         before, start = peak_bytes(teacher.device), clock()
-        dfq.generate(teacher, generator, options.samples, Path(folder) / "data", batch_size=options.batch, **settings)
-        seconds = clock() - start
-    print(json.dumps({"seconds": seconds, "bytes": peak_bytes(teacher.device) - before}))
+        path = Path(folder) / "data"
+        dataset = dfq.generate(teacher, generator, options.samples, path, batch_size=options.batch, **settings)
+        seconds, batch = clock() - start, dataset.manifest["settings"]["batch_size"]
+        memory = peak_bytes(teacher.device) - before
+    made: Generator = dataclasses.replace(resolve("generator", generator), **settings)
+    sampler = made.prepare(teacher, batch_rng(0, 0))
+    work = clock.time(lambda: sampler.sample(teacher, batch, batch_rng(0, 0), lambda amount, note="": None))
+    multiply = product(clock)
+    floor = floor_flops(teacher, generator, settings) / max(multiply() for _ in range(3))
+    found = {"seconds": seconds, "bytes": memory, "batch": batch, "floor": floor, "share": share}
+    print(json.dumps({**found, "steps": work / batch}))
+
+
+def floor_flops(teacher: Teacher, generator: str, steps: Mapping[str, int]) -> float:
+    """Of one image: a forward and a gradient to it in every step, at the size that the step is taken at."""
+    total = 0.0
+    for name, count in steps.items():
+        size = teacher.input_spec.size
+        if name == "iterations" and "final_iterations" in steps:
+            size = (size[0], *low_size(teacher, teacher.input_spec, resolve("generator", generator).resolution))
+        shown = dataclasses.replace(teacher.input_spec, size=size)
+        total += count * count_flops(dataclasses.replace(teacher, input_spec=shown), 1)
+    return total
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -379,15 +506,21 @@ def peak_bytes(device: torch.device) -> int:
 # ------------------------------------------------------------------------------------------------ command line
 
 
+def _batch(word: str) -> int | str:
+    return word if word == AUTO else int(word)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=("table", "step", "cost", "worker"), default="table")
-    parser.add_argument("--network", default="resnet18", help=f"digits, resnet18, {', '.join(KIT)} (with --kit)")
-    parser.add_argument("--kit", type=Path, help="folder with resnet20.py and fdmobilenet.py")
-    parser.add_argument("--mct", help="interpreter of an environment with model-compression-toolkit")
+    parser.add_argument("--mode", choices=("table", "step", "profile", "cost", "worker"), default="table")
+    parser.add_argument(
+        "--network", default="resnet18", help=f"digits, resnet18, retinanet, {', '.join(KIT)} (with --kit)"
+    )
+    parser.add_argument("--kit", type=Path, help="folder with resnet20.py, fdmobilenet.py, fastestdet.py")
+    parser.add_argument("--mct", help="install, or an interpreter that has model-compression-toolkit")
     parser.add_argument("--generators", help="names with commas; by default all (step, cost: zeroq)")
     parser.add_argument("--size", type=int, help="pixels of a side; by default the network's own (resnet18: 32)")
-    parser.add_argument("--batch", type=int, default=32, help="images made together")
+    parser.add_argument("--batch", type=_batch, default=32, help="images made together; auto (--mode cost): what fits")
     parser.add_argument("--samples", type=int, default=1024, help="images of a dataset, for what is done once for all")
     parser.add_argument("--iterations", type=int, help="instead of each generator's own (cost: 2)")
     parser.add_argument("--steps", type=int, default=3, help="measured in each round")
@@ -405,7 +538,11 @@ def main(words: Sequence[str] | None = None) -> None:
         teacher = build(options.network, options.size, options.kit, options.device)
     except UserError as error:
         sys.exit(str(error))
-    {"table": table, "step": one_step}[options.mode](teacher, options, Clock(options.clock, teacher.device))
+    if options.batch == AUTO:
+        parser.error("--batch auto is for --mode cost")
+    {"table": table, "step": one_step, "profile": profile}[options.mode](
+        teacher, options, Clock(options.clock, teacher.device)
+    )
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.quantization import pack, unpack
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import FLOAT, Scheme, TensorScheme

@@ -14,6 +14,7 @@ __all__ = [
     "quantize",
     "evaluate",
     "export",
+    "load",
     "load_student",
     "export_coco",
     "SyntheticDataset",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dfq.api import evaluate, export, generate, load_student, load_teacher, quantize
+    from dfq.api import evaluate, export, generate, load, load_student, load_teacher, quantize
     from dfq.coco import export_coco
     from dfq.dataset import SyntheticDataset
     from dfq.detectors._base import Boxes, Candidates, Detector

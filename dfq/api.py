@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from dfq import inspection, pipeline
+from dfq import inspection, pipeline, ranks
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset
-from dfq.errors import UserError
+from dfq.errors import UserError, did_you_mean
+from dfq.lightning.quantized import (
+    find_network,
+    is_lightning_class,
+    load_module,
+    network_of,
+    read_checkpoint,
+    read_record,
+    replace_network,
+    student_of,
+    write_records,
+)
+from dfq.lightning.trainer import Training
 from dfq.pipeline import Experiment
 from dfq.scheme import MixedScheme, Scheme
-from dfq.settings import build, load, resolve
+from dfq.settings import build, resolve
+from dfq.settings import load as config_of
 from dfq.student import Student, build_network, read_manifest
-from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, resolve_device
+from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec, input_spec_from_dict, resolve_device
+from dfq.teachers._import import import_named
 
 TOKEN_TASKS = ("language_modeling", "masked_language_modeling")  # a classifier may take images or token ids
 
@@ -54,7 +72,7 @@ def load_teacher(
     images = {"input_size": input_size, "mean": mean, "std": std}
     tokens = {"vocab_size": vocab_size, "length": length}
     if isinstance(model, str):
-        config = load("teacher", model)
+        config = config_of("teacher", model)
         given = images | tokens | {"adapter": adapter} | ({"task": task} if "task" in config else {})
         teacher = _build_teacher(config | settings | {k: v for k, v in given.items() if v is not None}, device)
         if task not in (None, teacher.task):
@@ -112,8 +130,12 @@ def generate(
     return pipeline.generate(teacher, chosen, num_samples, seed, _path(dataset_dir), rank, world_size, folders)
 
 
+@overload
+def quantize(teacher: Teacher, dataset: SyntheticDataset | str | os.PathLike, *args: Any, **kw: Any) -> Student: ...
+@overload
+def quantize(teacher: nn.Module, dataset: SyntheticDataset | str | os.PathLike, *args: Any, **kw: Any) -> Any: ...
 def quantize(
-    teacher: Teacher,
+    teacher: Teacher | nn.Module,
     dataset: SyntheticDataset | str | os.PathLike,
     scheme: Scheme | str = "w4a4",
     policy: str | None = None,
@@ -123,17 +145,40 @@ def quantize(
     student_dir: str | os.PathLike | None = None,
     seed: int = 0,
     budget: Mapping[str, Any] | str | float | None = None,
+    attribute: str | None = None,
+    task: str = "classification",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    trainer: Any = "single",
     **settings: Any,
-) -> Student:
+) -> Any:
     """A quantized student of ``teacher``, made with ``dataset``; settings of the algorithm go in as keywords.
 
     With ``student_dir`` the student is saved there, an interrupted call goes on, and a finished one is loaded.
 
+    Of a LightningModule a copy is given back whose network is the student's; the module itself stays as it is.
+    ``dfq.lightning.student_of`` gives its student, to export.
+
     Args:
+        attribute: the network's name in a LightningModule; None: the only part that has weights; ``"."``: the module.
+        task, mean, std: what a LightningModule's outputs mean, and the normalization of its images; None: as the
+            dataset records it.
         budget: ``{"size_bytes": 150000}`` and the like: bits are chosen layer by layer (see ``scheme="mixed"``). A time
             such as ``"10min"`` is the algorithm's (``auto``).
+        trainer: where a distillation runs: ``single``, ``ddp``, ``ddp_spawn``, ``fsdp``, or a
+            :class:`~dfq.lightning.trainer.Training`.
     """
-    chosen = Scheme.from_dict(load("scheme", scheme)) if isinstance(scheme, str) else scheme
+    if not isinstance(teacher, Teacher):
+        given = locals()
+        options = {key: given[key] for key in ("scheme", "policy", "algorithm", "weight_quantizer", "seed", "budget")}
+        options |= {
+            "activation_quantizer": activation_quantizer,
+            "student_dir": student_dir,
+            "trainer": trainer,
+            **settings,
+        }
+        return _quantize_module(teacher, _dataset(dataset), attribute, task, mean, std, options)
+    chosen = Scheme.from_dict(config_of("scheme", scheme)) if isinstance(scheme, str) else scheme
     if policy is not None:
         chosen = replace(chosen, policy=policy)
     if isinstance(budget, Mapping):
@@ -148,7 +193,75 @@ def quantize(
     )
     with tempfile.TemporaryDirectory() as scratch:
         path = _path(student_dir) or Path(scratch) / "student"
-        return pipeline.quantize(teacher, _dataset(dataset), chosen, *methods, seed=seed, student_dir=path)[0]
+        training = resolve("trainer", trainer)
+        return pipeline.quantize(
+            teacher, _dataset(dataset), chosen, *methods, seed=seed, student_dir=path, training=training
+        )[0]
+
+
+def _quantize_module(
+    module: nn.Module,
+    dataset: SyntheticDataset,
+    attribute: str | None,
+    task: str,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    if not is_lightning_class(type(module)):
+        raise UserError(
+            f"got a {type(module).__name__} to quantize",
+            "a Teacher, or a LightningModule",
+            "dfq.load_teacher(model, task=..., input_size=..., mean=..., std=...) makes a Teacher",
+        )
+    module = copy.deepcopy(module)
+    name = find_network(module, attribute)
+    recorded = dataset.manifest["settings"].get("input_spec")
+    if mean is not None and std is not None:
+        recorded = {"size": list(dataset.samples(1).shape[1:]), "mean": mean, "std": std}
+    if recorded is None:
+        raise UserError(f"got {dataset.path}, which does not say how its images are normalized", "mean=... and std=...")
+    network = copy.deepcopy(network_of(module, name))
+    device = next(network.parameters()).device
+    student = quantize(Teacher(network, task, input_spec_from_dict(recorded), device=device), dataset, **options)
+    if student.network is not None:
+        raise UserError(
+            f"got student_network={student.network} and a LightningModule, whose network stays its own",
+            "student_network=None",
+        )
+    replace_network(module, name, student)
+    return module
+
+
+def load(
+    path: str | os.PathLike,
+    module: Any = None,
+    attribute: str | None = None,
+    as_module: bool = False,
+    device: str | torch.device = "auto",
+    **arguments: Any,
+) -> Any:
+    """The quantized network in a Lightning checkpoint, or in a student's folder: a :class:`Student`.
+
+    Args:
+        module: the LightningModule's class, or one that is made; None: the class that the checkpoint names.
+        attribute: name of the network, if several are quantized.
+        as_module: give the LightningModule instead, its weights as they were trained.
+        arguments: of the class, beyond the hyper-parameters in the checkpoint.
+    """
+    if Path(path).is_dir():
+        return load_student(path, device=device)
+    content = read_checkpoint(path)
+    record = read_record(content, f"path={path}")
+    if isinstance(module, nn.Module):
+        write_records(module)
+        module.on_load_checkpoint(content)  # type: ignore[operator]  # of a LightningModule
+        module.load_state_dict(content["state_dict"])
+    else:
+        kind = module or import_named("module", record["module"], "dfq.load(path, module=THE_CLASS)")
+        module = load_module(kind, path, "path", "dfq.load(path, NAME=VALUE)", arguments)
+    module = module.to(resolve_device(device))
+    return module if as_module else student_of(module, attribute)
 
 
 def load_student(
@@ -211,6 +324,7 @@ def command(name: str, config: Mapping[str, Any]) -> float | None:
     """Run a command of the command line with its resolved configuration; returns the figure a sweeper optimizes."""
     return {
         "run": _run,
+        "plan": _plan,
         "generate": _generate,
         "quantize": _quantize,
         "evaluate": _evaluate,
@@ -221,31 +335,81 @@ def command(name: str, config: Mapping[str, Any]) -> float | None:
 
 
 def _run(config: Mapping[str, Any]) -> float | None:
-    report = pipeline.run(
-        Experiment(
-            teacher=_build_teacher(config["teacher"], config["device"]),
-            generator=build(config["generator"], "generator"),
-            scheme=Scheme.from_dict(config["scheme"]),
-            algorithm=build(config["algorithm"], "algorithm"),
-            weight_quantizer=build(config["weight_quantizer"], "weight_quantizer"),
-            activation_quantizer=build(config["activation_quantizer"], "activation_quantizer"),
-            evaluation=build(config["evaluation"], "evaluation"),
-            exporter=build(config["exporter"], "exporter"),
-            num_samples=config["num_samples"],
-            seed=config["seed"],
-            dataset_dir=_path(config["dataset_dir"]),
-            student_dir=_path(config["student_dir"]),
-            artifact_path=_path(config["artifact_path"]),
-            output_dir=Path(config["output_dir"]),
-            references=tuple(config["references"]),
-            command=config["command"],
-        )
+    report = pipeline.run(_experiment(config, _build_teacher(config["teacher"], config["device"])))
+    if not report:  # another process has it
+        return None
+    return _figure(report, config["optimized_metric"])
+
+
+def _figure(report: Mapping[str, Any], name: str | None) -> float:
+    """The figure that a sweeper is told: a metric's name, or a path of names in the report."""
+    metrics, fidelity = report["student"]["metrics"], report["fidelity"]
+    if name is None:
+        return next(iter(metrics.values()), fidelity["agreement"])
+    known = {key: value for key, value in _leaves(report).items() if key.split(".")[0] != "environment"}
+    known |= {key: fidelity[key] for key in ("agreement", "kl")} | metrics
+    if name not in known:
+        raise UserError(f"got optimized_metric={name}", " | ".join(known), did_you_mean(name, known))
+    return known[name]
+
+
+def _leaves(values: Mapping[str, Any], start: str = "") -> dict[str, float]:
+    """Every number in nested mappings, by its dotted path."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{start}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[start + key] = value
+    return found
+
+
+def _experiment(config: Mapping[str, Any], teacher: Teacher) -> Experiment:
+    return Experiment(
+        teacher=teacher,
+        generator=build(config["generator"], "generator"),
+        scheme=Scheme.from_dict(config["scheme"]),
+        algorithm=build(config["algorithm"], "algorithm"),
+        weight_quantizer=build(config["weight_quantizer"], "weight_quantizer"),
+        activation_quantizer=build(config["activation_quantizer"], "activation_quantizer"),
+        evaluation=build(config["evaluation"], "evaluation"),
+        exporter=build(config["exporter"], "exporter"),
+        num_samples=config["num_samples"],
+        seed=config["seed"],
+        dataset_dir=_path(config["dataset_dir"]),
+        student_dir=_path(config["student_dir"]),
+        artifact_path=_path(config["artifact_path"]),
+        output_dir=Path(config["output_dir"]),
+        references=tuple(config["references"]),
+        command=config["command"],
+        training=_training(config),
     )
-    metrics = report["student"]["metrics"]
-    return next(iter(metrics.values()), report["fidelity"]["agreement"])
+
+
+def _plan(config: Mapping[str, Any]) -> None:
+    from dfq import plan
+
+    device = resolve_device(config["device"])
+
+    def teacher(**extra: Any) -> Teacher:
+        return _build_teacher(config["teacher"], "cpu" if extra else device, **extra)
+
+    fits = plan.may_load(config["teacher"], device)
+    found = plan.make(
+        teacher,
+        lambda teacher: _experiment(config, teacher),
+        device,
+        world_size=1 if config["world_size"] == "auto" else config["world_size"],
+        has_weights=fits,
+    )
+    Console().print(plan.table(found))
+    plan.refuse(found)
 
 
 def _generate(config: Mapping[str, Any]) -> None:
+    rank, world_size = ranks.resolve(config["rank"], config["world_size"])
+    if config["processes"] > 1:
+        _in_processes(config)  # what they leave undone is done below
     teacher = _build_teacher(config["teacher"], config["device"])
     generator = build(config["generator"], "generator")
     dataset = pipeline.generate(
@@ -254,15 +418,41 @@ def _generate(config: Mapping[str, Any]) -> None:
         config["num_samples"],
         config["seed"],
         _path(config["dataset_dir"]),
-        config["rank"],
-        config["world_size"],
+        rank,
+        world_size,
         [Path(part) for part in config["parts"]],
     )
     if len(dataset) >= config["num_samples"]:  # else other ranks are not done
         Console().print(inspection.describe(dataset.path), soft_wrap=True)
 
 
+def _in_processes(config: Mapping[str, Any]) -> None:
+    """``dfq generate processes=N``: the same command line as each of N ranks; ends when all have."""
+    count = config["processes"]
+    words = [word for word in shlex.split(config["command"])[2:] if not word.startswith("processes=")]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    running = []
+    for rank in range(count):
+        folder = f"hydra.run.dir={Path(config['output_dir']) / f'rank_{rank}'}"
+        line = [sys.executable, "-m", "dfq", "generate", *words, f"rank={rank}", f"world_size={count}", folder]
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(rank)}
+        running.append(subprocess.Popen(line, env=environment))
+    try:
+        ended = [process.wait() for process in running]
+    except BaseException:
+        for process in running:
+            process.terminate()
+        raise
+    failed = [rank for rank, status in enumerate(ended) if status]
+    if failed:
+        raise UserError(
+            f"got processes={count}, of which {', '.join(map(str, failed))} ended with status {ended[failed[0]]}",
+            do="see above for why; what is done is kept, and the same command goes on",
+        )
+
+
 def _quantize(config: Mapping[str, Any]) -> None:
+    training = _training(config)
     _, path = pipeline.quantize(
         _build_teacher(config["teacher"], config["device"]),
         SyntheticDataset(config["dataset_dir"]),
@@ -272,7 +462,10 @@ def _quantize(config: Mapping[str, Any]) -> None:
         build(config["activation_quantizer"], "activation_quantizer"),
         config["seed"],
         _path(config["student_dir"]),
+        training,
     )
+    if training.world_size > 1 and ranks.from_environment()[0]:
+        return
     Console().print(inspection.describe(path), soft_wrap=True)
 
 
@@ -357,6 +550,12 @@ def _dataset_of(config: Mapping[str, Any], student: Student) -> SyntheticDataset
 
 def _dataset(dataset: SyntheticDataset | str | os.PathLike) -> SyntheticDataset:
     return dataset if isinstance(dataset, SyntheticDataset) else SyntheticDataset(dataset)
+
+
+def _training(config: Mapping[str, Any]) -> Training:
+    """Where a distillation runs, and who is told of it."""
+    logger = build(config["logger"], "logger").make(config["output_dir"])
+    return build(config["trainer"], "trainer").with_logger(logger)
 
 
 def _path(value: str | os.PathLike | None) -> Path | None:

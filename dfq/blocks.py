@@ -8,7 +8,8 @@ comes. Which sub-modules those are follows from the dataflow, never from class n
 - one with a path around some of its layers (a residual block, an inverted residual, an attention block) is a block,
   unless its children with layers lie on one path themselves (a stage of residual blocks), which are looked at instead;
 - what has several inputs or outputs (a decoder with skip connections) is looked into;
-- a depthwise convolution that is left alone goes with the layer that reads it and nothing else does.
+- a depthwise convolution that is left alone goes with the layer that reads it and nothing else does;
+- layers of a mixture's experts are in no block but one around them all.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from dfq.hooks import Dataflow, Op, evaluation_mode, forward_hooks, tensors_in
 from dfq.modules import product_of
 from dfq.sites import map_tensors, sites_of
+from dfq.surgery import Experts
 
 LONGEST_CHAIN = 4  # layers of a block without branches
-LARGEST_BLOCK = 32  # layers of a block with branches; what has more is looked into
+LARGEST_BLOCK = 32  # layers of a block with branches, experts of a mixture counting once; what has more is looked into
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class _Finder:
 
     def _visit(self, name: str, module: nn.Module) -> Iterator[Block]:
         inside = [layer for layer in self.layers if layer == name or layer.startswith(f"{name}.") or not name]
-        if not inside:
+        if not inside or isinstance(module, Experts):  # each gets as many tokens as chose it: no row a sample
             return
         if name in self.layers:
             if self._ends(name) and not isinstance(module, nn.Embedding):
@@ -94,7 +96,12 @@ class _Finder:
         # One child that has it all: the block is the child or lies in it.
         alone = len(children) == 1 and self._ends(children[0]) is not None and children[0] not in self.layers
         alone = alone and not self._bypassed(name, children[0])
-        return not is_chain and not alone and len(inside) <= LARGEST_BLOCK
+        return not is_chain and not alone and len({self._mixture(layer) for layer in inside}) <= LARGEST_BLOCK
+
+    def _mixture(self, layer: str) -> str:
+        """The experts that a layer is one of, else itself."""
+        owners = [layer.rsplit(".", n)[0] for n in range(1, layer.count(".") + 1)]
+        return next((name for name in owners if isinstance(self.module.get_submodule(name), Experts)), layer)
 
     def _called_children(self, name: str, module: nn.Module) -> Iterator[str]:
         """Sub-modules that run, looked for in lists too, which do not."""
@@ -252,6 +259,7 @@ class Captured:
         arguments: of the block's first module in the student.
         inputs: [N, ...] in the student, whose earlier blocks are quantized already.
         float_inputs, float_outputs: [N, ...] in the float network.
+        token_weights: [N, T], what tokens count in moments of the block's inputs; None: all the same.
     """
 
     block: Block
@@ -259,6 +267,7 @@ class Captured:
     inputs: Tensor
     float_inputs: Tensor
     float_outputs: Tensor
+    token_weights: Tensor | None = None
 
 
 def capture(

@@ -20,19 +20,22 @@ from typing import Any
 from dfq import settings, source
 from dfq.commands import COMMANDS, group_options, root, text
 from dfq.errors import UserError, did_you_mean
+from dfq.ranks import resolve
 from dfq.scheme import Scheme
 from dfq.teachers._folder import check_folder
 
 PLAIN_TYPES = {
     "num_samples": "PositiveInt",
     "seed": "NonNegativeInt",
-    "rank": "NonNegativeInt",
-    "world_size": "PositiveInt",
+    "rank": "NonNegativeInt | Literal['auto']",
+    "world_size": "PositiveInt | Literal['auto']",
+    "processes": "PositiveInt",
     "parts": "list[str]",
     "dataset_dir": "str | None",
     "student_dir": "str | None",
     "artifact_path": "str | None",
     "references": "list[Literal['gaussian', 'real']]",
+    "optimized_metric": "str | None",
     "name": "str | None",
 }
 
@@ -87,9 +90,12 @@ def device(request: Request) -> None:
 
 def ranks(request: Request) -> None:
     if request.uses("rank"):
-        rank, world_size = request.config["rank"], request.config["world_size"]
-        if rank >= world_size:
-            raise UserError(f"got rank={rank} and world_size={world_size}", f"rank from 0 to {world_size - 1}")
+        rank, world_size, processes = (request.config[key] for key in ("rank", "world_size", "processes"))
+        _, size = resolve(rank, world_size)
+        if processes > 1 and size > 1:
+            raise UserError(
+                f"got processes={processes} in one of {size} processes", "processes=1 where a launcher has started them"
+            )
 
 
 def scheme(request: Request) -> None:
@@ -169,15 +175,16 @@ def input_spec(request: Request) -> None:
 
 def factories(request: Request) -> None:
     """The module and the function (or class) of a ``module:function`` exist, as far as its source can tell."""
-    named = (("teacher", "factory", "factory"), ("algorithm", "distillation", "student_network"))
-    for part, choice, option in (*named, ("teacher", "factory", "adapter"), ("teacher", "torchvision", "adapter")):
+    named = [("teacher", choice, "adapter") for choice in ("factory", "torchvision", "lightning")]
+    named += [("teacher", "factory", "factory"), ("teacher", "lightning", "module")]
+    for part, choice, option in (*named, ("algorithm", "distillation", "student_network")):
         name = request.get(part, option) if request.choice(part) == choice else None
         if name is not None:
             _is_factory(f"{part}.{option}", name)
 
 
 def _is_factory(key: str, name: str) -> None:
-    kind = "class" if key.endswith(".adapter") else "function"
+    kind = "class" if key.endswith((".adapter", ".module")) else "function"
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in f"{module}.{function}".split(".")):
         raise UserError(f"got {key}={name}", f"package.module:{kind}")
@@ -285,7 +292,7 @@ def files_to_read(request: Request) -> None:
     ) == "self_generation":
         _is_file("generator.prompts", prompts, "prompts as .txt (one a line) or .jsonl", (".txt", ".jsonl"))
     if request.choice("teacher") == "huggingface" and isinstance(name := request.get("teacher", "name"), str):
-        check_folder(name)
+        check_folder(name, weights=command != "plan")  # whose structure is enough to count
     if command in ("evaluate", "export"):
         _holds("student_dir", config["student_dir"], "student.json", "a student's folder", "dfq quantize makes one")
     if command == "quantize" or (command == "evaluate" and config["dataset_dir"] is not None):
@@ -342,9 +349,9 @@ def files_to_write(request: Request) -> None:
     command, config = request.command, request.config
     if "hydra.run.dir" not in request.given:
         _can_become_folder("hydra.run.dir", "outputs")
-    if command in ("run", "generate") and config["dataset_dir"] is not None:
+    if command in ("run", "plan", "generate") and config["dataset_dir"] is not None:
         _can_become_folder("dataset_dir", config["dataset_dir"])
-    if command in ("run", "quantize") and config["student_dir"] is not None:
+    if command in ("run", "plan", "quantize") and config["student_dir"] is not None:
         _can_become_folder("student_dir", config["student_dir"])
     path = config["artifact_path"] if request.uses("artifact_path") else None
     if path is not None:

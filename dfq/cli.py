@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,6 +306,8 @@ def _check_choices(key: str, values: list[str]) -> None:
             raise UserError(
                 f"got {key}={value}", " | ".join(known), "pip install 'dfq[launch]' for joblib and submitit"
             )
+        elif key == "hydra/sweeper" and value not in (known := ["basic", *commands.plugins("sweeper")]):
+            raise UserError(f"got {key}={value}", " | ".join(known), "pip install 'dfq[sweep]' for optuna")
 
 
 def _compose(overrides: Sequence[str]) -> Any:
@@ -334,14 +337,46 @@ def _compose_and_run(command: str, words: list[str]) -> None:
         for request in _requests(command, line, overrides, values):
             checks.check(request, complete=not line.only_look)
             requests.append(request)
-    has = {override.key for override in overrides}
+    if command == "plan" and not line.only_look:
+        _plan(words, requests)
+        return
+    has = {override.key: override.value for override in overrides}
     arguments = [*line.flags, *(str(override) for override in overrides)]
     if "name" not in has:
         arguments.append(f"name={_name(requests)}")
+    sweep_dir = None
+    if line.multirun and "hydra.sweep.dir" not in has:  # known here, for the table of all runs
+        sweep_dir = Path("outputs") / (has.get("name") or _name(requests)) / f"multirun_{_now()}"
+        arguments.append(f"hydra.sweep.dir={sweep_dir}")
     if "hydra.job.name" not in has:
         arguments.append(f"hydra.job.name={command}")
-    swept = {override.key for override, options in zip(overrides, values, strict=True) if len(options) > 1}
-    _run(command, words, arguments, overrides, requests[0], swept)
+    swept = {
+        override.key
+        for override, options in zip(overrides, values, strict=True)
+        if len(options) > 1 or (not options and override.value is not None)  # or a range, for a sweeper that draws
+    }
+    try:
+        _run(command, words, arguments, overrides, requests[0], swept)
+    finally:
+        if sweep_dir is not None and sweep_dir.is_dir() and not line.only_look:
+            from dfq import sweeps
+
+            sweeps.show(sweep_dir)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _plan(words: list[str], requests: list[checks.Request]) -> None:
+    """Makes nothing, so it gets no folder from Hydra; of a sweep, each run by itself."""
+    from dfq import api
+
+    for request in requests:
+        config = {key: value for key, value in request.config.items() if key in commands.COMMANDS["plan"].options}
+        config.pop("experiment", None)
+        line = shlex.join(["dfq", "plan", *words])
+        api.command("plan", {**config, "command": line, "output_dir": "", "teacher_given": request.teacher_given})
 
 
 def _evaluation_of_the_student(overrides: list[_Override]) -> list[_Override]:
@@ -447,8 +482,10 @@ def _name_parts(request: checks.Request) -> list[str]:
     if request.command in ("evaluate", "export"):
         return [request.command, Path(request.config["student_dir"] or "student").absolute().name]
     scheme = Scheme.from_dict(request.config["scheme"]).name if "scheme" in request.config else ""
+    whole = [teacher, str(request.choices["generator"]), scheme, str(request.choices["algorithm"])]
     return {
-        "run": [teacher, str(request.choices["generator"]), scheme, str(request.choices["algorithm"])],
+        "run": whole,
+        "plan": whole,
         "generate": [teacher, str(request.choices["generator"])],
         "quantize": [teacher, scheme, str(request.choices["algorithm"])],
     }[request.command]
@@ -469,9 +506,15 @@ def _run(
     failures: list[Exception] = []
 
     def job(composed: Any) -> Any:
+        from dfq import sweeps
+
+        start, noted = time.time(), sweeps.note(swept)
         try:
-            return _job(command, words, request, swept, composed)
+            result = _job(command, words, request, swept, composed)
+            noted(start, result)
+            return result
         except Exception as error:
+            noted(start, None, error)
             if swept:
                 _say(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
                 error.shown = True  # type: ignore[attr-defined]

@@ -29,28 +29,35 @@ class Command:
 
 
 METHOD = ("scheme", "algorithm", "weight_quantizer", "activation_quantizer")
+RUN = (
+    *("teacher", "generator", *METHOD, "evaluation", "exporter", "num_samples", "seed", "device"),
+    *("dataset_dir", "student_dir", "artifact_path", "references", "trainer", "logger", "optimized_metric", "name"),
+    "experiment",
+)
 
 COMMANDS = {
     "run": Command(
         "all five arrows: synthetic data, student, evaluation, artifact, report",
         "dfq run teacher=digits generator=zeroq scheme=w4a4",
-        (
-            *("teacher", "generator", *METHOD, "evaluation", "exporter", "num_samples", "seed", "device"),
-            *("dataset_dir", "student_dir", "artifact_path", "references", "name", "experiment"),
-        ),
+        RUN,
+    ),
+    "plan": Command(
+        "what dfq run with the same options will do, in how much time and room; nothing is made",
+        "dfq plan teacher=timm teacher.name=resnet50.a1_in1k generator=zeroq scheme=w4a4",
+        (*RUN, "world_size"),
     ),
     "generate": Command(
         "make synthetic samples out of the network alone",
         "dfq generate teacher=digits generator=zeroq num_samples=1024 dataset_dir=outputs/my_data",
         (
-            *("teacher", "generator", "num_samples", "seed", "device", "dataset_dir", "rank", "world_size", "parts"),
-            *("name", "experiment"),
+            *("teacher", "generator", "num_samples", "seed", "device", "dataset_dir", "rank", "world_size"),
+            *("processes", "parts", "name", "experiment"),
         ),
     ),
     "quantize": Command(
         "make a quantized student with a synthetic dataset",
         "dfq quantize teacher=digits dataset_dir=outputs/my_data scheme=w4a4 student_dir=outputs/my_student",
-        ("dataset_dir", "teacher", *METHOD, "student_dir", "seed", "device", "name", "experiment"),
+        ("dataset_dir", "teacher", *METHOD, "student_dir", "seed", "device", "trainer", "logger", "name", "experiment"),
         required=("dataset_dir",),
     ),
     "evaluate": Command(
@@ -77,7 +84,7 @@ COMMANDS = {
         (),
     ),
 }
-WITHOUT_RUN_FOLDER = ("report", "inspect")
+WITHOUT_RUN_FOLDER = ("report", "inspect")  # and plan, which composes as run does
 
 FLAGS = {
     "--help, -h": "this text; groups chosen before it are the ones described",
@@ -367,14 +374,18 @@ def _names(flags: dict[str, str]) -> list[str]:
 
 
 def plugins(kind: str) -> list[str]:
-    """Launchers of Hydra that are installed beside the basic one."""
-    found = {"joblib": ["joblib"], "submitit": ["submitit_local", "submitit_slurm"]} if kind == "launcher" else {}
+    """Launchers (or sweepers) of Hydra that are installed beside the basic one."""
+    known = {
+        "launcher": {"joblib": ["joblib"], "submitit": ["submitit_local", "submitit_slurm"]},
+        "sweeper": {"optuna": ["optuna"]},
+    }
+    found = known.get(kind, {})
     folder = importlib.util.find_spec("hydra_plugins")
     places = list(folder.submodule_search_locations or []) if folder else []
     return [
         name
         for plugin, names in found.items()
-        if any((Path(place) / f"hydra_{plugin}_launcher").is_dir() for place in places)
+        if any((Path(place) / f"hydra_{plugin}_{kind}").is_dir() for place in places)
         for name in names
     ]
 

@@ -2,7 +2,8 @@
 
 ::
 
-    DIR/manifest.json              what made it: teacher hash, generator and settings, seed, versions, provenance
+    DIR/manifest.json              what made it: teacher hash, generator and settings, seed, versions, provenance; once
+                                   it is whole, num_samples
     DIR/shards/000003.safetensors  batch 3: images (exactly as they left the optimizer), logits (the teacher's outputs),
                                    raw.NAME (outputs that have names); of detectors boxes, labels, scores; of text
                                    input_ids, num_tokens, the teacher's largest log-probabilities if asked for
@@ -23,7 +24,11 @@ import bisect
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
@@ -42,13 +47,17 @@ from dfq.errors import UserError
 SCHEMA_VERSION = 1
 COUNTS = ".counts"  # behind the name of what has another length in every sample
 QUALITY = "quality.json"
+HOST = re.sub(r"[^\w]+", "_", socket.gethostname()) or "here"
+ABANDONED_S = 86_400.0  # after which a temporary file of another machine belongs to nobody
 SAMPLES = ("images", "input_ids")  # what a network takes, by its name in a shard
+MOST_IN_MEMORY = 2**29  # bytes of samples that are read at once; more are mapped
+AT_ONCE = 16  # samples that are copied at once
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write to a temporary name beside ``path``, flush to disk, rename: ``path`` is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -332,9 +341,30 @@ class SyntheticDataset(torch.utils.data.Dataset):
             return set()
         return {name.removesuffix(COUNTS) for name in self._file(0).keys() if name.endswith(COUNTS)}  # noqa: SIM118
 
-    def samples(self, num_samples: int | None = None) -> Tensor:
-        """What the network takes of all samples (or the first ``num_samples``): images, or token ids."""
-        return samples_of(self.tensors(num_samples, SAMPLES))
+    def samples(self, which: int | Sequence[int] | None = None) -> Tensor:
+        """What the network takes, images or token ids: of all samples, of the first ``which``, or of those numbers.
+
+        More than :data:`MOST_IN_MEMORY` bytes are mapped from a file without a name, so that they can be large without
+        taking memory from what works on them.
+        """
+        if not self.shards:
+            raise UserError(f"got {self.path}, a dataset without samples", do="generate into it first")
+        indices = range(len(self))[:which] if which is None or isinstance(which, int) else which
+        name = next(name for name in SAMPLES if name in self._file(0).keys())  # noqa: SIM118 (not a dict)
+        rows: dict[int, list[tuple[int, int]]] = {}  # shard → places in what is returned, and rows of the shard
+        for place, index in enumerate(indices):
+            position = bisect.bisect_right(self._starts, index) - 1
+            rows.setdefault(position, []).append((place, index - self._starts[position]))
+        found: Tensor | None = None
+        for position, pairs in rows.items():
+            values = self._file(position).get_tensor(name)
+            if found is None:
+                found = _room((len(indices), *values.shape[1:]), values.dtype)
+            places, chosen = (list(numbers) for numbers in zip(*pairs, strict=True))
+            for start in range(0, len(places), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                found[places[part]] = values[chosen[part]]
+        return self._file(0).get_tensor(name)[:0] if found is None else found
 
     def texts(self) -> Iterator[list[int]]:
         """Token ids of each sample, without padding."""
@@ -396,6 +426,13 @@ class SyntheticDataset(torch.utils.data.Dataset):
                     f"got {data}, whose content does not match its checksum",
                     do="run the same generate command again to repair it",
                 )
+        finished = self.manifest.get("num_samples", 0)
+        if len(self) < finished:
+            missing = self._shard_path(max(indices, default=-1) + 1)
+            raise UserError(
+                f"got {self.path} without {missing.name}: {len(self)} of the {finished} samples that were finished",
+                do="run the same generate command again to repair it",
+            )
 
     def _shard_path(self, index: int, suffix: str = ".safetensors") -> Path:
         return self.path / "shards" / f"{index:06d}{suffix}"
@@ -436,6 +473,15 @@ class SyntheticDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_open": {}}
 
 
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized tensor; above :data:`MOST_IN_MEMORY` in a file that goes when nothing refers to it any more."""
+    size = torch.Size(shape).numel()
+    if size * dtype.itemsize <= MOST_IN_MEMORY:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="dfq_", delete=os.name == "posix") as file:
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+
+
 def _flat(tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, Tensor]:
     """As a shard holds them: lists as one tensor and its counts."""
     found: dict[str, Tensor] = {}
@@ -467,8 +513,13 @@ def _is_temporary(file: Path) -> bool:
 
 
 def _is_in_use(temporary: Path) -> bool:
-    """Whether the process that writes ``temporary`` may still be at work (on this machine)."""
-    process = temporary.stem.rpartition(".")[2]
+    """Whether the process that writes ``temporary`` may still be at work; of one elsewhere its age alone tells."""
+    host, _, process = temporary.stem.rpartition(".")[2].rpartition("-")
+    if host not in ("", HOST):
+        try:
+            return time.time() - temporary.stat().st_mtime < ABANDONED_S
+        except OSError:
+            return False
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError, OverflowError):

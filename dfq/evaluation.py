@@ -445,13 +445,15 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     agreement: share of samples with the same answer. kl: KL(teacher || student) in nats. layers: signal-to-
     quantization-noise ratio at the layer's output (after the batch norm that was folded into it), accumulated over the
     network up to there, and the share of the layer's inputs that its grid clips. A student with a network of its own
-    has no layer that is one of the teacher's, and no such ratio; nor has one whose residual stream was rotated.
+    has no layer that is one of the teacher's, and no such ratio; nor has one whose residual stream was rotated, nor an
+    expert of a mixture, which is part of one tensor there.
     estimated_drop: what is lost of the metric on real data, by :mod:`dfq.drop`; None where the task has no rule for it.
     """
     folded = dict(student.surgery.folded)
     # A folded batch norm that carried an activation is still there under its name, with the activation alone.
     is_alike = student.network is None and not student.surgery.rotated
-    at = {name: folded.get(name, name) for name in student.layers} if is_alike else {}
+    theirs = dict(teacher.module.named_modules())
+    at = {name: folded.get(name, name) for name in student.layers if is_alike and name in theirs}
     here = {
         name: norm if not isinstance(student.module.get_submodule(norm), nn.Identity) else name
         for name, norm in at.items()

@@ -103,6 +103,7 @@ def _student(path: Path) -> Table:
         "layers": f"{len(manifest['layers'])} quantized, {len(kept)} kept float",
         "batch norms folded": len(manifest["folded"]),
         **{f"kept float: {name}": reason for name, reason in kept.items()},
+        **{f"calibration never reached: {name}": "ranges of its siblings" for name in manifest.get("unreached", [])},
         "weights": f"{manifest['mean_weight_bits']:.2f} bits on average",
         "size": f"{manifest['size_bytes']:,} bytes",
         "algorithm": settings.get("algorithm", {}).get("_target_", "?"),
@@ -124,6 +125,7 @@ def _artifact(description_path: Path) -> Table:
         "file": file,
         "format": description["exporter"]["_target_"] if isinstance(description.get("exporter"), dict) else "?",
         "size": f"{description['size_bytes']:,} bytes",
+        **({"exact size": f"{bits['bytes']:,.1f} bytes"} if (bits := description.get("exact_bits")) else {}),
         **{f"parity: {key}": value for key, value in flat(description["parity"]).items()},
         **{
             f"latency, {key}": f"{value:.3f} ms"

@@ -129,6 +129,10 @@ class Quantizer(nn.Module):
 
         The tokens of a convolution are whole samples: it sums over positions, and no kernel could undo their scales.
         """
+        if not x.numel():  # an expert that no token chose
+            return x
+        if self.scheme.granularity == "per_channel":
+            return self._over_tokens(x)
         if self.scheme.group_size is not None:
             groups = x.movedim(self.feature_axis, -1).unflatten(-1, (-1, self.scheme.group_size))
             rounded = self._fake_quantize(groups, *dynamic_qparams(groups, self.scheme, (-1,)))
@@ -138,6 +142,17 @@ class Quantizer(nn.Module):
             dims = (dims[self.feature_axis],) if self.feature_axis < 0 else dims[1:]
         return self._fake_quantize(x, *dynamic_qparams(x, self.scheme, dims))
 
+    def _over_tokens(self, x: Tensor) -> Tensor:
+        """Keys [..., T, E], or [..., E, T]: each channel over each full group of tokens; those of the last stay."""
+        axis, size = -3 - self.feature_axis, self.scheme.group_size
+        assert size is not None
+        full = x.shape[axis] // size * size
+        if not full:
+            return x
+        groups = x.narrow(axis, 0, full).unflatten(axis, (-1, size))
+        rounded = self._fake_quantize(groups, *dynamic_qparams(groups, self.scheme, (axis,))).flatten(axis - 1, axis)
+        return torch.cat([rounded, x.narrow(axis, full, x.shape[axis] - full)], axis)
+
     def extra_repr(self) -> str:
         return f"{self.scheme.label} bits, {self.scheme.granularity}, axis={self.axis}"
 
@@ -146,7 +161,8 @@ class QuantizedLayer(nn.Module):
     """Mixed into a weight layer's class: quantizes the layer's input and its weight, then does what the layer does.
 
     ``input_is_on_grid``: the input comes from ``input_quantizer`` already, which was called where it was made.
-    ``bias_quantizer``: there if the bias is rounded too.
+    ``bias_quantizer``: there if the bias is rounded too. ``correction``: there if a pair of thin matrices makes up for
+    a part of what rounding costs.
     """
 
     weight: Tensor
@@ -157,16 +173,61 @@ class QuantizedLayer(nn.Module):
     feature_axis: ClassVar[int] = 1  # of the input: what the layer sums over
     input_is_on_grid = False
     bias_quantizer: BiasQuantizer | None
+    low_rank: LowRank | None  # there while it is trained in place of the weight
+    correction: LowRankCorrection | None
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = input if self.input_is_on_grid else self.input_quantizer(input)
         own: Any = vars(self)  # the layer's own forward reads weight and bias from itself: here before the parameters
-        own["weight"], bias = self.weight_quantizer(self.weight), getattr(self, "bias", None)
+        weight = self.weight if self.low_rank is None else self.low_rank(self.weight)
+        own["weight"], bias = self.weight_quantizer(weight), getattr(self, "bias", None)
         own["bias"] = bias if self.bias_quantizer is None else self.bias_quantizer(bias, self)
         try:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
+            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class this is mixed into
         finally:
             del own["weight"], own["bias"]
+        return y if self.correction is None else y + self.correction(x)
+
+
+class LowRankCorrection(nn.Module):
+    """What is added to a linear layer's output: up (down x), two thin matrices (LQER).
+
+    Shapes: ``down`` [K, I], ``up`` [O, K], in the format that they are stored in.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor):
+        super().__init__()
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+
+    down: Tensor
+    up: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class LowRank(nn.Module):
+    """A weight [O, ...] plus B A, with ``a`` [R, I] and ``b`` [O, R], I the numbers of an output channel.
+
+    Inside the rounding: w_hat = Q(w + B A), as L4Q has it (Jeon et al., 2024, arXiv 2402.04902). B begins at zero.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, rng: torch.Generator):
+        super().__init__()
+        rows, columns = weight.shape[0], weight[0].numel()
+        rank = min(rank, rows, columns)
+        self.a = nn.Parameter((torch.randn(rank, columns, generator=rng) / rank**0.5).to(weight))
+        self.b = nn.Parameter(weight.new_zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.b @ self.a).view_as(weight)
+
+    def units(self, parameter: Tensor, weight: Tensor, steps: Tensor) -> Tensor:
+        """What A or B is measured in, so that B A changes by about ``steps``, those of the weight's grid."""
+        if parameter is self.b:
+            return steps.expand_as(weight).flatten(1).mean(1, keepdim=True)
+        return torch.full_like(parameter[:1, :1], self.a.shape[0] ** -0.5)
 
 
 class BiasQuantizer(nn.Module):
@@ -512,7 +573,7 @@ def swap_layer(layer: nn.Module, weight_scheme: TensorScheme, activation_scheme:
     layer.__class__ = kind
     layer.input_quantizer = Quantizer(activation_scheme, feature_axis=kind.feature_axis).to(weight.device)
     layer.weight_quantizer = Quantizer(weight_scheme, shape, axis).to(weight.device)
-    layer.bias_quantizer = None
+    layer.bias_quantizer = layer.low_rank = layer.correction = None
 
 
 def share_tied_grids(module: nn.Module) -> None:
@@ -559,27 +620,41 @@ def find_foldable(module: nn.Module, flow: Dataflow) -> list[tuple[str, str]]:
     return pairs
 
 
-@torch.no_grad()
-def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
-    """Fold each batch norm of ``pairs`` (layer, batch norm) into its layer, in place, leaving the function unchanged.
+@dataclass
+class Fold:
+    """What a layer and its batch norm are together: ``weight`` and ``bias`` of one layer, whose output [.., C, ..] is
+    ``gain`` [C] times that of the layer alone plus ``shift`` [C]; in double precision, on the CPU."""
 
-    w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)
+    weight: Tensor
+    bias: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, norm: nn.Module) -> Fold:
+    """w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)
     (Jacob et al., CVPR 2018, eq. 14)
     """
+    gain = torch.rsqrt(_double(norm.running_var) + norm.eps)
+    if norm.weight is not None:
+        gain = gain * _double(norm.weight)
+    shift = -_double(norm.running_mean) * gain
+    if norm.bias is not None:
+        shift = shift + _double(norm.bias)
+    bias = shift if layer.bias is None else shift + _double(layer.bias) * gain
+    return Fold(_double(layer.weight) * _per_output_channel(gain, layer), bias, gain, shift)
+
+
+@torch.no_grad()
+def fold_batch_norm(module: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Fold each batch norm of ``pairs`` (layer, batch norm) into its layer, in place; the function stays the same."""
     for layer_name, norm_name in pairs:
         layer, norm = module.get_submodule(layer_name), module.get_submodule(norm_name)
-        weight, bias = layer.weight, layer.bias
-        gain = torch.rsqrt(_double(norm.running_var) + norm.eps)
-        if norm.weight is not None:
-            gain = gain * _double(norm.weight)
-        shift = -_double(norm.running_mean) * gain
-        if norm.bias is not None:
-            shift = shift + _double(norm.bias)
-        if bias is not None:
-            shift = shift + _double(bias) * gain
-        weight.copy_(_double(weight) * _per_output_channel(gain, layer))
-        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-        _become(norm, _what_follows(norm))
+        weight, together = layer.weight, fold(layer, norm)
+        weight.copy_(together.weight)
+        layer.bias = nn.Parameter(together.bias.to(weight), requires_grad=weight.requires_grad)
+        _become(norm, what_follows(norm))
 
 
 def _per_output_channel(values: Tensor, layer: nn.Module) -> Tensor:
@@ -603,7 +678,7 @@ def _double(x: Tensor) -> Tensor:
     return x.detach().cpu().double()  # on the CPU: MPS has no float64
 
 
-def _what_follows(norm: nn.Module) -> nn.Module:
+def what_follows(norm: nn.Module) -> nn.Module:
     """What remains of a batch norm once it is folded: nothing, or the activation it carries (timm's BatchNormAct2d)."""
     rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
     rest = [part for part in rest if not isinstance(part, nn.Identity)]
@@ -622,6 +697,20 @@ def stage_ends(flow: Dataflow) -> list[str]:
             last.pop(call.output_shape, None)
             last[call.output_shape] = call.name
     return list(last.values())
+
+
+def repeated_blocks(module: nn.Module, flow: Dataflow) -> list[str]:
+    """The blocks that a network has one after the other: those of its longest list of sub-modules that each ran once
+    and gave outputs of one shape, in order; empty if there is no such list."""
+    found: list[str] = []
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList | nn.Sequential):
+            continue
+        calls = {f"{name}.{key}".lstrip("."): flow.calls_of(f"{name}.{key}".lstrip(".")) for key in part._modules}
+        ran = {child: its[0].output_shape for child, its in calls.items() if len(its) == 1}
+        if len(set(ran.values())) == 1 and len(ran) == len(calls) > max(len(found), 1):
+            found = list(ran)
+    return found
 
 
 @torch.no_grad()

@@ -1,12 +1,18 @@
-"""Adam whose steps have a size of their own for every element."""
+"""Optimizers: Adam whose steps have a size of their own for every element, and one that needs no backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, on the same storage: its part of a sharded one, else all of it."""
+    found: Any = tensor.detach()
+    return found.to_local() if hasattr(found, "to_local") else found
 
 
 class ScaledAdam(torch.optim.Adam):
@@ -19,7 +25,7 @@ class ScaledAdam(torch.optim.Adam):
     Args:
         groups: as Adam takes them; ``lr`` is relative where a size is given.
         sizes: parameter → what its steps are multiplied by, broadcast to it; 1 for those that are not in it. They are
-            no part of the optimizer's state.
+            no part of the optimizer's state. Of a parameter that is sharded over processes, those of this process.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], sizes: Mapping[Tensor, Tensor], **settings: Any):
@@ -28,7 +34,7 @@ class ScaledAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        parameters, sizes = list(self.sizes), list(self.sizes.values())
+        parameters, sizes = [local(parameter) for parameter in self.sizes], list(self.sizes.values())
         before = [parameter.clone() for parameter in parameters]
         loss = super().step(closure)
         if parameters:
@@ -36,3 +42,78 @@ class ScaledAdam(torch.optim.Adam):
             torch._foreach_mul_(parameters, sizes)
             torch._foreach_add_(parameters, before)
         return loss
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    """Descent along random directions; two forwards a step, no gradient and no state beside a few numbers.
+
+    SPSA (Spall, 1992) as MeZO (Malladi et al., NeurIPS 2023, arXiv 2305.17333) and ZeroQAT (arXiv 2509.00031) use it,
+    with z normal and u what each parameter is measured in::
+
+        g = (L(theta + eps u z) - L(theta - eps u z)) / (2 eps),     theta <- theta - rate g u z / rms(g)
+
+    g z is the gradient with respect to theta / u in the mean, up to eps^2. z is drawn again from its seed wherever it
+    is needed, so that it never stands in memory for more than one parameter.
+
+    Differences from the papers: g is divided by the root of its running mean square, as Adam does for each parameter,
+    so that a rate does not depend on how large the loss is.
+
+    Args:
+        groups: parameters and their ``lr``, times ``sizes`` their unit u; a scheduler that changes lr changes the rate.
+        sizes: parameter → what its unit is multiplied by, broadcast to it; 1 for those that are not in it.
+        eps: length of the two steps aside, in units.
+        rate: length of a step, in units.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        sizes: Mapping[Tensor, Tensor],
+        eps: float = 10.0,
+        rate: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__(groups, {"lr": 1.0})
+        self.sizes, self.eps, self.rate = dict(sizes), eps, rate
+        for group in self.param_groups:
+            group["unit"] = group["lr"]
+        self.param_groups[0].update(seed=seed, num_steps=0, mean_square=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> float | None:  # type: ignore[override]
+        """``closure`` gives the loss and computes no gradient; it runs twice."""
+        assert closure is not None
+        first = self.param_groups[0]
+        seed = first["seed"] * 2**32 + first["num_steps"]
+        slope, loss = self.slope(closure, seed)
+        first["num_steps"] += 1
+        decay = 0.99
+        first["mean_square"] = decay * first["mean_square"] + (1 - decay) * slope**2
+        size = (first["mean_square"] / (1 - decay ** first["num_steps"])) ** 0.5
+        if size > 0:
+            self._move(seed, -self.rate * slope / size, scheduled=True)
+        return loss
+
+    def slope(self, closure: Callable[[], Any], seed: int) -> tuple[float, float]:
+        """g of the direction that belongs to ``seed``, and the mean of the two losses."""
+        self._move(seed, self.eps)
+        above = float(closure())
+        self._move(seed, -2 * self.eps)
+        below = float(closure())
+        self._move(seed, self.eps)
+        return (above - below) / (2 * self.eps), (above + below) / 2
+
+    def direction(self, seed: int) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+        """Group, parameter and u z, one after the other."""
+        rng = torch.Generator().manual_seed(seed % 2**63)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                z = torch.randn(parameter.shape, generator=rng).to(parameter)
+                z *= group["unit"]
+                if parameter in self.sizes:
+                    z *= self.sizes[parameter]
+                yield group, parameter, z
+
+    def _move(self, seed: int, length: float, scheduled: bool = False) -> None:
+        for group, parameter, z in self.direction(seed):
+            parameter.data.add_(z, alpha=length * (group["lr"] / group["unit"] if scheduled else 1.0))

@@ -32,7 +32,9 @@ from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_js
 from dfq.errors import UserError
 from dfq.generators._base import Generator, Independent, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
+from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import Advance, progress_bar, say
+from dfq.ranks import from_environment
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
@@ -65,6 +67,7 @@ class Experiment:
     output_dir: Path = OUTPUTS
     references: tuple[str, ...] = ()
     command: str = ""
+    training: Training = SINGLE
 
 
 # ------------------------------------------------------------------------------------------------ the arrows
@@ -91,25 +94,9 @@ def generate(
     """
     if not 0 <= rank < world_size:
         raise UserError(f"got rank={rank} and world_size={world_size}", f"rank from 0 to {max(0, world_size - 1)}")
-    _check_kind(teacher, generator, "generator")
-    batch_size = min(_batch_size(teacher, generator, dataset_dir, *parts), num_samples)
-    config = to_config(generator)
-    for key in ("batch_size", "memory_bytes"):
-        config.pop(key, None)  # what counts is the size that batches really have, which is recorded below
-    settings = {
-        "generator": config,
-        "seed": seed,
-        "teacher_sha256": teacher.sha256,
-        "input_spec": teacher.input_spec.to_dict(),
-        **generator.recorded(teacher),
-    }
-    name = f"{teacher.name}_{_label(generator)}"
-    path = dataset_dir or OUTPUTS / "datasets" / f"{name}_{num_samples}_{_hash({**settings, 'batch_size': batch_size})}"
-    if (path / "manifest.json").exists():  # grown from a first batch smaller than the generator's: keep its size
-        batch_size = min(batch_size, SyntheticDataset(path).manifest["settings"].get("batch_size", batch_size))
-    dataset = SyntheticDataset.create(
-        path, {**settings, "batch_size": batch_size}, {**DATA_FREE, "teacher": teacher.name}
-    )
+    path, settings = dataset_place(teacher, generator, num_samples, seed, dataset_dir, parts)
+    batch_size = settings["batch_size"]
+    dataset = SyntheticDataset.create(path, settings, {**DATA_FREE, "teacher": teacher.name})
     if dataset.num_samples > num_samples:
         raise UserError(
             f"got num_samples={num_samples} and dataset_dir={path}, which holds {dataset.num_samples}",
@@ -166,26 +153,21 @@ def quantize(
     activation_quantizer: Any,
     seed: int = 0,
     student_dir: Path | None = None,
+    training: Training = SINGLE,
 ) -> tuple[Student, Path]:
-    """Arrow 2: the student and the folder it is saved in (null: a folder named after what makes it)."""
+    """Arrow 2: the student and the folder it is saved in (null: a folder named after what makes it).
+
+    With a ``training`` in several processes each of them calls this; rank 0 alone saves.
+    """
     _check_dataset(teacher, dataset)
     used_again = None
     if isinstance(scheme, MixedScheme) and scheme.allocation is not None:  # its bits make the student, not its path
         used_again = read_allocation(scheme.allocation)
         scheme = scheme.with_bits(used_again["overrides"])
-    settings = {
-        "teacher_sha256": teacher.sha256,
-        "dataset_sha256": dataset.sha256,
-        "scheme": scheme.to_dict(),
-        "algorithm": to_config(algorithm),
-        "weight_quantizer": to_config(weight_quantizer),
-        "activation_quantizer": to_config(activation_quantizer),
-        "seed": seed,
-    }
-    settings = json.loads(json.dumps(settings))
+    path, settings = student_place(
+        teacher, dataset, scheme, algorithm, weight_quantizer, activation_quantizer, seed, student_dir, training
+    )
     identity = _hash(settings)
-    name = f"{teacher.name}_{scheme.name}_{scheme.policy}_{_label(algorithm)}_{identity}"
-    path = student_dir or OUTPUTS / "students" / name
     if (path / "student.json").exists():
         difference = first_difference(_identity(read_manifest(path)["settings"]), settings)
         if difference:
@@ -199,17 +181,23 @@ def quantize(
     if path.exists() and not path.is_dir():
         raise UserError(f"got student_dir={path}, which is a file", "a folder")
     work_dir = path / f"work_{identity}"  # what an interrupted run left is taken up only by the very same settings
-    work_dir.mkdir(parents=True, exist_ok=True)
+    rank = from_environment()[0] if training.world_size > 1 else 0
+    own_dir = work_dir / f"rank_{rank}" if rank else work_dir
+    own_dir.mkdir(parents=True, exist_ok=True)
+    several: dict[str, Any] = {} if training.is_default else {"training": training, "shared_dir": work_dir}
     start = time.perf_counter()
     try:
         if isinstance(scheme, MixedScheme):
-            scheme = _allocate(work_dir, scheme, teacher, dataset, weight_quantizer, activation_quantizer, seed)
+            scheme = _allocate(own_dir, scheme, teacher, dataset, weight_quantizer, activation_quantizer, seed)
         student = Student.from_teacher(teacher, scheme)
-        algorithm.quantize(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir)
+        quantizers = weight_quantizer, activation_quantizer
+        algorithm.quantize(student, teacher, dataset, *quantizers, seed, own_dir, **several)
     except UserError:  # a network that can't be quantized leaves nothing behind
         remove_if_empty(path)
         raise
     student.freeze()
+    if rank:
+        return student, path
     student.seconds = round(time.perf_counter() - start, 3)
     student.settings = {
         **settings,
@@ -279,12 +267,21 @@ def export(
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
-    """All five arrows, and the reference rows; returns the report."""
+    """All five arrows, and the reference rows; returns the report.
+
+    Of several processes (torchrun, srun, ``trainer=ddp``) each makes its share of samples and trains; the others return
+    nothing but an empty report.
+    """
     e, start = experiment, time.perf_counter()
     task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
-    dataset = generate(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
+    dataset = _generate(e, e.generator, e.dataset_dir)
     student, student_path = _quantize(e, dataset, e.student_dir)
+    if from_environment()[0]:
+        for reference in e.references if e.training.world_size > 1 else ():
+            if (found := _reference_dataset(e, reference)) is not None:
+                _quantize(e, found, None)
+        return {}
     artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset) if e.exporter is not None else None
     # From here on real data may be read: nothing above will change any more.
     figures = evaluate(e.teacher, student, e.evaluation, dataset)
@@ -416,6 +413,7 @@ def _details(
         "student_dir": str(student_path),
         "network": student.network,
         "kept_float": student.swap.kept_float,
+        "unreached": student.unreached,
         "held_out": {"num_samples": 0 if dataset is None else len(dataset.split()[1])},
         "judged": {"num_samples": figures.get("num_judged")},
         "estimated_drop": fidelity.get("estimated_drop"),
@@ -433,16 +431,12 @@ def _reference(
     e: Experiment, reference: str, task: Any, images: Tensor, details: dict[str, Any]
 ) -> dict[str, Any] | None:
     """A row made with the same algorithm from other samples: noise, or real ones."""
-    if reference == "gaussian":
-        name, label = NOISE[e.teacher.input_spec.kind]
-        noise = resolve("generator", name, batch_size=e.generator.batch_size)
-        dataset = generate(e.teacher, noise, e.num_samples, e.seed)
-    else:
-        found = _real_dataset(e)
-        if found is None:
-            details["notes"].append("no real-data row: give evaluation.reference_path=... to have one")
-            return None
-        dataset, label = found, "real data"
+    label = NOISE[e.teacher.input_spec.kind][1] if reference == "gaussian" else "real data"
+    dataset = _reference_dataset(e, reference)
+    if dataset is None:
+        details["notes"].append("no real-data row: give evaluation.reference_path=... to have one")
+        return None
+    if reference == "real":
         match = evaluations.batch_norm_match(e.teacher, dataset.samples())
         for layer in details["batch_norm_match"]:
             layer["real"] = match[layer["name"]]
@@ -459,6 +453,23 @@ def _reference(
         "seconds": dataset.seconds + student.seconds,
         "num_samples": len(dataset),
     }
+
+
+def _generate(e: Experiment, generator: Generator, dataset_dir: Path | None) -> SyntheticDataset:
+    """The whole dataset: this process's share of it, and then those of others, which a launcher has started too."""
+    dataset = generate(e.teacher, generator, e.num_samples, e.seed, dataset_dir, *from_environment())
+    while len(dataset) < e.num_samples:
+        time.sleep(1)
+        dataset = SyntheticDataset(dataset.path)
+    return dataset
+
+
+def _reference_dataset(e: Experiment, reference: str) -> SyntheticDataset | None:
+    """Noise, or the real samples where the evaluation has some."""
+    if reference == "real":
+        return _real_dataset(e)
+    noise = resolve("generator", NOISE[e.teacher.input_spec.kind][0], batch_size=e.generator.batch_size)
+    return _generate(e, noise, None)
 
 
 def _real_dataset(e: Experiment) -> SyntheticDataset | None:
@@ -526,6 +537,64 @@ def _scenes(
     return torch.cat(views, -1), counts
 
 
+# ------------------------------------------------------------------------------------------------ places
+
+
+def dataset_place(
+    teacher: Teacher,
+    generator: Generator,
+    num_samples: int,
+    seed: int,
+    dataset_dir: Path | None,
+    parts: Sequence[Path] = (),
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that :func:`generate` fills, and the settings that decide what is in it; nothing is made."""
+    _check_kind(teacher, generator, "generator")
+    batch_size = min(_batch_size(teacher, generator, dataset_dir, *parts), num_samples)
+    config = to_config(generator)
+    for key in ("batch_size", "memory_bytes"):
+        config.pop(key, None)  # what counts is the size that batches really have, which is recorded below
+    settings = {
+        "generator": config,
+        "seed": seed,
+        "teacher_sha256": teacher.sha256,
+        "input_spec": teacher.input_spec.to_dict(),
+        **generator.recorded(teacher),
+    }
+    name = f"{teacher.name}_{_label(generator)}"
+    path = dataset_dir or OUTPUTS / "datasets" / f"{name}_{num_samples}_{_hash({**settings, 'batch_size': batch_size})}"
+    if (path / "manifest.json").exists():  # grown from a first batch smaller than the generator's: keep its size
+        batch_size = min(batch_size, SyntheticDataset(path).manifest["settings"].get("batch_size", batch_size))
+    return path, {**settings, "batch_size": batch_size}
+
+
+def student_place(
+    teacher: Teacher,
+    dataset: SyntheticDataset,
+    scheme: Scheme,
+    algorithm: Any,
+    weight_quantizer: Any,
+    activation_quantizer: Any,
+    seed: int,
+    student_dir: Path | None,
+    training: Training = SINGLE,
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that :func:`quantize` fills, and the settings that decide what is in it; nothing is made."""
+    settings = {
+        "teacher_sha256": teacher.sha256,
+        "dataset_sha256": dataset.sha256,
+        "scheme": scheme.to_dict(),
+        "algorithm": to_config(algorithm),
+        "weight_quantizer": to_config(weight_quantizer),
+        "activation_quantizer": to_config(activation_quantizer),
+        "seed": seed,
+        **training.recorded(),
+    }
+    settings = json.loads(json.dumps(settings))
+    name = f"{teacher.name}_{scheme.name}_{scheme.policy}_{_label(algorithm)}_{_hash(settings)}"
+    return student_dir or OUTPUTS / "students" / name, settings
+
+
 # ------------------------------------------------------------------------------------------------ pieces
 
 
@@ -543,8 +612,8 @@ def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -
 
 def _describe_whole(teacher: Teacher, generator: Generator, dataset: SyntheticDataset) -> None:
     """What can be said once all samples are there, whichever ranks have made them."""
-    if isinstance(generator, Independent):
-        dataset.note(**generator.facts(dataset))
+    facts = generator.facts(dataset) if isinstance(generator, Independent) else {}
+    dataset.note(num_samples=len(dataset), **facts)
     quality.assess(teacher, dataset)
 
 
@@ -583,7 +652,7 @@ class _Told:
 
 def held_out_images(dataset: SyntheticDataset) -> Tensor:
     """The samples that selection and fidelity look at, and training does not."""
-    return dataset.samples()[dataset.split()[1]]
+    return dataset.samples(dataset.split()[1])
 
 
 def _allocate(
@@ -619,14 +688,24 @@ def _as_used(allocation: dict[str, Any], student: Student) -> dict[str, Any]:
 
 def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None) -> tuple[Student, Path]:
     return quantize(
-        e.teacher, dataset, e.scheme, e.algorithm, e.weight_quantizer, e.activation_quantizer, e.seed, student_dir
+        e.teacher,
+        dataset,
+        e.scheme,
+        e.algorithm,
+        e.weight_quantizer,
+        e.activation_quantizer,
+        e.seed,
+        student_dir,
+        e.training,
     )
 
 
 def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teacher, what: str) -> dict[str, float]:
     """Metrics of ``model`` (whose content is ``sha256``); those measured before on the same data are read again."""
     evaluation = _for_teacher(evaluation, teacher)
-    if not hasattr(evaluation, "batches"):  # any iterable of batches: nothing says whether it is the same as before
+    if not (
+        hasattr(evaluation, "batches") or hasattr(evaluation, "metrics_of")
+    ):  # any iterable of batches: nothing says whether it is the same as before
         return evaluations.measure(model, task, evaluation, 0, what)
     if not evaluation.num_samples:
         return {}
@@ -639,7 +718,10 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
     path = OUTPUTS / "evaluations" / f"{what.replace(' ', '_')}_{_hash(key)}.json"
     if path.exists():
         return read_json(path, "evaluation")["metrics"]
-    metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
+    if hasattr(evaluation, "metrics_of"):  # it asks its questions itself
+        metrics = evaluation.metrics_of(model, teacher)
+    else:
+        metrics = evaluations.measure(model, task, evaluation.batches(teacher.input_spec), evaluation.num_samples, what)
     write_json(path, {"format": "dfq.evaluation", **key, "metrics": metrics})
     return metrics
 

@@ -6,7 +6,8 @@
 - duplicates: share of samples that an earlier one all but equals.
 - deviation, and the share of the variance that lies between images (their means a channel differ), because steps of
   activations learned from images that are all equally bright clip real ones.
-- spectrum: the exponent with which power falls with frequency; -2 in photographs, 0 in white noise.
+- spectrum: the exponent with which power falls with frequency; about -3 in photographs as networks are shown them (the
+  law of -2, and what resizing takes of the finest detail), 0 in white noise, far below in images out of focus.
 - expected calibration value: how often a cheap student (8-bit weights, 4-bit activations, calibrated and not trained)
   says what the teacher says on held-out samples. How much a network bears decides this as much as the data does, so it
   is told and not judged.
@@ -28,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dfq
-from dfq.algorithms._calibration import calibrate
-from dfq.dataset import QUALITY, SyntheticDataset, samples_of, write_json
+from dfq.calibration import calibrate
+from dfq.dataset import QUALITY, SyntheticDataset, write_json
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
@@ -59,8 +60,10 @@ LEAST_DEVIATION, LARGEST_DEVIATION = (0.85, 0.5), (1.4, 2.0)
 # Photographs about 0.35. Images that made students clip real ones: 0.02 (means deviating by 0.1 of 0.75 in all).
 BETWEEN_IMAGES = (0.1, 0.03)
 PHOTOGRAPHS = 32  # pixels of the shorter side; smaller images are none (real digits of 8x8: 0.01)
-# White noise 0, photographs and real digits -2.
+# White noise 0; measured: digits -2, photographs of 224 pixels -2.9, of 32 pixels -3.3.
 SPECTRUM = (-0.5, -0.2)
+# What a blur of 0.7 pixels makes of photographs, and what no single blur makes of them.
+STEEP_SPECTRUM = (-5.0, -7.0)
 WORDS = ("good", "doubtful", "poor")
 SEEN_AT = 32  # pixels of a side at which images are compared with each other; finer detail makes no other image
 
@@ -280,8 +283,11 @@ def verdict(quality: Quality) -> tuple[str, list[str]]:
         share = f"{100 * q.between_images:.0f} % of the variance lies between images (photographs: about a third)"
         judge(q.between_images, BETWEEN_IMAGES, f"all equally bright: {share}", share)
     if q.spectrum is not None:
-        text = f"power falls with the frequency to the power of {q.spectrum:.1f} (photographs -2, white noise 0)"
+        text = (
+            f"power falls with the frequency to the power of {q.spectrum:.1f} (photographs -2 to -3.5, white noise 0)"
+        )
         judge(q.spectrum, SPECTRUM, f"as noisy as noise: {text}", text)
+        judge(q.spectrum, STEEP_SPECTRUM, f"out of focus: {text}")
     if q.num_samples < FEWEST:
         found.append((1, f"{q.num_samples} samples are too few to say", ""))
     worst = max(level for level, _, _ in found)
@@ -304,7 +310,7 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
     if known is not None:
         return known
     kept, held_out = (
-        torch.stack([samples_of(dataset[indices[i]]) for i in places(len(indices), most)])
+        dataset.samples([indices[i] for i in places(len(indices), most)])
         for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
     )
     stored = dataset.tensors(names=("logits", "labels"))

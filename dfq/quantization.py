@@ -67,7 +67,8 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tu
 
     Symmetric: the larger magnitude lands on the largest level (a ``seq`` or ``ternary`` grid clips at half a step above
     it, ParetoQ's stretched range). Asymmetric: the grid runs from min(minimum, 0) to max(maximum, 0), so a tensor
-    without negative values gets an unsigned grid with zero_point 0. A ternary grid with a shift is centered.
+    without negative values gets an unsigned grid with zero_point 0. A ternary grid with a shift is centered; one with a
+    float zero point runs from minimum to maximum.
 
     Args:
         minimum, maximum: scalars, or one entry per channel or group; finite. All of one tensor: e4m3 scales share one.
@@ -85,6 +86,9 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tu
 def _qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
     """:func:`choose_qparams` without a look at the values, which would make the host wait."""
     tiny = torch.finfo(torch.float32).tiny
+    if scheme.has_float_zero_point and scheme.grid == "uniform":
+        scale = shifted_scale((maximum - minimum) / scheme.quant_max, minimum, scheme)
+        return scale, -minimum / scale
     if scheme.has_float_zero_point:
         scale = shifted_scale((maximum / 2 - minimum / 2) / _largest_level(scheme), maximum / 2 + minimum / 2, scheme)
         return scale, -(maximum / 2 + minimum / 2) / scale
@@ -214,11 +218,11 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: TensorScheme,
     if torch.isnan(x).any():
         raise UserError("got a tensor with NaN to quantize", "numbers", "look for a network that overflows")
     scale, zero_point = broadcast(scale, x, axis), broadcast(zero_point, x, axis)
+    if scheme.has_float_zero_point:
+        return torch.round(x / scale + zero_point).clamp(scheme.quant_min, scheme.quant_max).to(torch.int32)
     if scheme.grid == "uniform":
         codes = torch.round(x / scale) + zero_point
         return codes.clamp(scheme.quant_min, scheme.quant_max).to(torch.int32)
-    if scheme.has_float_zero_point:
-        return torch.round(x / scale + zero_point).clamp(scheme.quant_min, scheme.quant_max).to(torch.int32)
     level = _snap(x / scale, scheme)
     if scheme.grid in FLOAT_FORMATS:
         return _float_bits(level, FLOAT_FORMATS[scheme.grid], scheme.num_bits)
@@ -281,7 +285,9 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x, scale, zero_point, scheme, gradient_scale, stable):
         v, needs_grad = x / scale, any(ctx.needs_input_grad)
         inside = None
-        if scheme.grid == "uniform":  # rounded before a zero point is added, be it an integer or one that is trained
+        if (
+            scheme.grid == "uniform" and not scheme.has_float_zero_point
+        ):  # rounded before a zero point is added, be it an integer or one that is trained
             low, high = (scheme.quant_min - zero_point).to(x.dtype), (scheme.quant_max - zero_point).to(x.dtype)
             if zero_point.is_floating_point():
                 level = _clip(torch.round(v), low, high)

@@ -145,6 +145,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "allocation": ({str: object}, None),  # what allocation.json of a student of mixed precision holds
     "images": {str: object},
     "kept_float": {str: str},  # layer → reason
+    "unreached": [str],  # layers of experts that no token chose during calibration
     "held_out": {"num_samples": (int, None)},
     "judged": {"num_samples": (int, None)},  # that the metrics come from; null where they are not counted
     # share of the teacher's metric that is lost on real data, estimated without any, and what it was estimated from
@@ -205,7 +206,7 @@ def _check(value: Any, schema: Any, where: str) -> None:
 
 def _checked_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """``details`` with every key of :data:`DETAILS`, and every row with every key of :data:`REFERENCE`."""
-    lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes")}
+    lists: dict[str, Any] = {key: [] for key in ("references", "batch_norm_match", "notes", "unreached")}
     mappings: dict[str, Any] = {key: {} for key in ("images", "kept_float")}
     counts: dict[str, Any] = {"held_out": {"num_samples": None}, "judged": {"num_samples": None}}
     filled = lists | mappings | counts | dict.fromkeys(OPTIONAL) | dict(details)
@@ -677,6 +678,8 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
         lines.append(("float", ", ".join(f"{name}: {why}" for name, why in list(details["kept_float"].items())[:3])))
         if len(details["kept_float"]) > 3:
             lines.append(("", f"and {len(details['kept_float']) - 3} more; the report lists them"))
+    if details.get("unreached"):
+        lines.append(("unseen", f"{len(details['unreached'])} layers of experts that no token chose in calibration"))
     lines += [("note", note) for note in details["notes"]]
     paths = {
         "dataset": (dataset or {}).get("path"),

@@ -20,7 +20,7 @@ Policies (the convention has to be named, or two papers cannot be compared):
 Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
 
 ``uniform``
-    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed.
+    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed; a float z is added before rounding.
 ``ternary``
     x_hat = q s, q in -1, 0, 1 (TWN, 1605.04711); not symmetric: x_hat = q s + shift (TernaryLLM, 2406.07177).
 ``seq``
@@ -32,6 +32,10 @@ Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
     x_hat = s 2^-q, q in 0 .. 2^b - 1: for outputs of a softmax (FQ-ViT, 2111.13824).
 ``float``
     not quantized.
+
+Keys of attention have a few channels that are large for every token: ``key`` rounds them channel by channel, over
+groups of tokens (KIVI, Liu et al., ICML 2024, arXiv 2402.02750); those of a group that is not full yet stay float, and
+so do they for queries of that group, so that a text that is written token by token sees what a whole one does.
 
 Of a language model (token ids in, as many logits as it has token ids out) embeddings, head and routers stay float,
 unless ``skip`` says otherwise or ``overrides`` name such a layer in full; with ``policy=hardware`` they do not.
@@ -58,6 +62,7 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group", "per_token")
 GRIDS = ("uniform", "ternary", "seq", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "log2", "float")
 SCALE_FORMATS = ("float32", "float16", "e8m0", "e4m3")
 RANGES = ("full", "narrow", "7bit")
+ZERO_POINTS = ("integer", "float")
 FIXED_BITS = {"ternary": 2, "fp8_e4m3": 8, "fp8_e5m2": 8, "fp4_e2m1": 4, "float": 16}
 
 
@@ -89,11 +94,12 @@ class TensorScheme:
     num_bits: int = 8  # weights 1 to 8, activations 2 to 16; ternary and small floats have bits of their own
     symmetric: bool = False  # signed around 0; false: from the lowest value (or 0) to the highest
     granularity: str = "per_tensor"  # per_tensor | per_channel | per_group | per_token; channel: weights, token: inputs
-    group_size: int | None = None  # values that share a scale, along the input dimension; with per_group
+    group_size: int | None = None  # values that share a scale, along the input dimension; with per_group. Keys: tokens
     grid: str = "uniform"  # uniform | ternary | seq | fp8_e4m3 | fp8_e5m2 | fp4_e2m1 | log2 | float
     dynamic: bool = False  # activations: the range of each batch instead of a calibrated one
     scale_format: str = "float32"  # float32 | float16 | e8m0 | e4m3; powers of two, or small beside a float32 a tensor
     range: str = "full"  # full | narrow | 7bit; narrow: -127..127, 7bit: -64..63 in 8 bits, for CPUs without VNNI
+    zero_point: str = "integer"  # integer | float; float: of weights, finer at 2 and 3 bits, but few formats hold it
 
     def __post_init__(self):
         _choice("grid", self.grid, GRIDS)
@@ -111,6 +117,7 @@ class TensorScheme:
         _choice("granularity", self.granularity, GRANULARITIES)
         _choice("scale_format", self.scale_format, SCALE_FORMATS)
         _choice("range", self.range, RANGES)
+        _choice("zero_point", self.zero_point, ZERO_POINTS)
         self._check_together()
         if self.granularity == "per_token":
             object.__setattr__(self, "dynamic", True)
@@ -120,7 +127,8 @@ class TensorScheme:
         size = self.group_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise UserError(f"got group_size={size!r}", "a whole number >= 1")
-        if (self.granularity == "per_group") != (size is not None):
+        of_tokens = self.granularity == "per_channel" and self.dynamic  # of keys: tokens that share a channel's range
+        if (self.granularity == "per_group") != (size is not None) and not of_tokens:
             raise UserError(
                 f"got granularity={self.granularity} and group_size={'null' if size is None else size}",
                 "granularity=per_group together with a group_size",
@@ -144,6 +152,12 @@ class TensorScheme:
             )
         if self.range != "full" and not (self.grid == "uniform" and self.symmetric):
             raise UserError(f"got range={self.range}", "full", "only symmetric uniform grids can be narrower")
+        if self.zero_point == "float" and (self.grid != "uniform" or self.symmetric):
+            raise UserError(
+                f"got zero_point=float, grid={self.grid} and symmetric={str(self.symmetric).lower()}",
+                "zero_point=float with grid=uniform and symmetric=false",
+                "leave zero_point away: other grids have none, or one that is no code anyway",
+            )
         if self.range == "7bit" and self.num_bits != 8:
             raise UserError(f"got range=7bit and num_bits={self.num_bits}", "num_bits=8")
         if self.scale_format == "e4m3" and self.grid not in FLOAT_FORMATS:
@@ -180,11 +194,12 @@ class TensorScheme:
     @property
     def has_integer_codes(self) -> bool:
         """x_hat = (q - z) s with whole q and z: what integer kernels compute with."""
-        return self.grid == "uniform" or (self.grid == "ternary" and self.symmetric)
+        whole = self.grid == "uniform" and self.zero_point == "integer"
+        return whole or (self.grid == "ternary" and self.symmetric)
 
     @property
     def has_float_zero_point(self) -> bool:
-        return self.grid == "ternary" and not self.symmetric
+        return self.zero_point == "float" or (self.grid == "ternary" and not self.symmetric)
 
     @property
     def bits_per_value(self) -> float:
@@ -201,7 +216,7 @@ class TensorScheme:
 
 
 FLOAT = TensorScheme(16, True, grid="float")
-OPERANDS = ("attention", "softmax", "key_value")  # of attention's products, beside weight and activation
+OPERANDS = ("attention", "softmax", "key_value", "key")  # of attention's products, beside weight and activation
 ROLES = ("embeddings", "head", "routers")  # of layers of a language model
 PARTS = ("weight", "activation", *OPERANDS)
 Overrides = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -221,6 +236,7 @@ class Scheme:
     key_value: TensorScheme = FLOAT  # keys and values there, as a cache holds them; float: what scheme.attention says
     skip: tuple[str, ...] = ROLES  # layers left float, by name or by what they are in a language model; []: none
     input_bits: int | None = None  # bits of the network's own input; null: those of activations. Images come with 8
+    key: TensorScheme = FLOAT  # keys there, per channel over group_size tokens (KIVI); float: what key_value says
 
     def __post_init__(self):
         _choice("scheme.policy", self.policy, POLICIES)
@@ -228,8 +244,9 @@ class Scheme:
         if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16):
             raise UserError(f"got scheme.input_bits={bits!r}", "a whole number from 2 to 16, or null")
         _check_weight(self.weight, "scheme.weight")
-        for part in ("activation", *OPERANDS):
+        for part in ("activation", "attention", "softmax", "key_value"):
             _check_activation(getattr(self, part), f"scheme.{part}")
+        _check_key(self.key)
         for part in ("attention", "softmax"):
             if getattr(self, part).granularity == "per_group":
                 raise UserError(f"got scheme.{part}.granularity=per_group", "per_tensor | per_token")
@@ -250,8 +267,12 @@ class Scheme:
         weight, activation = self.weight.label, self.activation.label
         plain = weight.isdigit() and activation.isdigit()
         name = f"w{weight}a{activation}" if plain else f"w{weight}_a{activation}"
-        if not self.key_value.is_float:
-            name += f"kv{self.key_value.label}" if plain else f"_kv{self.key_value.label}"
+        kinds = {"k": self.key if not self.key.is_float else self.key_value, "v": self.key_value}
+        kept = {part: scheme.label for part, scheme in kinds.items() if not scheme.is_float}
+        if kept:
+            same = len(kept) == 2 and len(set(kept.values())) == 1
+            added = f"kv{kept['k']}" if same else "".join(part + label for part, label in kept.items())
+            name += added if plain else f"_{added}"
         implied = {"mxfp4": 32, "nvfp4": 16}.get(weight)
         if self.weight.group_size not in (None, implied):
             name += f"_g{self.weight.group_size}"
@@ -327,8 +348,9 @@ class Scheme:
         for part in PARTS:
             if part in values:
                 _check_keys(values[part], TensorScheme, f"scheme.{part}")
+                implied = {"dynamic": True} if part == "key" and values[part].get("grid") != "float" else {}
                 try:
-                    values[part] = TensorScheme(**_with_implied(values[part]))
+                    values[part] = TensorScheme(**implied | _with_implied(values[part]))
                 except UserError as error:
                     got = error.got.replace("got ", f"got scheme.{part}.", 1)
                     raise UserError(got, error.allowed, error.do) from None
@@ -387,6 +409,8 @@ def _check_weight(scheme: TensorScheme, where: str) -> None:
 def _check_activation(scheme: TensorScheme, where: str) -> None:
     if scheme.is_float:
         return
+    if scheme.zero_point == "float":
+        raise UserError(f"got {where}.zero_point=float", "zero_point=integer", "float ones are for weights")
     if scheme.granularity == "per_channel":
         raise UserError(
             f"got {where}.granularity=per_channel",
@@ -402,6 +426,17 @@ def _check_activation(scheme: TensorScheme, where: str) -> None:
             f"got {where}.grid={scheme.grid} and num_bits={scheme.num_bits}",
             "uniform | fp8_e4m3 | fp8_e5m2 | fp4_e2m1 | float, 2 to 16 bits",
             "grid=ternary and grid=seq are for weights",
+        )
+
+
+def _check_key(scheme: TensorScheme) -> None:
+    if scheme.is_float:
+        return
+    if not (scheme.granularity == "per_channel" and scheme.group_size and scheme.dynamic and scheme.grid == "uniform"):
+        raise UserError(
+            f"got scheme.key.granularity={scheme.granularity}, group_size={scheme.group_size} and grid={scheme.grid}",
+            "granularity=per_channel, grid=uniform and a group_size, the tokens that share a channel's range",
+            "scheme.key_value rounds keys and values per token",
         )
 
 
@@ -572,8 +607,9 @@ class MixedScheme(Scheme):
             chosen = overrides.get(pattern, {})
             parts = dict.fromkeys([*chosen, *mine])
             both[pattern] = {part: {**chosen.get(part, {}), **mine.get(part, {})} for part in parts}
-        operands = (self.attention, self.softmax, self.key_value)
-        return Scheme(self.weight, self.activation, self.policy, self.name, both, *operands, self.skip, self.input_bits)
+        operands = {part: getattr(self, part) for part in OPERANDS}
+        rest = {"skip": self.skip, "input_bits": self.input_bits, **operands}
+        return Scheme(self.weight, self.activation, self.policy, self.name, both, **rest)
 
 
 MIXED_KEYS = {entry.name for entry in fields(MixedScheme)} - {entry.name for entry in fields(Scheme)}

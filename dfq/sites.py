@@ -32,7 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, Op, each_once, op_name, tensors_in
 from dfq.modules import LOOKUPS, PRODUCTS, BiasQuantizer, QuantizedLayer, Quantizer, Swap, input_values, product_of
-from dfq.scheme import Scheme, TensorScheme
+from dfq.scheme import OPERANDS, Scheme, TensorScheme
 
 HOLDER = "sites"
 SITE = re.compile(
@@ -42,6 +42,7 @@ INPUT = "input_0"  # of the network: a quantizer of the root module
 SOFTMAX = "softmax"
 WEIGHT, BIAS = ".weight_quantizer", ".bias_quantizer"  # of a layer
 FUSED_ATTENTION = "scaled_dot_product_attention"
+WITH_KEYS = (FUSED_ATTENTION, "matmul", "bmm")  # products in which keys can be rounded channel by channel
 # What an integer runtime folds into the operation before it: the clamp of its codes.
 CLIPPING = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip", "threshold"}
 # These hand on the values they get, or zeros beside them: no new grid.
@@ -101,7 +102,7 @@ def find_sites(
     uses = {name: ops for name, ops in (functional or {}).items() if name in swap.layers}
     aliases = {_path(op, "input_1"): f"{name}.weight_quantizer" for name, ops in uses.items() for op in ops}
     axes: dict[str, int] = {}
-    if not (scheme.attention.is_float and scheme.softmax.is_float and scheme.key_value.is_float):
+    if not all(getattr(scheme, part).is_float for part in OPERANDS):
         operands, axes = _operands_of_attention(scheme, flow)
         found |= operands
     layer_inputs: dict[str, str] = {}
@@ -152,6 +153,13 @@ def place_sites(module: nn.Module, sites: Sites) -> nn.Module:
             part.register_forward_hook(_Leave(running))
     module.__class__ = _with_sites(type(module))  # type: ignore[arg-type]  # mypy: a type is no Hashable
     return module
+
+
+def site_quantizer(module: nn.Module, path: str) -> Quantizer:
+    """The quantizer of a site of a network that :func:`place_sites` went over."""
+    found = module.get_submodule(module.sites_path)._modules[_key(path)]  # type: ignore[arg-type]
+    assert isinstance(found, Quantizer)
+    return found
 
 
 class _BiasOf(nn.Module):
@@ -233,8 +241,17 @@ def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> tuple[dict[str, Te
         first = op.inputs.index(operands[0])
         for position, number in enumerate(operands, start=first):
             part = scheme.softmax if number in probabilities else scheme.attention
+            is_key = position == first + 1 and operands[0] not in probabilities
             if position > first and not scheme.key_value.is_float:
                 part = scheme.key_value
+            if is_key and not scheme.key.is_float:
+                if op.name not in WITH_KEYS:
+                    raise UserError(
+                        f"got scheme.key and attention in {op.module or 'the network'} that multiplies by {op.name}",
+                        " | ".join(WITH_KEYS),
+                        "use scheme.key_value for such a network",
+                    )
+                part = scheme.key
             if not part.is_float:
                 path = _path(op, f"input_{position}")
                 found[path] = part
@@ -242,6 +259,8 @@ def _operands_of_attention(scheme: Scheme, flow: Dataflow) -> tuple[dict[str, Te
                     axes[path] = -2
         if op.name == FUSED_ATTENTION and not scheme.softmax.is_float:
             found[_path(op, SOFTMAX)] = scheme.softmax
+    if not scheme.key.is_float and scheme.key not in found.values():
+        raise UserError("got scheme.key and a network in which no attention was seen", "a network with attention")
     return found, axes
 
 
@@ -411,10 +430,14 @@ class _CallSites(TorchFunctionMode):
         keys = self.sites[pair].get(index, {})
         self.called |= set(keys.values())
         mine: dict[str, Any] = {place: self.quantizers[key] for place, key in keys.items()}
+        of_keys = next((place for place, part in mine.items() if rounds_keys(part)), "")
         if mine:
-            args, kwargs = _quantized_inputs(mine, args, kwargs)
-        if SOFTMAX in mine:
-            result = attention(mine[SOFTMAX], *args, **kwargs)
+            args, kwargs = _quantized_inputs({p: q for p, q in mine.items() if p != of_keys}, args, kwargs)
+        if SOFTMAX in mine or (of_keys and pair[1] == FUSED_ATTENTION):
+            options = {**kwargs, "key_quantizer": mine.get(of_keys)}
+            result = attention(mine.get(SOFTMAX), *args, **options)
+        elif of_keys:
+            result = _with_rounded_keys(func(*args, **kwargs), lambda key: func(args[0], key), args[1], mine[of_keys])
         else:
             result = func(*args, **kwargs)
         if next(tensors_in(result), None) is not None or func is Tensor.__setitem__:
@@ -471,8 +494,30 @@ def _quantized_inputs(quantizers: dict[str, nn.Module], args: tuple, kwargs: dic
     return map_tensors(through, args), map_tensors(through, kwargs)
 
 
+def rounds_keys(quantizer: nn.Module | None) -> bool:
+    """Whether it is one of keys, channel by channel over groups of tokens."""
+    return isinstance(quantizer, Quantizer) and quantizer.scheme.granularity == "per_channel" and quantizer.axis is None
+
+
+def _with_rounded_keys(
+    scores: Tensor, product: Callable[[Tensor], Tensor], key: Tensor, quantizer: nn.Module, one_token: bool = False
+) -> Tensor:
+    """``scores`` [..., L, S] of float keys, those with keys of full groups before the query's own from rounded ones.
+
+    The queries are the last L tokens: with a cache there are more keys than queries. ``one_token``: they are all of the
+    last one, heads that share keys side by side.
+    """
+    assert isinstance(quantizer, Quantizer)
+    size, (queries, keys) = quantizer.scheme.group_size, scores.shape[-2:]
+    assert size is not None
+    positions = torch.arange(keys, device=scores.device)
+    own = positions[-1:] if one_token else positions[keys - queries :]
+    older = positions // size < (own // size)[:, None]
+    return torch.where(older, product(quantizer(key)), scores)
+
+
 def attention(
-    quantizer: nn.Module,
+    quantizer: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -481,19 +526,43 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    key_quantizer: nn.Module | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.scaled_dot_product_attention` in two products, ``quantizer`` on the probabilities.
 
     Shapes: ``query`` [..., L, E], ``key`` [..., S, E], ``value`` [..., S, E_v].
     """
+    probabilities = attention_probabilities(query, key, attn_mask, is_causal, scale, enable_gqa, key_quantizer)
     if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    return F.dropout(probabilities if quantizer is None else quantizer(probabilities), dropout_p) @ value
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    key_quantizer: nn.Module | None = None,
+) -> Tensor:
+    """What :func:`torch.nn.functional.scaled_dot_product_attention` weighs values with, [..., L, S]."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+
+    def product(key: Tensor) -> Tensor:
+        return query @ key.transpose(-2, -1) * factor
+
+    scores = product(key)
+    if key_quantizer is not None:
+        one_token = not is_causal and (attn_mask is None or attn_mask.shape[-2] == 1)
+        scores = _with_rounded_keys(scores, product, key, key_quantizer, one_token)
     if is_causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, float("-inf"))
     if attn_mask is not None:
         masked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
-    return F.dropout(quantizer(scores.softmax(-1)), dropout_p) @ value
+    return scores.softmax(-1)

@@ -29,8 +29,9 @@ import dfq
 from dfq import dataset as store
 from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
-from dfq.hooks import evaluation_mode, record_dataflow
+from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import (
+    LowRankCorrection,
     QuantizedLayer,
     Quantizer,
     Swap,
@@ -46,7 +47,7 @@ from dfq.quantization import dequantize, from_groups, pack, quantize, tensor_sca
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.sites import HOLDER, Sites, find_sites, place_sites
-from dfq.surgery import apply, prepare
+from dfq.surgery import Experts, apply, prepare
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, hash_tensors, input_spec_from_dict
 
 SCHEMA_VERSION = 2
@@ -77,6 +78,7 @@ class Surgery:
     sites: Sites
     rescaled: dict[str, Rescaled] = field(default_factory=dict, compare=False)  # layer → what equalization did to it
     rotated: bool = field(default=False, compare=False)  # outputs of layers are the teacher's in other coordinates
+    corrections: dict[str, tuple[int, str]] = field(default_factory=dict, compare=False)  # layer → rank, format (LQER)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -92,6 +94,7 @@ class Surgery:
             "integer_bias": self.sites.has_integer_bias,
             **({"site_axes": self.sites.feature_axes} if self.sites.feature_axes else {}),
             **({"rotated": True} if self.rotated else {}),
+            **({"corrections": self.corrections} if self.corrections else {}),
             "rescaled": {
                 name: {part: values.tolist() for part, values in vars(record).items()}
                 for name, record in self.rescaled.items()
@@ -122,7 +125,31 @@ class Surgery:
             ),
             rescaled,
             values.get("rotated", False),
+            {name: (rank, form) for name, (rank, form) in values.get("corrections", {}).items()},
         )
+
+    @classmethod
+    def perform(
+        cls, module: nn.Module, scheme: Scheme, example: Tensor, flow: Dataflow | None = None, fold: bool = True
+    ) -> Surgery:
+        """Turn a float network into a quantized one, in place; its quantizers have no grid yet.
+
+        Args:
+            example: what it takes, to see how data flows.
+            flow: what :func:`~dfq.hooks.record_dataflow` says of both, where it is known.
+            fold: batch norms into the layers before them.
+        """
+        rewrites = prepare(module)
+        if rewrites or flow is None:
+            flow = record_dataflow(module, example)
+        folded = find_foldable(module, flow) if fold else []
+        fold_batch_norm(module, folded)
+        after = record_dataflow(module, example) if folded else flow  # without the folded ones' operations
+        functional = functional_uses(module, after)
+        swap = swap_layers(module, scheme, flow)
+        sites = find_sites(scheme, swap, after, functional)
+        place_sites(module, sites)
+        return cls(rewrites, folded, swap, sites)
 
     def repeat(self, module: nn.Module) -> nn.Module:
         """The same on a fresh copy of the network; AttributeError and the like if it is another network."""
@@ -131,6 +158,12 @@ class Surgery:
         for name, schemes in self.swap.layers.items():
             swap_layer(module.get_submodule(name), *schemes)
         share_tied_grids(module)
+        for name, (rank, form) in self.corrections.items():
+            layer = module.get_submodule(name)
+            assert isinstance(layer, QuantizedLayer)
+            outputs, inputs = layer.weight.shape
+            like = {"dtype": getattr(torch, form), "device": layer.weight.device}
+            layer.correction = LowRankCorrection(torch.zeros(rank, inputs, **like), torch.zeros(outputs, rank, **like))
         return place_sites(module, self.sites)
 
 
@@ -143,6 +176,7 @@ class Student:
         network: package.module:function that builds the network it is made of; None: its teacher's own.
         settings: what made it (algorithm, dataset, seed, ...), any json-able mapping.
         seconds: how long that took.
+        unreached: layers of a mixture's experts that no token chose during calibration.
     """
 
     def __init__(self, module: nn.Module, scheme: Scheme, surgery: Surgery, teacher: dict[str, Any]):
@@ -150,24 +184,18 @@ class Student:
         self.network: str | None = None
         self.settings: dict[str, Any] = {}
         self.seconds = 0.0
+        self.unreached: list[str] = []
 
     @classmethod
     def from_teacher(cls, teacher: Teacher, scheme: Scheme) -> Student:
         """A copy of the teacher, prepared, batch norm folded, every weight layer swapped; nothing has a grid yet."""
-        module = copy.deepcopy(teacher.module)
-        rewrites = prepare(module)
-        flow = record_dataflow(module, teacher.example()) if rewrites else teacher.dataflow
-        folded = find_foldable(module, flow)
-        fold_batch_norm(module, folded)
-        after = record_dataflow(module, teacher.example()) if folded else flow  # without the folded ones' operations
-        functional = functional_uses(module, after)
-        swap = swap_layers(module, scheme, flow)
-        sites = find_sites(scheme, swap, after, functional)
-        return cls(place_sites(module, sites), scheme, Surgery(rewrites, folded, swap, sites), _describe(teacher))
+        module, flow = copy.deepcopy(teacher.module), teacher.dataflow
+        return cls(module, scheme, Surgery.perform(module, scheme, teacher.example(), flow), _describe(teacher))
 
     def become(self, other: Student) -> None:
         """The same student of the same teacher as ``other``: for what makes another one and has to hand over this."""
         self.module, self.surgery, self.network = other.module, other.surgery, other.network
+        self.unreached = other.unreached
 
     @property
     def swap(self) -> Swap:
@@ -189,6 +217,17 @@ class Student:
         """Name → quantized layer, in call order."""
         found = quantized_layers(self.module)
         return {name: found[name] for name in self.swap.layers}
+
+    @property
+    def expert_layers(self) -> dict[str, str]:
+        """Quantized layer of a mixture's expert → what its siblings share: the name without the expert's number."""
+        found = {}
+        for name in self.swap.layers:
+            owner, _, layer = name.rpartition(".")
+            mixture, _, number = owner.rpartition(".")
+            if number.isdigit() and isinstance(self.module.get_submodule(mixture), Experts):
+                found[name] = f"{mixture}.*.{layer}"
+        return found
 
     @property
     def has_grids(self) -> bool:
@@ -284,6 +323,7 @@ class Student:
             **self.surgery.to_dict(),
             "settings": self.settings,
             "seconds": round(self.seconds, 3),
+            **({"unreached": self.unreached} if self.unreached else {}),
             "mean_weight_bits": self.mean_weight_bits,
             "size_bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -339,6 +379,7 @@ class Student:
             if isinstance(part, Quantizer):
                 part.enabled = True
         student.settings, student.seconds = manifest["settings"], manifest["seconds"]
+        student.unreached = list(manifest.get("unreached", []))  # not in students from before it
         student.module.to(teacher.device)
         return student.freeze()
 

@@ -15,6 +15,7 @@ A sub-class that becomes its torch base class loses the methods it added; it is 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -44,10 +45,12 @@ def prepare(module: nn.Module) -> list[tuple[str, str]]:
     """Rewrite what needs it, in place. Returns (module name, kind of rewrite) in order, for :func:`apply`.
 
     Kinds: ``constant`` (parametrized or hooked weights become plain parameters), ``attention``
-    (``nn.MultiheadAttention`` becomes :class:`Attention`), ``linear`` and ``transposed_linear`` (a module of its own
-    that is a linear layer, with its weight as [O, I] or [I, O]), ``base_class`` (a sub-class that computes what its
-    torch base class computes) and ``effective_weight`` (one that computes it with another, constant weight).
-    Two more are for algorithms, which put them behind these: ``relu`` and ``bias``.
+    (``nn.MultiheadAttention`` becomes :class:`Attention`), ``experts`` (those of a mixture, which are one tensor each
+    of transformers' layers, become layers of their own, :class:`Experts`), ``linear`` and ``transposed_linear`` (a
+    module of its own that is a linear layer, with its weight as [O, I] or [I, O]), ``base_class`` (a sub-class that
+    computes what its torch base class computes) and ``effective_weight`` (one that computes it with another, constant
+    weight).
+    Three more are for algorithms, which put them behind these: ``relu``, ``untied`` and ``bias``.
     """
     rewrites = []
     uses = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
@@ -60,6 +63,10 @@ def prepare(module: nn.Module) -> list[tuple[str, str]]:
         if _is_reparametrized(part) and not tied(_originals(part)):
             _make_constant(part)
             rewrites.append((name, "constant"))
+    for name, part in module.named_modules():
+        if _are_experts(part) and not tied(part._parameters.values()):
+            _become_experts(part)
+            rewrites.append((name, "experts"))
     for name, part in module.named_modules():
         kind, weights = _find_rewrite(part)
         if kind is None or tied(part._parameters.get(key) for key in _replaced(part, kind)):
@@ -211,6 +218,114 @@ def _turn_off_nested_tensors(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoder) and any(isinstance(m, Attention) for m in part.modules()):
             part.use_nested_tensor = False
+
+
+# ------------------------------------------------------------------------------------------------ mixtures of experts
+
+STACKED = ("gate_up_proj", "up_proj", "down_proj")  # parameters [E, O, I], or [E, I, O]; biases [E, O] end in _bias
+
+
+class Experts(nn.Module):
+    """Mixed into the class of a mixture's experts: two ``nn.Linear`` for each, in children named by their numbers.
+
+    All of them run in every forward, on the tokens that chose them, be there none: a forward's operations do not depend
+    on its tokens.
+    """
+
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Shapes: ``hidden_states`` [M, H], ``top_k_index`` and ``top_k_weights`` [M, K]; returns [M, H]."""
+        result = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(experts_of(self)):
+            token, place = torch.where(top_k_index == index)
+            x = hidden_states[token]
+            if hasattr(expert, "gate_up_proj"):
+                x = self._apply_gate(expert.gate_up_proj(x))
+            else:
+                x = self.act_fn(expert.up_proj(x))
+            x = expert.down_proj(x) * top_k_weights[token, place, None]
+            result = result.index_add(0, token, x.to(result.dtype))
+        return result
+
+
+def experts_of(part: nn.Module) -> list[nn.Module]:
+    """The experts of :class:`Experts`, in order."""
+    return [child for name, child in part.named_children() if name.isdigit()]
+
+
+def stacked_experts(part: nn.Module, of_layer: Callable[[str, nn.Module], Tensor | None]) -> dict[str, Tensor]:
+    """What ``of_layer(name, layer)`` gives of each expert's layers, by parameter's name and [E, ...] as it was before.
+
+    Args:
+        of_layer: [O, ...] of a layer called ``EXPERT.gate_up_proj`` or the like; None: nothing of any.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for index, expert in enumerate(experts_of(part)):
+        for name, layer in expert.named_children():
+            value = of_layer(f"{index}.{name}", layer)
+            if value is not None:
+                found.setdefault(name, []).append(value.mT if getattr(part, "is_transposed", False) else value)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _are_experts(part: nn.Module) -> bool:
+    """Whether a module's forward is that of :class:`Experts` on its stacked weights; found by trying."""
+    own = {name: p for name, p in part._parameters.items() if p is not None}
+    weights = {name: p for name, p in own.items() if not name.endswith("_bias")}
+    names = set(weights)
+    if not (names <= set(STACKED) and "down_proj" in names and len(names) == 2) or isinstance(part, Experts):
+        return False
+    if any(p.dim() != 3 for p in weights.values()) or len({len(p) for p in own.values()}) != 1:
+        return False
+    if not (hasattr(part, "act_fn") or hasattr(part, "_apply_gate")) or getattr(part, "has_post_expert_norm", False):
+        return False
+    number = len(weights["down_proj"])
+    width = weights["down_proj"].shape[2 if getattr(part, "is_transposed", False) else 1]
+    rng = torch.Generator().manual_seed(0)
+    like = weights["down_proj"]
+    x = torch.randn(7, width, generator=rng).to(like)
+    chosen = torch.stack([torch.randperm(number, generator=rng)[: min(2, number)] for _ in range(7)]).to(like.device)
+    shares = torch.rand(chosen.shape, generator=rng).to(like)
+    twin = copy.copy(part)
+    twin._parameters, twin._modules = dict(part._parameters), dict(part._modules)
+    try:
+        with torch.no_grad(), evaluation_mode(part):
+            wanted = part(x, chosen, shares)
+            _become_experts(twin)
+            found = twin(x, chosen, shares)
+    except Exception:  # whatever a forward raises on arguments that it does not take
+        return False
+    if not isinstance(wanted, Tensor) or wanted.shape != found.shape:
+        return False
+    return bool((wanted - found).abs().max() <= max(1e-5, 4 * torch.finfo(like.dtype).eps) * wanted.abs().max())
+
+
+@functools.cache
+def _experts_class(kind: Any) -> Any:
+    return type(kind.__name__, (Experts, kind), {"__module__": kind.__module__})
+
+
+def _become_experts(part: nn.Module) -> None:
+    """The layers' weights are parts of the stacked tensors, not copies of them."""
+    transposed = getattr(part, "is_transposed", False)
+    names = [name for name in STACKED if part._parameters.get(name) is not None]
+    biases = {name: part._parameters.pop(f"{name}_bias", None) for name in names}
+    stacked = {name: part._parameters.pop(name) for name in names}
+    for index in range(len(stacked["down_proj"])):
+        expert = nn.Module()
+        for name, weights in stacked.items():
+            weight = weights.detach()[index]
+            weight, bias = weight.mT.contiguous() if transposed else weight, biases[name]
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")  # no random numbers
+            layer.weight = nn.Parameter(weight, weights.requires_grad)
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach()[index], bias.requires_grad)
+            expert.add_module(name, layer)
+        expert.train(part.training)
+        part.add_module(str(index), expert)
+    part.__class__ = _experts_class(type(part))  # type: ignore[arg-type]  # mypy: a type is no Hashable
 
 
 # ------------------------------------------------------------------------------------------------ computed weights
@@ -421,6 +536,11 @@ def _become_relu(part: nn.Module) -> None:
     del part.min_val, part.max_val
 
 
+def _untie(part: nn.Module) -> None:
+    """A weight of its own, for a layer that shares one."""
+    part.weight = nn.Parameter(part.weight.detach().clone(), part.weight.requires_grad)
+
+
 def _add_bias(part: nn.Module) -> None:
     """Zeros, for a plain layer without a bias."""
     weight, channels = part.weight, part.out_channels if hasattr(part, "out_channels") else part.weight.shape[0]
@@ -430,10 +550,12 @@ def _add_bias(part: nn.Module) -> None:
 REWRITES: dict[str, Callable[[nn.Module], None]] = {
     "constant": _make_constant,
     "attention": _become_attention,
+    "experts": _become_experts,
     "linear": _become_linear,
     "transposed_linear": _become_transposed_linear,
     "base_class": _become_base,
     "effective_weight": _take_effective_weight,
     "relu": _become_relu,
+    "untied": _untie,
     "bias": _add_bias,
 }

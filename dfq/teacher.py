@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import BATCH_NORMS
+from dfq.ranks import local_rank
+
+LONGEST_EXAMPLE = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if str(device) == "auto":
-        return torch.device(available[0])
+        shared = max(1, len(available) - 1)  # processes on one computer take a GPU each
+        return torch.device(available[local_rank() % shared if torch.cuda.is_available() else 0])
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -171,7 +175,8 @@ class Teacher:
 
     def to(self, device: str | torch.device) -> Teacher:
         self.device = resolve_device(device)
-        self.module.to(self.device)
+        if any(t.device != self.device for t in (*self.module.parameters(), *self.module.buffers())):
+            self.module.to(self.device)  # elsewhere not even called: tensors without content can't be swapped
         return self
 
     def __call__(self, images: Tensor) -> Any:
@@ -195,8 +200,14 @@ class Teacher:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def example(self, num_samples: int = 2) -> Tensor:
-        """A fixed batch of noise (images) or of random token ids to see how data flows."""
-        return self.input_spec.example(num_samples, torch.Generator().manual_seed(0)).to(self.device)
+        """A fixed batch of noise (images) or of random token ids to see how data flows.
+
+        A network of transformers gets short texts: it takes any, and whoever looks keeps every value of a forward.
+        """
+        example = self.input_spec.example(num_samples, torch.Generator().manual_seed(0))
+        if isinstance(self.input_spec, TokenSpec) and hasattr(self.module, "config"):
+            example = example[:, :LONGEST_EXAMPLE]
+        return example.to(self.device)
 
     @cached_property
     def dataflow(self) -> Dataflow:

@@ -40,6 +40,7 @@ class PatchTokens(TorchFunctionMode):
         self.found = found
         self.probabilities: Any = WeakTensorKeyDictionary()
         self.patches: dict[int, Tensor] = {}  # number of tokens → which of them are patches, where not all are
+        self.layouts: dict[int, list[tuple[int, bool]]] = {}  # the same, as lengths of what was put together
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -73,8 +74,12 @@ class PatchTokens(TorchFunctionMode):
         """Remember which of the ``tokens`` that were put together come from the image, if [N, L, C] along L."""
         dim = named.get("dim", named.get("axis", dim))
         if tokens.dim() == 3 and dim in (1, -2) and not all(part.requires_grad for part in parts):
-            is_patch = [torch.full((part.shape[dim],), part.requires_grad) for part in parts]
-            self.patches[tokens.shape[1]] = torch.cat(is_patch).nonzero().flatten().to(tokens.device)
+            layout = [(part.shape[dim], part.requires_grad) for part in parts]
+            if self.layouts.get(tokens.shape[1]) != layout:  # once: what goes to the device is waited for
+                is_patch = [own for length, own in layout for _ in range(length)]
+                places = [place for place, own in enumerate(is_patch) if own]
+                self.layouts[tokens.shape[1]] = layout
+                self.patches[tokens.shape[1]] = torch.tensor(places, device=tokens.device)
 
     def _multi_head(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """What goes into the output projection: the operation is given none, and the projection is made here."""

@@ -23,6 +23,8 @@ from dfq.teacher import Teacher
 LARGEST_BATCH = 256  # more at once is not faster, and more is lost when a run is killed
 STEPS = 2  # of the optimization that are counted: in the second one, some of the first is still there
 FEWEST = 2  # samples that are counted
+# Settings of the generator that is counted.
+COUNTED = {"iterations": STEPS, "final_iterations": STEPS, "coarse_share": 0.0, "compile": False}
 
 
 def fitting_batch_size(generator: Generator, teacher: Teacher) -> int:
@@ -50,8 +52,9 @@ def fitting_batch_size(generator: Generator, teacher: Teacher) -> int:
 
 def batch_bytes(generator: Generator, teacher: Teacher, num_samples: int) -> int:
     """The most bytes of tensors alive at once while ``num_samples`` are made; the network's are not counted."""
-    if any(field.name == "iterations" for field in fields(generator)):
-        generator = replace(generator, iterations=STEPS)  # type: ignore[call-arg]
+    known = {field.name for field in fields(generator)}
+    counted = {key: value for key, value in COUNTED.items() if key in known}
+    generator = replace(generator, **counted)  # type: ignore[arg-type]
     return peak_bytes(lambda: generator.sample(teacher, num_samples, batch_rng(0, 0), lambda amount, note="": None))
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from dfq.generators._base import Generator
 from dfq.generators._filters import augment, check_shift, total_variation
-from dfq.generators._optimization import Penalty, cosine, finish, optimize, picture_statistics
+from dfq.generators._optimization import Penalty, coarse_to_fine, cosine, finish, optimize, picture_statistics
 from dfq.progress import Advance
-from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from dfq.teacher import InputSpec, Teacher
 
 
@@ -29,6 +30,11 @@ class PixelGenerator(Generator):
     shift: NonNegativeInt = 0  # show the images moved by up to so many pixels in every step
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    coarse_share: Fraction = 0.0  # share of the steps that are taken first, on smaller images; 0: none
+    coarse_scale: Annotated[float, Bound(above=0, at_most=1)] = 0.5  # size of a side of these
+    patience: NonNegativeInt = 0  # stop after so many steps that bring less than tolerance; 0: never
+    tolerance: Fraction = 0.01  # share of the loss that so many steps have to bring
+    compile: bool | Literal["auto"] = False  # each batch's step as one program; auto: on CUDA
 
     def descend(
         self,
@@ -36,7 +42,7 @@ class PixelGenerator(Generator):
         rng: torch.Generator,
         advance: Advance,
         noise: Tensor,
-        measured: AbstractContextManager[list[Tensor]] | None,
+        measured: Callable[[], AbstractContextManager[list[Tensor]]] | None,
         *penalties: Penalty | None,
     ) -> Tensor:
         """The images [N, C, H, W] that ``noise`` of variance 1 becomes; see :func:`optimize`."""
@@ -44,25 +50,36 @@ class PixelGenerator(Generator):
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
         mean, std = (values.view(-1, 1, 1).to(teacher.device) for values in picture_statistics(spec))
         low, high = ((limit - mean) / std for limit in spec.limits(teacher.device))
-        pixels = noise.to(teacher.device, memory_format=torch.channels_last).requires_grad_()
-        optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.5, 0.9))
         wanted = [penalty for penalty in penalties if penalty is not None]
+        warmup = int(self.warmup * self.iterations)
 
         def penalty(images: Tensor, outputs: Any) -> Tensor:
             terms = [one(images, outputs) for one in wanted]
             return self.variation_weight * total_variation(images / std) + sum(terms)
 
-        optimize(
-            teacher,
-            measured,
-            lambda: augment(pixels * std + mean, self.flip, self.shift, rng),
-            [cosine(optimizer, self.iterations, int(self.warmup * self.iterations))],
-            self.iterations,
-            advance,
-            penalty=penalty,
-            after_step=lambda: pixels.clamp_(low, high) if self.clip else None,
-        )
-        return finish(pixels.detach() * std + mean, spec, self.low_pass, self.clip)
+        def move(start: Tensor, first: int, last: int) -> Tensor:
+            pixels, shift = start.requires_grad_(), round(self.shift * start.shape[-2] / spec.size[1])
+            optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.5, 0.9))
+            optimize(
+                teacher,
+                None if measured is None else measured(),
+                lambda: augment(pixels * std + mean, self.flip, shift, rng),
+                [cosine(optimizer, self.iterations, warmup, first)],
+                last - first,
+                advance,
+                penalty=penalty,
+                after_step=lambda: pixels.clamp_(low, high) if self.clip else None,
+                of=self.iterations,
+                patience=self.patience,
+                tolerance=self.tolerance,
+                settled=max(0, warmup - first),
+                compiled=self.compile,
+            )
+            return pixels.detach()
+
+        start = noise.to(teacher.device, memory_format=torch.channels_last)
+        found = coarse_to_fine(teacher, start, self.coarse_share, self.coarse_scale, self.iterations, move)
+        return finish(found * std + mean, spec, self.low_pass, self.clip)
 
     def image_size(self, teacher: Teacher) -> tuple[int, ...]:
         """C, H, W; a UserError where ``shift`` is too far for it."""

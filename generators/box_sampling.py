@@ -11,8 +11,9 @@ teacher is asked what it sees: a label that it does not see is removed, what it 
 resolution, from the images so far, labels are frozen. The loss is the detector's own, or the one derived from what it
 decodes (:mod:`dfq.detectors._base`). Boxes, labels and the teacher's scores of them are stored with the images.
 
-A detection is believed if its score is above what the teacher sees in noise (``certainty``, a quantile of the best
-score an image), and added if it is as sure besides as the teacher typically is of the labels that it sees.
+Thresholds are what the teacher sees in noise, in the best score of each image of it: a label stays if the teacher sees
+more in its place than in half of these images, and a detection is believed if it is surer than in nearly all of them
+(``certainty``). It is added if it is as sure besides as the teacher typically is of the labels that it believes.
 
 Where a network has no batch norm, the entropy of patch similarities takes its place (:mod:`dfq.generators.psaq`), or
 nothing where there is no attention either.
@@ -20,8 +21,12 @@ nothing where there is no attention either.
 Differences from the papers: several boxes from the start, of sizes whose logarithm is uniform, and none upon another;
 thresholds come from the teacher's scores and are not fixed at 0.2; a class gets no more than ``balance`` times its
 share of boxes; the full resolution goes on from the low one rather than from noise; deviations and not variances, and
-every term is a mean over boxes, channels, layers or pixels, so that the weights serve any resolution and batch; images
-are smoothed, and legal, in every step. The papers' L_task grows with the batch, their norms with channels and pixels.
+every term is a mean over boxes, channels, layers or pixels, so that the weights serve any resolution and batch (the
+papers' L_task grows with the batch, their norms with channels and pixels).
+
+What is moved is not the pixels, which ends in colored noise, but waves in gray and opponent colors
+(:mod:`dfq.generators._canvas`); and images are shown mirrored and moved a little in every step, boxes with them, so
+that what the teacher sees in a place is more than an accident of single pixels. Images are legal in every step.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -38,7 +44,8 @@ from torch.nn import functional as F
 from dfq.detectors._base import Boxes
 from dfq.generators._attention import has_attention, negative_entropies
 from dfq.generators._base import Generator
-from dfq.generators._filters import diverse_noise, gaussian_blur, total_variation, white_noise
+from dfq.generators._canvas import Canvas, photograph_noise
+from dfq.generators._filters import diverse_noise, gaussian_blur, shift_reflecting, total_variation, white_noise
 from dfq.generators._needs import check_needs
 from dfq.generators._optimization import cosine, finish, optimize, picture_statistics
 from dfq.generators._statistics import batch_norm_distances
@@ -62,19 +69,22 @@ class BoxSampling(Generator):
     """Gradient descent on the pixels of one batch at a time, toward boxes of its own."""
 
     batch_size: PositiveInt = 32  # samples made together
-    iterations: PositiveInt = 60  # steps at low resolution
+    iterations: PositiveInt = 80  # steps at low resolution
     final_iterations: PositiveInt = 30  # steps at full resolution
     resolution: Share = 0.5  # sides at low resolution, of the network's input
-    learning_rate: PositiveFloat = 0.2  # first step of Adam, in units of the deviation of pictures
-    task_weight: NonNegativeFloat = 0.1  # weight of the detector's own loss; the mean over batch norms has 1
+    learning_rate: PositiveFloat = 0.15  # first step of Adam, in units of the deviation of pictures
+    task_weight: NonNegativeFloat = 0.3  # weight of the detector's own loss; the mean over batch norms has 1
     variation_weight: NonNegativeFloat = 0.05  # weight of the total variation: mean difference of neighbors
+    contrast: PositiveFloat = 0.7  # deviation of the noise to start from, in units of that of pictures
     most_boxes: PositiveInt = 4  # in an image; how many is drawn
     smallest_box: Share = 0.15  # side of a square box of the smallest area, as a share of the image's
     largest_box: Share = 0.7  # and of the largest
     rounds: NonNegativeInt = 3  # times that labels are compared with what the teacher sees
-    certainty: Fraction = 0.95  # share of images of noise in which the teacher sees nothing that is believed
+    certainty: Fraction = 0.95  # of images of noise in which the teacher sees nothing that is believed; at least 0.5
     balance: PositiveFloat = 2.0  # boxes of a class at most, as a multiple of its share
-    blur: NonNegativeFloat = 0.8  # deviation in pixels of a blur in every step
+    blur: NonNegativeFloat = 0.0  # deviation in pixels of a blur in every step; 0: none
+    flip: bool = True  # show images and boxes mirrored left to right in half of the steps
+    shift: NonNegativeInt = 4  # show them moved by up to so many pixels in every step
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
     needs_boxes: ClassVar[bool] = True
@@ -92,7 +102,8 @@ class BoxSampling(Generator):
                 found = task.detections(outputs, [(1.0, 1.0)] * len(images))
                 best += [float(row.scores.max()) if len(row.scores) else 0.0 for row in found]
             labels = task.labels(outputs)
-        return Prepared(self, float(torch.tensor(best).quantile(self.certainty)), labels)
+        plausible, believed = torch.tensor(best).quantile(torch.tensor([0.5, max(0.5, self.certainty)])).tolist()
+        return Prepared(self, plausible, believed, labels)
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Any:
         """A batch with thresholds of its own, for callers that do not prepare."""
@@ -104,6 +115,7 @@ class Prepared:
     """What all batches share: the score from which a detection is believed, and the labels that there are."""
 
     settings: BoxSampling
+    plausible: float
     believed: float
     labels: list[int]
 
@@ -113,17 +125,17 @@ class Prepared:
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
         wanted = draw_boxes(num_samples, self.labels, s, rng)
         wanted = [Boxes(*(part.to(teacher.device) for part in row)) for row in wanted]
-        small, total = _low_size(teacher, spec, s.resolution), s.iterations + s.final_iterations
-        pixels = diverse_noise((num_samples, spec.size[0], *small), rng).to(teacher.device)
-        descent = _Descent(s, teacher, pixels, s.learning_rate, s.iterations, advance, s.iterations / total)
-        for part in range(s.rounds + 1):
-            ends = [s.iterations * i // (s.rounds + 1) for i in (part, part + 1)]
-            descent.run(ends[1] - ends[0], wanted)
-            if part < s.rounds:
-                wanted = relabel(wanted, descent.detections(), self.believed, s.most_boxes, self._most(wanted))
-        pixels = F.interpolate(descent.pixels.detach(), spec.size[1:], mode="bilinear")
+        small, total = low_size(teacher, spec, s.resolution), s.iterations + s.final_iterations
+        noise = s.contrast * photograph_noise((num_samples, spec.size[0], *small), rng).to(teacher.device)
+        descent = _Descent(s, teacher, noise, s.learning_rate, s.iterations, rng, advance, s.iterations / total)
+        for step, end in pairwise([0, *looks(s.iterations, s.rounds), s.iterations]):
+            descent.run(end - step, wanted)
+            if end < s.iterations:
+                limits = (self.plausible, self.believed, s.most_boxes, self._most(wanted))
+                wanted = relabel(wanted, descent.detections(), *limits)
+        start = F.interpolate(descent.canvas.start(), spec.size[1:], mode="bilinear")
         rate, share = s.learning_rate / 2, s.final_iterations / total
-        descent = _Descent(s, teacher, pixels, rate, s.final_iterations, advance, share)
+        descent = _Descent(s, teacher, start, rate, s.final_iterations, rng, advance, share)
         descent.run(s.final_iterations, wanted)
         images = finish(descent.images(), spec, s.low_pass, s.clip)
         task, (height, width) = task_of(teacher), spec.size[1:]
@@ -145,54 +157,77 @@ class Prepared:
 
 
 class _Descent:
-    """Adam on pixels, in units of the deviation of pictures, at one resolution."""
+    """Adam on the waves that images are made of, at one resolution."""
 
     def __init__(
         self,
         settings: BoxSampling,
         teacher: Teacher,
-        pixels: Tensor,
+        start: Tensor,
         learning_rate: float,
         iterations: int,
+        rng: torch.Generator,
         advance: Advance,
         share: float,
     ):
-        self.s, self.teacher, self.task = settings, teacher, task_of(teacher)
+        self.s, self.teacher, self.task, self.rng = settings, teacher, task_of(teacher), rng
         self.advance, self.iterations, self.share = advance, iterations, share
         assert isinstance(teacher.input_spec, InputSpec)
-        self.spec = teacher.input_spec
-        self.pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
-        self.schedule = cosine(torch.optim.Adam([self.pixels], lr=learning_rate, betas=(0.5, 0.9)), iterations)
-        mean, std = (v.view(-1, 1, 1).to(teacher.device) for v in picture_statistics(self.spec))
-        self.std = std
-        self.limits = tuple((limit - mean) / std for limit in self.spec.limits(teacher.device))
-        self.blur = gaussian_blur((pixels.shape[-2], pixels.shape[-1]), settings.blur, teacher.device)
+        self.canvas = Canvas(start, teacher.input_spec, settings.clip)
+        self.schedule = cosine(torch.optim.Adam([self.canvas.coefficients], learning_rate, (0.5, 0.9)), iterations)
+        self.blur = gaussian_blur(self.canvas.size, settings.blur, teacher.device)
+        self.shift = min(settings.shift, min(self.canvas.size) - 1)
 
     def images(self) -> Tensor:
-        return _shown(self.blur(self.pixels), self.spec)
+        return self.blur(self.canvas())
 
     def run(self, steps: int, wanted: list[Boxes]) -> None:
+        shown = wanted
+
+        def make() -> Tensor:
+            nonlocal shown
+            images, shown = moved(self.images(), wanted, self.s.flip, self.shift, self.rng)
+            return images
+
         def penalty(images: Tensor, outputs: Any) -> Tensor:
             outputs = self.task.raw_outputs(lambda _: outputs, images)
-            own = self.task.synthesis_loss(outputs, wanted) if self.s.task_weight else images.new_zeros(())
-            return self.s.task_weight * own + self.s.variation_weight * total_variation(images / self.std)
+            own = self.task.synthesis_loss(outputs, shown) if self.s.task_weight else images.new_zeros(())
+            variation = total_variation(images / self.canvas.std)
+            return self.s.task_weight * own + self.s.variation_weight * variation
 
         if steps:
             optimize(
                 self.teacher,
-                _measured(self.teacher, len(self.pixels)),
-                self.images,
+                _measured(self.teacher, len(wanted)),
+                make,
                 [self.schedule],
                 steps,
                 lambda amount, note="": self.advance(amount * self.share * steps / self.iterations),
                 penalty=penalty,
-                after_step=lambda: self.pixels.clamp_(*self.limits) if self.s.clip else None,
             )
 
     @torch.no_grad()
     def detections(self) -> list[Boxes]:
         images = self.images()
         return self.task.detections(self.task.raw_outputs(self.teacher, images), [(1.0, 1.0)] * len(images))
+
+
+def moved(
+    images: Tensor, wanted: list[Boxes], flip: bool, shift: int, rng: torch.Generator
+) -> tuple[Tensor, list[Boxes]]:
+    """Images and boxes (in fractions) mirrored in half of the cases and moved by up to ``shift`` pixels, all alike."""
+    mirrored = flip and bool(torch.rand((), generator=rng) < 0.5)
+    down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
+    height, width = images.shape[-2:]
+    offset = images.new_tensor([right / width, down / height] * 2)
+    shown = []
+    for row in wanted:
+        boxes = row.boxes
+        if mirrored:
+            boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], -1)
+        shown.append(row._replace(boxes=(boxes + offset).clamp(0, 1)))
+    images = images.flip(-1) if mirrored else images
+    return shift_reflecting(shift_reflecting(images, down, -2), right, -1), shown
 
 
 @contextmanager
@@ -214,7 +249,7 @@ def _shown(pixels: Tensor, spec: InputSpec) -> Tensor:
 
 
 @torch.no_grad()
-def _low_size(teacher: Teacher, spec: InputSpec, resolution: float) -> tuple[int, int]:
+def low_size(teacher: Teacher, spec: InputSpec, resolution: float) -> tuple[int, int]:
     """Height and width at low resolution; the full ones where the network takes no other."""
     low = tuple(min(side, max(STRIDE, round(side * resolution / STRIDE) * STRIDE)) for side in spec.size[1:])
     try:
@@ -258,14 +293,25 @@ def most_overlap(box: Tensor, others: list[Tensor]) -> float:
     return float(pairwise_iou(box[None], torch.stack(others)).max()) if others else 0.0
 
 
+def looks(iterations: int, rounds: int) -> list[int]:
+    """After how many steps labels are compared: in the second half, when objects have had time to appear."""
+    return [iterations - (iterations - iterations // 2) * (rounds - i) // rounds for i in range(rounds)]
+
+
 def relabel(
-    wanted: list[Boxes], found: list[Boxes], believed: float, most_boxes: int, most_of_class: int
+    wanted: list[Boxes],
+    found: list[Boxes],
+    plausible: float,
+    believed: float,
+    most_boxes: int,
+    most_of_class: int,
 ) -> list[Boxes]:
     """Labels that the teacher sees, and what it sees beside them.
 
     Args:
         wanted, found: labels and detections of each image, in the same units.
-        believed: the score from which a detection counts.
+        plausible: the score from which a label stays.
+        believed: the score from which a detection is one.
         most_boxes: of an image; more are not added.
         most_of_class: of a class in the batch; more are not added.
     """
@@ -274,24 +320,24 @@ def relabel(
     sure = sure[sure >= believed]
     adding = max(believed, float(sure.median())) if len(sure) else believed
     counts: dict[int, int] = {}
-    kept: list[Boxes] = []
-    for row, score in zip(wanted, scores, strict=True):
-        stays = score >= believed
-        if not bool(stays.any()):
-            stays[score.argmax()] = True  # an image has an object at least
-        kept.append(Boxes(row.boxes[stays], score[stays], row.labels[stays]))
-        for label in kept[-1].labels.tolist():
+    kept = [score >= plausible for score in scores]
+    for row, stays in zip(wanted, kept, strict=True):
+        for label in row.labels[stays].tolist():
             counts[label] = counts.get(label, 0) + 1
     result = []
-    for row, seen in zip(kept, found, strict=True):
-        boxes, labels = list(row.boxes), row.labels.tolist()
-        for box, score, label in zip(seen.boxes, seen.scores.tolist(), seen.labels.tolist(), strict=True):
-            if score < adding or len(boxes) >= most_boxes or counts.get(label, 0) >= most_of_class:
+    for row, score, stays, seen in zip(wanted, scores, kept, found, strict=True):
+        boxes, labels = list(row.boxes[stays]), row.labels[stays].tolist()
+        least = adding if boxes else believed  # an image without any is not as choosy
+        for box, certainty, label in zip(seen.boxes, seen.scores.tolist(), seen.labels.tolist(), strict=True):
+            if certainty < least or len(boxes) >= most_boxes or counts.get(label, 0) >= most_of_class:
                 continue
             if SMALLEST < float(area(box)) < LARGEST and most_overlap(box, boxes) < APART:
                 boxes.append(box)
                 labels.append(label)
                 counts[label] = counts.get(label, 0) + 1
+                least = adding
+        if not boxes:  # an image has an object at least
+            boxes, labels = [row.boxes[score.argmax()]], [int(row.labels[score.argmax()])]
         result.append(Boxes(torch.stack(boxes), row.scores.new_zeros(len(boxes)), row.labels.new_tensor(labels)))
     return result
 

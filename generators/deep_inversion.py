@@ -19,6 +19,7 @@ competition with a student (the paper's Adaptive DeepInversion). The defaults we
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -46,4 +47,5 @@ class DeepInversion(PixelGenerator):
         check_needs(teacher, self, "deep_inversion", "matches the features behind it")
         noise = torch.randn(num_samples, *self.image_size(teacher), generator=rng)
         classes = class_penalty(teacher, num_samples, rng, self.class_weight, self.label_smoothing)
-        return self.descend(teacher, rng, advance, noise, norm_distances(teacher, self.affine_weight), classes)
+        measured = partial(norm_distances, teacher, self.affine_weight)
+        return self.descend(teacher, rng, advance, noise, measured, classes)

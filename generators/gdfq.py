@@ -175,9 +175,10 @@ def draw(network: ClassNetwork, num_samples: int, rng: torch.Generator) -> tuple
         rng: random numbers on the CPU.
     """
     device = network.embedding.device
-    num_classes = len(network.embedding)
-    mixtures = class_mixtures(num_samples, num_classes, rng, network.superposed, network.num_superposed).to(device)
-    latents = torch.randn(num_samples, *network.layers.latent_shape, generator=rng).to(device)
+    at_once = device.type == "cuda"  # else each step would wait for the copy
+    mixtures = class_mixtures(num_samples, len(network.embedding), rng, network.superposed, network.num_superposed)
+    mixtures = mixtures.to(device, non_blocking=at_once)
+    latents = torch.randn(num_samples, *network.layers.latent_shape, generator=rng).to(device, non_blocking=at_once)
     return network(latents, mixtures), mixtures
 
 

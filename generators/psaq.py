@@ -61,7 +61,7 @@ class PSAQ(PixelGenerator):
             prior = class_penalty(teacher, num_samples, rng, self.class_weight, self.label_smoothing)
         else:
             prior = self._picture_penalty(teacher)
-        return self.descend(teacher, rng, advance, noise, self.negative_entropies(num_samples), prior)
+        return self.descend(teacher, rng, advance, noise, lambda: self.negative_entropies(num_samples), prior)
 
     def negative_entropies(self, num_samples: int) -> AbstractContextManager[list[Tensor]]:
         """See :func:`dfq.generators._attention.negative_entropies`."""

@@ -45,17 +45,20 @@ class Spectrum(PixelGenerator):
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
         spec = teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
-        colors, height, width = self.image_size(teacher)
+        size = self.image_size(teacher)
         mean, std = (values.to(teacher.device) for values in picture_statistics(spec))
-        distance = SpectrumDistance((height, width), teacher.device)
+        distances: dict[tuple[int, ...], SpectrumDistance] = {}
 
         def penalty(images: Tensor, outputs: Any) -> Tensor:
-            spectrum = distance((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).mean()
+            height, width = images.shape[-2:]
+            if (height, width) not in distances:
+                distances[height, width] = SpectrumDistance((height, width), teacher.device)
+            spectrum = distances[height, width]((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)).mean()
             pictures = picture_distance(images, mean, std)
             loss = self.spectrum_weight * spectrum + self.picture_weight * pictures
             if self.stretch_weight > 0:
                 loss = loss - self.stretch_weight * mean_log_range(outputs, "the spectrum alone")
             return loss
 
-        noise = pink_noise((num_samples, colors, height, width), rng)
+        noise = pink_noise((num_samples, *size), rng)
         return self.descend(teacher, rng, advance, noise, None, penalty)

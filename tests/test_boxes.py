@@ -129,6 +129,13 @@ def test_set_prediction_loss_by_hand():
     assert float(set_prediction_loss(boxes[:0], scores[:0], wanted, labels)) == 0
 
 
+def test_the_place_decides_over_what_is_said_there():
+    boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]])
+    scores = torch.tensor([[1e-4], [1e-2]], requires_grad=True)
+    set_prediction_loss(boxes, scores, boxes[:1], torch.tensor([0])).backward()
+    assert float(scores.grad[0, 0]) == pytest.approx(-1e4, rel=1e-3) and float(scores.grad[1, 0]) > 0
+
+
 def test_a_place_that_says_next_to_nothing_still_learns():
     logits = torch.full((2, 3), -20.0, requires_grad=True)
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]])

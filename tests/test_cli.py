@@ -100,7 +100,8 @@ MISTAKES = {
     "run ~generator": "got ~generator, and generator can't be left out; allowed: option=value",
     "generate algorithm=distillation": (
         "got algorithm, which dfq generate does not use; allowed: "
-        "teacher, generator, num_samples, seed, device, dataset_dir, rank, world_size, parts, name, experiment; "
+        "teacher, generator, num_samples, seed, device, dataset_dir, rank, world_size, processes, "
+        "parts, name, experiment; "
         "dfq run takes it"
     ),
     "run generator=zeroqq": f"got generator=zeroqq; allowed: {listed('generator')}; did you mean 'zeroq'?",
@@ -746,7 +747,7 @@ def test_the_groups_and_options_of_the_commands_are_those_of_the_configuration()
     for name, command in commands.COMMANDS.items():
         if name != "report":
             assert set(command.options) <= {*groups, *plain}
-    of_a_part = {"rank", "world_size", "parts"}  # of a dataset: a run needs the whole of it
+    of_a_part = {"rank", "world_size", "processes", "parts"}  # of a dataset: a run needs the whole of it
     assert set(commands.COMMANDS["run"].options) == {*groups, *plain} - of_a_part
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,7 @@ DAMAGE = {
     "killed after the first": lambda p: [
         f.unlink() for f in (p / "shards").iterdir() if not f.name.startswith("000000")
     ],
+    "no last shard": lambda p: [(p / "shards" / f"000003.{s}").unlink() for s in ("json", "safetensors")],
     "killed before the first": lambda p: shutil.rmtree(p / "shards"),
     "killed while the manifest was written": lambda p: (
         shutil.rmtree(p / "shards"),
@@ -221,6 +224,9 @@ def test_an_object_sees_what_it_wrote(tmp_path):
         ("truncated shard", r"000003\.safetensors, whose content does not match its checksum"),
         ("flipped byte", r"000000\.safetensors, whose content does not match its checksum"),
         ("truncated json", r"without 000002\.json"),
+        ("no last shard", r"without 000003\.safetensors: 24 of the 30 samples that were finished; run the same"),
+        ("killed after the first", r"without 000001\.safetensors: 8 of the 30 samples that were finished"),
+        ("killed before the first", r"without 000000\.safetensors: 0 of the 30 samples that were finished"),
     ],
 )
 def test_verify_names_what_is_broken(whole, tmp_path, damage, message):
@@ -230,6 +236,22 @@ def test_verify_names_what_is_broken(whole, tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as error:
         SyntheticDataset(path).verify()
     assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_is_being_grown_is_whole_up_to_what_was_finished(teacher, whole, tmp_path, monkeypatch):
+    def dies(self, *args):
+        raise KeyboardInterrupt
+
+    path = copied(whole, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Gaussian, "sample", dies)
+        generate(teacher, GENERATOR, 60, 0, path)
+    SyntheticDataset(path).verify()
+    generate(teacher, GENERATOR, 60, 0, path)
+    (path / "shards" / "000007.json").unlink()
+    (path / "shards" / "000007.safetensors").unlink()
+    with pytest.raises(UserError, match="56 of the 60 samples"):
+        SyntheticDataset(path).verify()
 
 
 def test_a_truncated_shard_is_the_users_mistake_when_read(whole, tmp_path):
@@ -319,3 +341,17 @@ def test_first_difference(have, want, text):
 def test_a_held_out_share_that_makes_no_sense(whole, fraction):
     with pytest.raises(UserError, match=f"got a held-out share of {fraction}; allowed: above 0, at most 0.5"):
         whole.split(fraction)
+
+
+@pytest.mark.parametrize("most", [2**29, 0])
+def test_samples_of_any_numbers_in_memory_or_mapped(whole, most, monkeypatch):
+    monkeypatch.setattr("dfq.dataset.MOST_IN_MEMORY", most)
+    monkeypatch.setattr("dfq.dataset.AT_ONCE", 3)
+    everything = torch.stack([sample["images"] for sample in whole])
+    before = set(Path(tempfile.gettempdir()).glob("dfq_*"))
+    assert torch.equal(whole.samples(), everything) and torch.equal(whole.samples(13), everything[:13])
+    assert torch.equal(whole.samples(99), everything)
+    for numbers in ([29, 0, 8, 7, 7], list(range(3, 28, 5)), [11]):
+        assert torch.equal(whole.samples(numbers), everything[numbers])
+    assert whole.samples([]).shape == (0, *everything.shape[1:])
+    assert set(Path(tempfile.gettempdir()).glob("dfq_*")) == before, "a mapped file has no name"

@@ -10,7 +10,7 @@ from conftest import NETS, SPEC, settle
 from PIL import Image
 from torch import nn
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.evaluation import Arrays, ImageFolder, NoEvaluation, batch_norm_match, fidelity, measure
 from dfq.quantizers.min_max import MinMax

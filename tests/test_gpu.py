@@ -4,6 +4,12 @@ import pytest
 import torch
 
 import dfq
+from dfq.generators._base import batch_rng
+from dfq.generators.deep_inversion import DeepInversion
+from dfq.generators.gdfq import GDFQ
+from dfq.generators.genie import Genie
+from dfq.generators.spectrum import Spectrum
+from dfq.generators.zeroq import ZeroQ
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -26,3 +32,30 @@ def test_generate_quantize_save_load_on_the_gpu(tmp_path):
     assert found["teacher"]["top1"] > 0.98 and 0 <= found["fidelity"]["agreement"] <= 1
     if pytest.importorskip("onnxruntime"):
         assert dfq.export(student, tmp_path / "s.onnx", teacher=teacher)["size_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        ZeroQ(iterations=6, flip=True, shift=1, class_weight=1.0, min_confidence=0.5, keep_best=True, emphasis=0.0),
+        ZeroQ(iterations=6, statistics="image", emphasis=1.0, slack=0.5),
+        Genie(iterations=6, num_channels=8),
+        GDFQ(iterations=6, num_channels=8, train_batch_size=8),
+        DeepInversion(iterations=6, shift=1),
+        Spectrum(iterations=6),
+    ],
+    ids=lambda generator: type(generator).__name__,
+)
+def test_no_step_waits_for_the_gpu(generator):
+    """PyTorch itself raises where an operation between the first step and the last but one would wait."""
+    teacher, calls = dfq.load_teacher("digits", device="cuda"), []
+
+    def advance(amount, note=""):
+        calls.append(amount)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) < 5 else "default")
+
+    try:
+        generator.sample(teacher, 8, batch_rng(0, 0), advance)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 6

@@ -7,14 +7,20 @@ import torch
 from torch import nn
 
 import dfq
+from dfq.calibration import _lend
+from dfq.dataset import SyntheticDataset
 from dfq.decoding import Decoder
 from dfq.errors import UserError
+from dfq.exporters._transformers import keys_and_values, tensors
 from dfq.exporters.compressed_tensors import pack_to_int32
+from dfq.hooks import forward_hooks
 from dfq.modules import Quantizer
 from dfq.pipeline import export, generate
+from dfq.quantizers._observation import Histogram
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.settings import load, resolve
 from dfq.student import Student
+from dfq.teacher import Teacher, TokenSpec
 from dfq.teachers import huggingface
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +38,11 @@ CONFIGS = {
     "phi": lambda: transformers.PhiConfig(**TEXT),
     "gpt2": lambda: transformers.GPT2Config(**GPT2, bos_token_id=1, eos_token_id=2),
     "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
 }
+EXPERTS = ("mixtral", "qwen3_moe")
 W4_G16 = Scheme(TensorScheme(4, True, "per_group", 16), FLOAT)
 
 
@@ -82,6 +92,9 @@ def test_generate_quantize_evaluate_export_load(name, folder, tmp_path, monkeypa
     if name == "gpt2":
         blocks = {f"transformer.h.{i}.{part}" for i in (0, 1) for part in
                   ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
+    elif name in EXPERTS:
+        blocks |= {f"model.layers.{i}.mlp.experts.{e}.{part}_proj" for i in (0, 1) for e in range(4) for part in
+                   ("gate_up", "down")}  # fmt: skip
     assert blocks == set(student.layers) and "scheme.skip leaves head float" in student.swap.kept_float.values()
     assert len(student.surgery.sites.quantizers) == 4, "keys and values of two layers"
     found = dfq.evaluate(teacher, student, [(ids, ids) for ids in dataset.samples().split(4)], dataset)
@@ -138,6 +151,87 @@ def test_keys_and_values_are_rounded_token_by_token(name, attention, folder, mak
         torch.testing.assert_close(own(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
         other.module.config._attn_implementation = "sdpa"
         assert (own(ids).logits - other(ids).logits).abs().max() > 1e-2
+
+
+def one_query_after_the_other(plain, size, num_bits):
+    """An attention function that rounds keys as a text is written: of query t those of full groups before its own."""
+
+    def attend(module, q, k, v, mask, *rest, **options):
+        offset, outputs = k.shape[2] - q.shape[2], []
+        for t in range(q.shape[2]):
+            full = (offset + t) // size * size
+            parts = [per_token(part, num_bits, 2) for part in k[:, :, :full].split(size, 2) if full]
+            keys = torch.cat([*parts, k[:, :, full:]], 2)
+            seen = offset + t + 1
+            output, _ = plain(
+                module, q[:, :, t : t + 1], keys[:, :, :seen], v[:, :, :seen], None, *rest, **(options | NOT_CAUSAL)
+            )
+            outputs.append(output)
+        return torch.cat(outputs, 1), None
+
+    return attend
+
+
+NOT_CAUSAL = {"is_causal": False}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_are_rounded_channel_by_channel_over_groups_of_tokens(attention, folder, make_dataset):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    teacher = teacher_of(folder("llama"), attn_implementation=attention)
+    key = TensorScheme(2, False, "per_channel", 4, dynamic=True)
+    student = nearest(teacher, make_dataset(teacher, 4), Scheme(FLOAT, FLOAT, key=key, overrides={"*q_proj": EIGHT}))
+    for layer in student.layers.values():
+        layer.weight_quantizer.enabled = False
+    assert len(student.surgery.sites.quantizers) == 2
+    ids = teacher.example(3)[:, :14]
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS.register("in_turn", one_query_after_the_other(plain, 4, 2))
+    other = huggingface.load(folder("llama"), length=16)
+    own = student.module
+    with torch.no_grad():
+        for name, parameter in other.module.named_parameters():
+            parameter.copy_(dict(own.named_parameters())[name])
+        other.module.config._attn_implementation = "in_turn"
+        torch.testing.assert_close(own(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
+        other.module.config._attn_implementation = "sdpa"
+        assert (own(ids).logits - other(ids).logits).abs().max() > 2e-3
+
+
+def test_generate_with_keys_per_channel_and_values_per_group(folder, make_dataset):
+    """Token by token from a cache as in one piece, over the borders of groups."""
+    teacher = teacher_of(folder("llama"))
+    values = TensorScheme(2, False, "per_group", 4, dynamic=True)
+    scheme = Scheme(W4_G16.weight, FLOAT, key_value=values, key=TensorScheme(2, False, "per_channel", 4, dynamic=True))
+    assert scheme.name == "w4a16kv2_g16" and Scheme.from_dict(scheme.to_dict()) == scheme
+    student = nearest(teacher, make_dataset(teacher, 8), scheme)
+    ids = teacher.example(2)[:, :14]
+    decoder, places = Decoder(student.module, student, student.device), []
+    with torch.no_grad():
+        whole = student(ids).logits
+        for seen in range(5, 14):
+            places.append(decoder(ids[:, : seen + 1], seen if places else 0))
+        for seen, logits in zip(range(5, 14), places, strict=True):
+            torch.testing.assert_close(logits, whole[:, seen], rtol=1e-4, atol=1e-4)
+    written = student.module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, use_cache=True)
+    assert written.shape[1] > 14
+
+
+def test_a_scheme_of_keys():
+    scheme = Scheme.from_dict(load("scheme", "w4a16kv2_g32"))
+    assert scheme.key == TensorScheme(2, False, "per_channel", 32, dynamic=True)
+    with pytest.raises(UserError) as error:
+        Scheme(key=TensorScheme(4, False, "per_token"))
+    assert str(error.value) == (
+        "got scheme.key.granularity=per_token, group_size=None and grid=uniform; allowed: granularity=per_channel, "
+        "grid=uniform and a group_size, the tokens that share a channel's range; scheme.key_value rounds keys and "
+        "values per token"
+    )
+    from conftest import language
+
+    with pytest.raises(UserError, match=r"got scheme\.key and a network in which no attention was seen; allowed: a "):
+        Student.from_teacher(language(), Scheme(W4_G16.weight, FLOAT, key=scheme.key))
 
 
 EIGHT = {"weight": {"num_bits": 8, "grid": "uniform", "granularity": "per_channel"}}
@@ -269,10 +363,179 @@ def test_what_compressed_tensors_cannot_hold(folder, make_dataset, make_teacher,
     )
 
 
+@pytest.mark.parametrize("grid, num_bits", [("uniform", 8), ("uniform", 4), ("fp8_e4m3", 8)])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_static_grids_of_keys_and_values_are_written_and_read(
+    grid, num_bits, attention, folder, make_dataset, tmp_path
+):
+    pytest.importorskip("compressed_tensors")
+    teacher = teacher_of(folder("llama"), attn_implementation=attention)
+    dataset = make_dataset(teacher, 8)
+    scheme = Scheme(W4_G16.weight, FLOAT, key_value=TensorScheme(num_bits, True, grid=grid))
+    student, path = nearest(teacher, dataset, scheme), tmp_path / "a" / "model.safetensors"
+    found = export(student, resolve("exporter", "compressed_tensors"), path, teacher, dataset)
+    config = json.loads((path.parent / "config.json").read_text())["quantization_config"]
+    kind = "int" if grid == "uniform" else "float"
+    assert config["kv_cache_scheme"]["type"] == kind and config["kv_cache_scheme"]["strategy"] == "tensor"
+    assert found["key_value"] == config["kv_cache_scheme"]
+    # What its reader makes of them; transformers 5.24 renamed the cache, and compressed-tensors 0.20 does not find it.
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from safetensors import safe_open
+
+    arguments, x = QuantizationArgs(**config["kv_cache_scheme"]), torch.randn(2, 2, 9, 8) * 3
+    with safe_open(path, "pt") as file:
+        for owner, pair in keys_and_values(student).items():
+            for part, quantizer in pair.items():
+                scale = file.get_tensor(f"{owner}.{part}_scale")
+                assert scale.shape == (1,) and float(scale) == float(quantizer.scale)
+                theirs = fake_quantize(x, scale, torch.zeros(1), arguments)
+                torch.testing.assert_close(theirs, quantizer(x), rtol=1e-6, atol=1e-6)
+    assert set(keys_and_values(student)) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    for pair in keys_and_values(student).values():
+        for quantizer in pair.values():
+            quantizer.enabled = False
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, attn_implementation=attention).eval()
+    with torch.no_grad():
+        ids = dataset.samples()
+        assert torch.equal(student(ids).logits, loaded(ids).logits), "weights are what they were"
+
+
+def test_grids_per_token_are_told_to_be_left_out(folder, make_dataset, tmp_path):
+    teacher = teacher_of(folder("llama"))
+    dataset = make_dataset(teacher, 8)
+    student = nearest(teacher, dataset, Scheme(W4_G16.weight, FLOAT, key_value=TensorScheme(4, False, "per_token")))
+    found = export(student, resolve("exporter", "compressed_tensors"), tmp_path / "model.safetensors", teacher, dataset)
+    assert found["key_value"] == "not stored: no reader has such a grid"
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
+
+
+def test_exact_bits_beside_the_size(folder, make_dataset, tmp_path):
+    teacher = teacher_of(folder("tied"))
+    student = nearest(teacher, make_dataset(teacher, 8), W4_G16)
+    found = export(student, resolve("exporter", "compressed_tensors"), tmp_path / "model.safetensors", teacher)
+    count = sum(layer.weight.numel() for layer in student.layers.values())
+    floats = sum(p.numel() for p in teacher.module.parameters()) - count  # tied ones are there once
+    floats += sum(buffer.numel() for _, buffer in teacher.module.named_buffers() if "inv_freq" not in _)
+    bits = found["exact_bits"]
+    assert bits == {
+        "codes": 4 * count, "scales": 32 * count / 16, "zero_points": 0, "float": 32 * floats,
+        "bytes": (4 * count + 2 * count + 32 * floats) / 8,
+    }  # fmt: skip
+    assert bits["bytes"] < found["size_bytes"] < bits["bytes"] + 12000, "names and shapes beside it"
+
+
+# ------------------------------------------------------------------------------------------------ mixtures of experts
+
+MIXTURES = {
+    "mixtral": CONFIGS["mixtral"],
+    "qwen3_moe": CONFIGS["qwen3_moe"],
+    "gpt_oss": lambda: transformers.GptOssConfig(  # weights transposed, with biases, gates and others in turn
+        **{**GROUPED, "max_position_embeddings": 8192}, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["full_attention", "full_attention"], rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_taken_apart_and_put_together_again(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = transformers.AutoModelForCausalLM.from_config(MIXTURES[name]())
+        for key, parameter in module.named_parameters():
+            if key.endswith("bias"):
+                parameter.data.normal_()
+    teacher = Teacher(module, "language_modeling", TokenSpec(64, 16))
+    student = Student.from_teacher(teacher, Scheme(TensorScheme(4, True, "per_channel"), FLOAT))
+    assert len([layer for layer in student.layers if ".experts." in layer]) == 2 * 4 * 2
+    ids = teacher.example(3)
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=1e-5, atol=1e-5)
+    own = module.state_dict()
+    for key, tensor in tensors(student, teacher).items():
+        assert torch.equal(tensor, own[key]), key
+    assert all(any(key.endswith(router) for router in (".gate.weight", ".router.weight")) or "skip" in why
+               for key, why in student.swap.kept_float.items())  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def same_token(folder, tmp_path_factory):
+    """A mixture and samples of one token each, which few experts are chosen for; and which those are."""
+    teacher = teacher_of(folder("mixtral"))
+    ids = torch.full((12, 16), 7)
+    dataset = SyntheticDataset.create(
+        tmp_path_factory.mktemp("same") / "d", {"seed": 0}, {"pixels": False, "labels": False}
+    )
+    dataset.write_shard(0, {"input_ids": ids}, 0.0)
+    chosen = {}
+
+    def note(name, _module, _inputs, output):
+        chosen[name.replace(".gate", ".experts")] = set(output[2].flatten().tolist())
+
+    gates = [(name, part) for name, part in teacher.module.named_modules() if name.endswith("mlp.gate")]
+    with torch.no_grad(), forward_hooks(gates, after=note):
+        teacher(ids)
+    return teacher, dataset, chosen
+
+
+def test_experts_that_calibration_never_reached(same_token, tmp_path):
+    teacher, dataset, chosen = same_token
+    student = nearest(teacher, dataset, Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8)), tmp_path / "s")
+    expected = [
+        f"{owner}.{expert}.{part}"
+        for owner, reached in chosen.items()
+        for expert in range(4)
+        for part in ("gate_up_proj", "down_proj")
+        if expert not in reached
+    ]
+    assert expected and student.unreached == expected
+    for name in student.unreached:
+        owner, _, part = name.rsplit(".", 2)
+        kin = [student.layers[f"{owner}.{e}.{part}"].input_quantizer for e in chosen[owner]]
+        mine = student.layers[name].input_quantizer
+        low = min(float(-q.zero_point * q.scale) for q in kin)
+        high = max(float((255 - q.zero_point) * q.scale) for q in kin)
+        assert float(-mine.zero_point * mine.scale) == pytest.approx(low, abs=1.5 * float(mine.scale))
+        assert float((255 - mine.zero_point) * mine.scale) == pytest.approx(high, abs=1.5 * float(mine.scale))
+    again = dfq.load_student(tmp_path / "s", device="cpu")
+    assert again.unreached == expected
+    ids = teacher.example(4)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, student(ids).logits)
+    assert dfq.evaluate(teacher, student, dataset=dataset)["fidelity"]["layers"]
+
+
+@pytest.mark.parametrize("algorithm, options", [
+    ("gptq", {"num_samples": 8}), ("distillation", {"max_steps": 2, "batch_size": 4, "checks": 1})
+])  # fmt: skip
+def test_algorithms_pass_by_experts_without_tokens(algorithm, options, same_token):
+    teacher, dataset, _ = same_token
+    scheme = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
+    student = dfq.quantize(teacher, dataset, scheme, algorithm=algorithm, **options)
+    plain = nearest(teacher, dataset, scheme)
+    assert student.unreached == plain.unreached != []
+    same = {name for name in plain.layers if torch.equal(student.layers[name].weight, plain.layers[name].weight)}
+    assert torch.isfinite(student(teacher.example(2)).logits).all()
+    if algorithm == "gptq":
+        kin = {"weight_quantizer": "min_max"}
+        student = dfq.quantize(teacher, dataset, scheme, algorithm=algorithm, **options, **kin)
+        same = {name for name in plain.layers if torch.equal(student.layers[name].weight, plain.layers[name].weight)}
+        assert set(plain.unreached) <= same and any(name not in same for name in plain.expert_layers)
+
+
+def test_nobody_reached_is_an_error(folder, tmp_path):
+    teacher = teacher_of(folder("mixtral"))
+    student = Student.from_teacher(teacher, Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8)))
+    kin = student.expert_layers
+    with pytest.raises(UserError) as error:
+        _lend({f"{name}.input_quantizer": Histogram() for name in kin}, kin, kin)
+    assert str(error.value) == (
+        "got calibration samples of which no token chose any of model.layers.0.mlp.experts.*.gate_up_proj; calibrate "
+        "with more samples, or leave the layers' inputs float"
+    )
+
+
 def test_no_quantizer_is_left_without_a_grid(folder, make_dataset):
     teacher = teacher_of(folder("mixtral"))
     student = nearest(teacher, make_dataset(teacher, 8), W4_G16)
     assert all(part.enabled for part in student.module.modules() if isinstance(part, Quantizer))
-    for layer in (0, 1):
-        where = f"model.layers.{layer}.mlp.experts"
-        assert student.swap.kept_float[f"{where}.gate_up_proj"] == f"read by grouped_mm in {where}"

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from dfq.losses.attention import attention_map_loss
 from dfq.losses.balance import balanced_sum
 from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics, moments
+from dfq.losses.cosine_features import cosine_distance
 from dfq.losses.dampening import dampening_loss
 from dfq.losses.distillation import kl_divergence, relative_mse
 from dfq.losses.feature_affinity import feature_affinity, num_positions, random_projection
@@ -15,6 +17,7 @@ from dfq.losses.jensen_shannon import jensen_shannon
 from dfq.losses.logits_mse import logits_mse
 from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
+from dfq.losses.token_scaling import token_scales
 
 
 def randn(*shape, seed=0):
@@ -285,3 +288,37 @@ def test_the_gradient_of_constant_images_is_finite():
     x = torch.zeros(4, 3, 2, 2, requires_grad=True)
     batch_norm_distance(*channel_statistics(x), torch.ones(3), torch.zeros(3)).sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_cosine_distance_of_tokens_and_of_maps():
+    student, teacher = randn(3, 5, 8), randn(3, 5, 8, seed=1)
+    a, b = student.numpy(), teacher.numpy()
+    cosine = (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    assert float(cosine_distance(student, teacher)) == pytest.approx((1 - cosine).mean(), rel=1e-9)
+    scales = torch.rand(3, 5, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
+    assert float(cosine_distance(student, student * scales)) == pytest.approx(0, abs=1e-9), "a length does not count"
+    maps = student.movedim(-1, 1)[..., None], teacher.movedim(-1, 1)[..., None]  # [N, C, T, 1]
+    assert float(cosine_distance(*maps)) == pytest.approx((1 - cosine).mean(), rel=1e-9)
+
+
+def test_attention_map_loss_with_a_mask():
+    mask = np.tril(np.ones((6, 6)))
+    student, teacher = (softmax(randn(2, 3, 6, 6, seed=i).numpy() + np.log(mask + 1e-300)) for i in (0, 1))
+    student, teacher = student * mask, teacher * mask
+    with np.errstate(divide="ignore", invalid="ignore"):
+        want = np.where(teacher > 0, teacher * np.log(teacher / student), 0).sum(-1).mean()
+    got = attention_map_loss(torch.from_numpy(student).requires_grad_(), torch.from_numpy(teacher))
+    assert float(got.detach()) == pytest.approx(want, rel=1e-9)
+    got.backward()
+
+
+@pytest.mark.parametrize("tau", [0.5, 10.0])
+def test_token_scales(tau):
+    """Softmax over the tokens of a text that have a successor, times how many those are."""
+    nll = randn(2, 5).abs() * 4
+    counts = torch.tensor([[True, True, True, True, False], [True, True, False, False, False]])
+    got = token_scales(nll, counts, tau)
+    for row, count, mine in zip(nll.numpy(), (4, 2), got.numpy(), strict=True):
+        want = np.zeros(5)
+        want[:count] = count * softmax(row[:count] / tau)
+        np.testing.assert_allclose(mine, want, rtol=1e-9)

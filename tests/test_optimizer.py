@@ -1,8 +1,8 @@
-"""ScaledAdam: Adam in other units."""
+"""ScaledAdam: Adam in other units. ZerothOrder: the gradient without a backward pass."""
 
 import torch
 
-from dfq.optimizer import ScaledAdam
+from dfq.optimizer import ScaledAdam, ZerothOrder
 
 
 def trained(optimizer_of, start, steps=20):
@@ -37,3 +37,73 @@ def test_state_is_that_of_adam():
     optimizer.step()
     assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.9, 0.8]))
+
+
+def quadratic():
+    """L = (theta - c) H (theta - c) / 2 of two parameters, its gradient at theta, and what gives the loss."""
+    rng = torch.Generator().manual_seed(1)
+    root = torch.randn(6, 6, generator=rng, dtype=torch.float64)
+    hessian = root @ root.T / 6 + torch.eye(6, dtype=torch.float64)
+    parts = [torch.nn.Parameter(torch.randn(n, generator=rng, dtype=torch.float64)) for n in (2, 4)]
+    center = torch.randn(6, generator=rng, dtype=torch.float64)
+
+    def loss():
+        offset = torch.cat([p.detach() for p in parts]) - center
+        return offset @ hessian @ offset / 2
+
+    return parts, loss, hessian @ (torch.cat([p.detach() for p in parts]) - center)
+
+
+def test_the_slope_along_random_directions_is_the_gradient_in_the_mean():
+    """On a quadratic the difference is exact: g = <gradient, u z>, and E[g z] is the gradient by theta / u."""
+    parts, loss, gradient = quadratic()
+    units = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    groups = [{"params": [parts[0]], "lr": 0.3}, {"params": [parts[1]], "lr": 0.7}]
+    optimizer = ZerothOrder(groups, {parts[0]: units}, eps=0.1)
+    u = torch.cat([0.3 * units, torch.full((4,), 0.7, dtype=torch.float64)])
+    before = [p.detach().clone() for p in parts]
+    total, count = torch.zeros(6, dtype=torch.float64), 4000
+    for seed in range(count):
+        step = torch.cat([z for _, _, z in optimizer.direction(seed)])
+        slope, mean = optimizer.slope(loss, seed)
+        assert abs(slope - float(gradient @ step)) < 1e-9 * float(gradient.norm() * step.norm())
+        total += slope * step / u / count
+    expected = gradient * u
+    # The variance of an entry of g z is |expected|^2 + its own square.
+    assert (total - expected).abs().max() < 5 * float(expected.norm()) * (2 / count) ** 0.5
+    for parameter, old in zip(parts, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old, rtol=0, atol=1e-9)
+    assert mean > float(loss()) - 1
+
+
+def test_descends_without_a_gradient_and_repeats_itself():
+    found = []
+    for _ in range(2):
+        parts, loss, _ = quadratic()
+        groups = [{"params": parts, "lr": 0.1}]
+        optimizer = ZerothOrder(groups, {}, eps=0.1, rate=1.0, seed=3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 400)
+        first = float(loss())
+        for _ in range(400):
+            optimizer.step(loss)
+            scheduler.step()
+        assert float(loss()) < 0.1 * first
+        assert not optimizer.state, "nothing for each parameter"
+        found.append(torch.cat([p.detach() for p in parts]))
+    assert torch.equal(*found)
+
+
+def test_goes_on_from_its_state():
+    parts, loss, _ = quadratic()
+    optimizer = ZerothOrder([{"params": parts, "lr": 0.1}], {}, seed=3)
+    for _ in range(3):
+        optimizer.step(loss)
+    kept, state = [p.detach().clone() for p in parts], optimizer.state_dict()
+    optimizer.step(loss)
+    again, other_loss, _ = quadratic()
+    for parameter, old in zip(again, kept, strict=True):
+        parameter.data.copy_(old)
+    other = ZerothOrder([{"params": again, "lr": 0.1}], {}, seed=3)
+    other.load_state_dict(state)
+    other.step(other_loss)
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))

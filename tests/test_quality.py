@@ -12,6 +12,7 @@ from dfq import quality
 from dfq import report as reports
 from dfq.dataset import QUALITY
 from dfq.evaluation import batch_norm_match
+from dfq.generators._filters import gaussian_blur, pink_noise
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.zeroq import ZeroQ
 from dfq.inspection import describe
@@ -93,6 +94,12 @@ def test_white_noise_has_a_flat_spectrum():
     assert abs(quality.spectrum(images(64, (3, 32, 32)))) < 0.02
 
 
+def test_a_blur_makes_the_spectrum_steeper_by_what_its_limits_say():
+    pink = pink_noise((64, 1, 64, 64), torch.Generator().manual_seed(0))
+    sharp, soft = (quality.spectrum(gaussian_blur((64, 64), sigma, pink.device)(pink)) for sigma in (0.0, 0.7))
+    assert sharp == pytest.approx(-2, abs=0.05) and soft - sharp == pytest.approx(-2, abs=0.2)
+
+
 @pytest.mark.parametrize("size", [(3, 8, 8), (1, 40, 70)])
 def test_copies_are_found_and_alike_ones_are_not(size):
     x = images(20, size) + 100
@@ -161,7 +168,7 @@ def test_a_good_one_has_reasons_too():
         "5 % of the distance of Gaussian noise to the batch norms' statistics",
         "10 of 10 classes, entropy 1.00 of 1",
         "33 % of the variance lies between images (photographs: about a third)",
-        "power falls with the frequency to the power of -1.8 (photographs -2, white noise 0)",
+        "power falls with the frequency to the power of -1.8 (photographs -2 to -3.5, white noise 0)",
     ]
 
 
@@ -175,6 +182,7 @@ def test_a_good_one_has_reasons_too():
         ("deviation", 1.5, 2.5, "wider than real images need"),
         ("between_images", 0.05, 0.018, "all equally bright"),
         ("spectrum", -0.4, 0.0, "as noisy as noise"),
+        ("spectrum", -5.5, -7.5, "out of focus"),
         ("num_samples", 5, None, "5 samples are too few to say"),
     ],
 )

@@ -1,18 +1,27 @@
 """Arrow 1 split over ranks: whatever was killed, restarted or merged, the bits are those of a single run."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
+from conftest import language
+from launching import environment, launch
 
 import dfq
 from dfq.cli import main
-from dfq.dataset import QUALITY, SyntheticDataset
+from dfq.dataset import HOST, QUALITY, SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.gdfq import GDFQ
+from dfq.generators.self_generation import SelfGeneration
 from dfq.generators.zeroq import ZeroQ
 from dfq.pipeline import generate
+from dfq.ranks import from_environment, resolve
 
 ZEROQ = ZeroQ(batch_size=4, iterations=2)
 GDFQ_ = GDFQ(batch_size=4, iterations=2, train_batch_size=4, num_channels=8)
@@ -97,6 +106,97 @@ def test_a_shorter_last_batch_gives_way_to_a_whole_one(teacher, tmp_path):
         parts = [tmp_path / first, tmp_path / second]
         merged = generate(teacher, ZEROQ, 8, 3, tmp_path / first / "merged", parts=parts)
         assert merged.sha256 == SyntheticDataset(tmp_path / "long").sha256
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_text_of_ranks_in_one_folder(world_size, tmp_path):
+    teacher, generator = language(), SelfGeneration(batch_size=4)
+    whole = generate(teacher, generator, SAMPLES, 3, tmp_path / "whole")
+    for rank in reversed(range(world_size)):
+        found = generate(teacher, generator, SAMPLES, 3, tmp_path / "all", rank, world_size)
+    assert found.sha256 == whole.sha256 and content(found.path) == content(whole.path)
+    assert found.manifest["settings"] == whole.manifest["settings"] and (found.path / QUALITY).exists()
+
+
+# ------------------------------------------------------------------------------------------------ launchers
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1)),  # a batch script, which runs once
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, (0, 2)),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, (0, 1)),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, (0, 1)),
+    ],
+)
+def test_who_this_process_is(variables, expected):
+    assert from_environment(variables) == expected
+
+
+def test_ranks_as_options_and_from_the_environment(monkeypatch):
+    assert resolve("auto", "auto") == (0, 1) and resolve(1, 3) == (1, 3) and resolve(0, "auto") == (0, 1)
+    with pytest.raises(UserError, match=r"got rank=auto and world_size=2, and a launcher of 1; allowed: rank=auto"):
+        resolve("auto", 2)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert resolve("auto", "auto") == resolve("auto", 3) == (2, 3) and resolve(0, 2) == (0, 2)
+
+
+WORDS = ["-m", "dfq", "generate", "num_samples=20", "generator.batch_size=4", "generator.iterations=2", "device=cpu"]
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_and_those_that_it_starts_itself(tmp_path, capfd):
+    """Two ranks by their environment, and ``processes=2``: the bytes of one process."""
+    teacher = dfq.load_teacher("digits", device="cpu")
+    whole = generate(teacher, replace(ZEROQ, iterations=2), 20, 0, tmp_path / "whole")
+    launch([*WORDS, "dataset_dir=launched"], 2, tmp_path)
+    again = subprocess.run(
+        [sys.executable, *WORDS, "processes=2", "dataset_dir=started"], cwd=tmp_path, env=environment()
+    )
+    assert again.returncode == 0, capfd.readouterr().err
+    for name in ("launched", "started"):
+        assert content(tmp_path / name) == content(whole.path)
+        assert SyntheticDataset(tmp_path / name).sha256 == whole.sha256 and (tmp_path / name / QUALITY).exists()
+
+
+def test_a_rank_that_is_killed_and_started_again(tmp_path):
+    """SIGKILL in the middle of a batch: the others lose nothing, and the restarted one makes what is missing, once."""
+    words = [*WORDS, "generator.iterations=400", "dataset_dir=all", "world_size=2"]
+    killed = subprocess.Popen([sys.executable, *words, "rank=1"], cwd=tmp_path, env=environment())
+    first = tmp_path / "all" / "shards" / "000001.json"
+    deadline = time.monotonic() + 600
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    made = first.stat().st_mtime_ns
+    teacher = dfq.load_teacher("digits", device="cpu")
+    generator = ZeroQ(batch_size=4, iterations=400)
+    there = len(generate(teacher, generator, 20, 0, tmp_path / "all", 0, 2))
+    assert there < 20, "the rank was not killed in the middle"
+    found = generate(teacher, generator, 20, 0, tmp_path / "all", 1, 2)
+    assert len(found) == 20 and first.stat().st_mtime_ns == made, "a batch was made twice"
+    whole = generate(teacher, generator, 20, 0, tmp_path / "whole")
+    assert content(found.path) == content(whole.path) and found.sha256 == whole.sha256
+
+
+def test_half_written_files_of_other_computers_stay(teacher, tmp_path):
+    """Ranks on several computers share a folder: what the process of that number does here says nothing of theirs."""
+    generate(teacher, ZEROQ, 8, 3, tmp_path / "all")
+    shards = tmp_path / "all" / "shards"
+    names = {"elsewhere": ".000005.json.elsewhere-4194305.tmp", "old": ".000006.json.elsewhere-4194305.tmp"}
+    names |= {"here": f".000007.json.{HOST}-4194305.tmp"}
+    for name in names.values():
+        (shards / name).write_bytes(b"half")
+    os.utime(shards / names["old"], (time.time() - 100_000,) * 2)
+    generate(teacher, ZEROQ, 12, 3, tmp_path / "all")
+    assert [name for name, file in names.items() if (shards / file).exists()] == ["elsewhere"]
 
 
 # ------------------------------------------------------------------------------------------------ mistakes

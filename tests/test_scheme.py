@@ -12,7 +12,17 @@ from dfq.scheme import FLOAT, FLOAT_FORMATS, GRANULARITIES, GRIDS, POLICIES, RAN
 from dfq.settings import choices, load
 
 INT4, INT8 = TensorScheme(4, True, "per_channel"), TensorScheme(8)
-OPTIONS = ["num_bits", "symmetric", "granularity", "group_size", "grid", "dynamic", "scale_format", "range"]
+OPTIONS = [
+    "num_bits",
+    "symmetric",
+    "granularity",
+    "group_size",
+    "grid",
+    "dynamic",
+    "scale_format",
+    "range",
+    "zero_point",
+]
 GROUPS = {"granularity": "per_group", "group_size": 32}
 PO2 = {"scale_format": "e8m0"}
 MXFP4 = {"grid": "fp4_e2m1", "scale_format": "e8m0", **GROUPS}
@@ -152,7 +162,7 @@ STATIC = (
 )
 KEYS = (
     "scheme.weight, scheme.activation, scheme.policy, scheme.name, scheme.overrides, scheme.attention, scheme.softmax"
-    ", scheme.key_value, scheme.skip, scheme.input_bits"
+    ", scheme.key_value, scheme.skip, scheme.input_bits, scheme.key"
 )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.hooks import forward_hooks, tensors_in
 from dfq.modules import BiasQuantizer, Quantizer

@@ -9,7 +9,7 @@ from conftest import NETS, SPEC, as_teacher, settle
 from safetensors.torch import load_file
 from torch import nn
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.modules import Swap
 from dfq.quantization import fake_quantize

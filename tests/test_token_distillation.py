@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import language
@@ -11,15 +12,26 @@ from torch.utils._pytree import tree_leaves
 
 import dfq
 from dfq.dataset import SyntheticDataset
+from dfq.errors import UserError
 from dfq.generators.self_generation import SelfGeneration, teacher_cache
-from dfq.lightning.tokens import TokenDistillationModule, chunked_divergence, find_head, hidden
+from dfq.lightning.attention import AttentionRecord
+from dfq.lightning.tokens import (
+    TokenDistillationModule,
+    chunked_divergence,
+    find_head,
+    hidden,
+    next_tokens,
+    teacher_nll,
+)
 from dfq.losses.token_divergence import buckets, divergence
 from dfq.pipeline import generate
 from dfq.scheme import FLOAT, Scheme, TensorScheme
+from dfq.tasks.language_modeling import NO_LABEL
 
 RNG = torch.Generator().manual_seed(0)
 KINDS = ["forward", "reverse", "jensen_shannon", "cakld", "top_k"]
 W3 = Scheme(TensorScheme(3, True, "per_channel"), FLOAT, skip=())
+W2 = Scheme(TensorScheme(2, True, "per_channel"), FLOAT, skip=())
 
 
 def plainly(kind, p, q, b=0.3, k=3):
@@ -44,7 +56,7 @@ def plainly(kind, p, q, b=0.3, k=3):
 @pytest.mark.parametrize("kind", KINDS)
 def test_divergences_by_their_formulas(kind):
     student, teacher = torch.randn(2, 6, 11, generator=RNG).double() * 2
-    mine, _ = chunked_divergence(student, nn.Identity(), teacher, nn.Identity(), kind, 4, 3, 0.3)
+    mine, *_ = chunked_divergence(student, nn.Identity(), teacher, nn.Identity(), kind, 4, 3, 0.3)
     rows = zip(teacher.softmax(-1).tolist(), student.softmax(-1).tolist(), strict=True)
     assert float(mine) == pytest.approx(sum(plainly(kind, p, q) for p, q in rows) / 6, rel=1e-4)
     same = chunked_divergence(teacher, nn.Identity(), teacher, nn.Identity(), kind, 4, 3, 0.3)
@@ -81,7 +93,7 @@ def test_in_chunks_as_in_one_piece_and_logits_never_stand_whole(kind, cached):
         hidden_states = x.clone().requires_grad_()
         heads[0].zero_grad()
         with Sizes() as sizes:
-            loss, agreement = chunked_divergence(hidden_states, heads[0], theirs, heads[1], kind, size, 16)
+            loss, agreement, _ = chunked_divergence(hidden_states, heads[0], theirs, heads[1], kind, size, 16)
             loss.backward()
         found.append((loss.detach(), agreement, hidden_states.grad, heads[0].weight.grad.clone(), sizes.largest))
     for mine, whole in zip(found[0][:4], found[1][:4], strict=True):
@@ -99,7 +111,7 @@ def test_a_cache_tells_the_same_as_the_teacher_up_to_what_is_within_the_rest():
     errors = []
     for size in (4, 12, 29):
         stored = {name: tensor.flatten(0, 1) for name, tensor in teacher_cache(teacher, ids, size).items()}
-        found, _ = chunked_divergence(q, nn.Identity(), tuple(stored.values()), nn.Identity())
+        found, *_ = chunked_divergence(q, nn.Identity(), tuple(stored.values()), nn.Identity())
         assert float(found) <= exact + 2e-4
         errors.append(exact - float(found))
     assert errors[0] > errors[1] > abs(errors[2]) - 2e-4 and abs(errors[2]) < 2e-3 * max(exact, 1)
@@ -125,9 +137,9 @@ def test_the_head_is_found_and_not_run():
 # ------------------------------------------------------------------------------------------------ training
 
 
-def trained(teacher, dataset, path=None, **settings):
+def trained(teacher, dataset, path=None, scheme=W3, **settings):
     settings = {"max_steps": 40, "batch_size": 8, "checks": 2, "weight_lr": 0.05} | settings
-    return dfq.quantize(teacher, dataset, W3, algorithm="distillation", student_dir=path, seed=1, **settings)
+    return dfq.quantize(teacher, dataset, scheme, algorithm="distillation", student_dir=path, seed=1, **settings)
 
 
 def far(teacher, student, ids):
@@ -194,3 +206,205 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     again = trained(teacher, dataset, tmp_path / "killed", **settings)
     for name, layer in whole.layers.items():
         assert torch.equal(layer.weight, again.layers[name].weight)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_scaled_tokens_and_the_text_itself_by_numpy(chunk):
+    student, teacher = torch.randn(2, 7, 9, generator=RNG) * 2
+    scales = torch.rand(7, generator=RNG)
+    labels = torch.tensor([3, NO_LABEL, 0, 8, NO_LABEL, 2, 2])
+    found, _, ntp = chunked_divergence(
+        student, nn.Identity(), teacher, nn.Identity(), "forward", chunk, scales=scales, labels=labels
+    )
+    p, q = (log_softmax(x.double().numpy()) for x in (teacher, student))
+    want = ((np.exp(p) * (p - q)).sum(-1) * scales.numpy()).sum() / 7
+    assert float(found) == pytest.approx(want, rel=1e-5)
+    there = [i for i, label in enumerate(labels.tolist()) if label != NO_LABEL]
+    assert float(ntp) == pytest.approx(-np.mean([q[i, labels[i]] for i in there]), rel=1e-5)
+    nll = teacher_nll(teacher, nn.Identity(), labels, chunk)
+    expected = [-p[i, labels[i]] if i in there else 0 for i in range(7)]
+    np.testing.assert_allclose(nll.numpy(), expected, rtol=1e-5)
+
+
+def test_the_next_token_of_a_text_and_what_a_cache_says_of_it():
+    ids = torch.tensor([[5, 6, 7, 0], [1, 2, 3, 4]])
+    known = torch.tensor([[True, True, True, False], [True] * 4])
+    assert next_tokens(ids, known).tolist() == [[6, 7, NO_LABEL, NO_LABEL], [2, 3, 4, NO_LABEL]]
+    stored = torch.tensor([[4, 1], [3, 0]]), torch.tensor([[-0.5, -1.5], [-0.1, -4.0]]), torch.tensor([-2.0, -3.0])
+    found = teacher_nll(stored, nn.Identity(), torch.tensor([1, 2]), 8)
+    assert found.tolist() == [1.5, 3.0], "the token's own, or that of all others together"
+
+
+class Attending(nn.Module):
+    """One layer of causal attention, fused or in two products."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.tokens, self.qkv, self.head = nn.Embedding(30, 16), nn.Linear(16, 48), nn.Linear(16, 30)
+        self.blocks, self.fused = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)]), fused
+
+    def forward(self, input_ids):
+        x = self.tokens(input_ids)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            scores = q @ k.mT / 8**0.5
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+            y = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        x = x + y.transpose(1, 2).flatten(2)
+        for block in self.blocks:
+            x = x + block(x).relu()
+        return self.head(x)
+
+
+def attending(fused=True):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Attending(fused)
+    for parameter in module.parameters():
+        parameter.data.mul_(1.5)
+    return dfq.load_teacher(module, "language_modeling", vocab_size=30, length=12, device="cpu")
+
+
+def test_maps_and_outputs_of_attention_fused_or_not():
+    records = []
+    for fused in (True, False):
+        teacher = attending(fused)
+        with AttentionRecord() as record:
+            teacher(teacher.example(3))
+        records.append(record)
+        assert [len(record.maps), len(record.outputs)] == [1, 1]
+    for mine, other in zip(*((r.maps[0], r.outputs[0]) for r in records), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(records[0].maps[0].sum(-1), torch.ones(3, 2, 12), atol=1e-5)
+    assert records[0].maps[0].triu(1).abs().max() == 0
+
+
+OPTIONS = {
+    "tsld": {"token_tau": 1.0},
+    "ntp": {"ntp_weight": 0.1},
+    "attention": {"attention_map_weight": 1.0, "attention_output_weight": 1.0},
+    "cosine": {"feature_loss": "cosine", "feature_places": "blocks", "feature_weight": 1.0},
+    "low rank": {"low_rank": 4},
+    "quantized layers alone": {"train_float": False},
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A teacher with attention, text that it wrote for training, other text, and how far nearest rounding is off."""
+    teacher, folder = attending(), tmp_path_factory.mktemp("written")
+    dataset = generate(
+        teacher, SelfGeneration(batch_size=128, greedy_tokens=(0,), max_repetition=1.0), 384, 0, folder / "d"
+    )
+    other = SelfGeneration(greedy_tokens=(0,), max_repetition=1.0)
+    ids = generate(teacher, other, 64, 5, folder / "other").samples()
+    nearest = dfq.quantize(teacher, dataset, W2, algorithm="round_to_nearest")
+    return teacher, dataset, ids, far(teacher, nearest, ids)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_students_come_closer_with_each_option(option, written):
+    teacher, dataset, ids, before = written
+    student = trained(teacher, dataset, scheme=W2, **{"feature_weight": 0.0, **OPTIONS[option]})
+    assert far(teacher, student, ids) < 0.9 * before
+    assert not any("low_rank" in name for name, _ in student.module.named_modules())
+
+
+def test_layers_that_stay_float_are_left_alone_if_told(written):
+    teacher, dataset, _, _ = written
+    scheme = Scheme(W3.weight, FLOAT)  # embeddings and head stay float
+    for trains in (True, False):
+        student = dfq.quantize(
+            teacher, dataset, scheme, algorithm="distillation", max_steps=3, batch_size=8, checks=1, train_float=trains
+        )
+        same = [torch.equal(getattr(student.module, name).weight, getattr(teacher.module, name).weight)
+                for name in ("tokens", "head")]  # fmt: skip
+        assert same == [not trains] * 2
+
+
+def test_merged_weights_are_the_trained_forward(written):
+    """W + B A on the grid that was trained, bit for bit; W itself never moves."""
+    from dfq.algorithms.distillation import _add_low_rank, _merge_low_rank
+    from dfq.student import Student
+
+    teacher, dataset, ids, _ = written
+    student = dfq.quantize(teacher, dataset, W3, algorithm="round_to_nearest")
+    fresh = Student.from_teacher(teacher, W3)
+    for name, layer in fresh.layers.items():
+        layer.weight_quantizer.set_qparams(
+            student.layers[name].weight_quantizer.scale, student.layers[name].weight_quantizer.zero_point
+        )
+        layer.input_quantizer.enabled = True
+    _add_low_rank(fresh, 3, 0)
+    plain = fresh(ids)
+    for layer in fresh.layers.values():
+        layer.low_rank.b.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    weights = {name: layer.weight.clone() for name, layer in fresh.layers.items()}
+    pairs = {name: (layer.low_rank.b @ layer.low_rank.a).detach() for name, layer in fresh.layers.items()}
+    running = fresh(ids)
+    assert not torch.equal(running, plain)
+    _merge_low_rank(fresh)
+    assert torch.equal(fresh(ids), running)
+    for name, layer in fresh.layers.items():
+        assert torch.equal(layer.weight, weights[name] + pairs[name])
+    assert torch.equal(fresh.freeze()(ids), running)
+
+
+def test_no_backward_pass_with_zeroth_order(written, monkeypatch):
+    teacher, dataset, ids, before = written
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("a backward pass"))
+    settings = {"zeroth_order": True, "max_steps": 80, "feature_weight": 0.0, "batch_size": 32, "checks": 2}
+    students = [trained(teacher, dataset, scheme=W2, zeroth_rate=0.1, **settings) for _ in range(2)]
+    assert far(teacher, students[0], ids) < 0.97 * before
+    for name, layer in students[0].layers.items():
+        assert torch.equal(layer.weight, students[1].layers[name].weight)
+
+
+def message(written, **settings):
+    teacher, dataset = written[:2]
+    with pytest.raises(UserError) as error:
+        trained(teacher, dataset, **settings)
+    return str(error.value)
+
+
+def test_what_does_not_go_together(written, make_teacher, make_dataset):
+    assert message(written, ntp_weight=0.5, logits_weight=1.0) == (
+        "got algorithm.ntp_weight=0.5 and Attending; allowed: a language model, and no loss of another kind "
+        "(reverse_kl_weight, logits_weight, intervention, ...); leave algorithm.ntp_weight away"
+    )
+    assert message(written, low_rank=2, dampen=0.1) == (
+        "got algorithm.low_rank=2 and algorithm.dampen=0.1; allowed: one of the two; weights stay what they are with "
+        "low_rank"
+    )
+    assert message(written, zeroth_order=True, balance="learned") == (
+        "got algorithm.zeroth_order=true and algorithm.balance=learned; allowed: losses and schedules that need no "
+        "gradient; leave algorithm.balance away"
+    )
+    vision = make_teacher()
+    assert message((vision, make_dataset(vision)), token_tau=10.0).startswith("got algorithm.token_tau=10.0 and plain")
+    plain = language()
+    dataset = make_dataset(plain, name="plain")
+    assert message((plain, dataset), attention_map_weight=1.0).startswith(
+        "got algorithm.attention_map_weight or attention_output_weight and language, in which 0 attention products were"
+    )
+    assert message((plain, dataset), feature_places="blocks").startswith(
+        "got algorithm.feature_places=blocks and language, which has no list of blocks with outputs of one shape"
+    )
+
+
+def test_attention_is_not_in_a_cache(tmp_path):
+    teacher = attending()
+    dataset = generate(teacher, SelfGeneration(cache_teacher=8, max_repetition=1.0), 32, 0, tmp_path / "d")
+    assert message((teacher, dataset), attention_output_weight=1.0).endswith(
+        "what attention does is not stored; generate with generator.cache_teacher=null"
+    )

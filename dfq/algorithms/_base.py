@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dfq.algorithms._calibration import calibrate, calibration_images, ensure_calibrated
+from dfq.calibration import calibrate, calibration_images, ensure_calibrated
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
+from dfq.lightning.trainer import SINGLE, Training
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -24,6 +25,8 @@ class Work:
         weight_quantizer, activation_quantizer: methods of the quantizers family, for grids that are not there yet.
         seed: of all random numbers.
         work_dir: holds what an interrupted run goes on from; the caller removes it.
+        training: where what is trained with Lightning runs. With several processes each does all of this.
+        shared_dir: that of rank 0, for what it writes for all; ``work_dir`` where there is one process.
     """
 
     student: Student
@@ -33,13 +36,15 @@ class Work:
     activation_quantizer: Any
     seed: int
     work_dir: Path
+    training: Training = SINGLE
+    shared_dir: Path | None = None
 
     def images(self, num_samples: int) -> Tensor:
         """Up to ``num_samples`` samples that are not held out."""
         return calibration_images(self.dataset, num_samples)
 
     def calibrate(self, images: Tensor) -> dict[str, int]:
-        """:func:`~dfq.algorithms._calibration.calibrate` the student."""
+        """:func:`~dfq.calibration.calibrate` the student."""
         return calibrate(self.student, images, self.weight_quantizer, self.activation_quantizer)
 
     def ensure_calibrated(self, images: Tensor) -> dict[str, int]:
@@ -51,7 +56,10 @@ class Work:
         work_dir = self.work_dir / folder
         work_dir.mkdir(parents=True, exist_ok=True)
         quantizers = self.weight_quantizer, self.activation_quantizer
-        algorithm.quantize(student, self.teacher, self.dataset, *quantizers, self.seed, work_dir)
+        several: dict[str, Any] = {}
+        if not self.training.is_default:
+            several = {"training": self.training, "shared_dir": (self.shared_dir or self.work_dir) / folder}
+        algorithm.quantize(student, self.teacher, self.dataset, *quantizers, self.seed, work_dir, **several)
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ class Algorithm:
         activation_quantizer: Any,
         seed: int,
         work_dir: Path,
+        training: Training = SINGLE,
+        shared_dir: Path | None = None,
     ) -> None:
         """Give ``student`` its grids and, if there is more to do, its weights, in place."""
         if student.network is not None:  # layers are compared with the teacher's of the same name
@@ -81,7 +91,8 @@ class Algorithm:
                 f"got algorithm.student_network={student.network} and an algorithm behind it, {type(self).__name__}",
                 "the distillation as the last one",
             )
-        self.run(Work(student, teacher, dataset, weight_quantizer, activation_quantizer, seed, work_dir))
+        quantizers = weight_quantizer, activation_quantizer
+        self.run(Work(student, teacher, dataset, *quantizers, seed, work_dir, training, shared_dir))
 
     def run(self, work: Work) -> None:
         raise NotImplementedError

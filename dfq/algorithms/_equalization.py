@@ -111,7 +111,7 @@ def rescaled(student: Student, name: str) -> Rescaled:
 def weight_in_float(student: Student, network: FloatNetwork, name: str) -> Tensor:
     """What a layer's weight would be had nobody rounded it; float64, on the CPU."""
     layer, record = network.module.get_submodule(name), rescaled(student, name)
-    factor = _shaped(layer, record.input_scale, inputs=True) / _shaped(layer, record.scale, inputs=False)
+    factor = shaped(layer, record.input_scale, inputs=True) / shaped(layer, record.scale, inputs=False)
     return _double(layer.weight) * factor.view(*factor.shape, *[1] * (layer.weight.dim() - 2))
 
 
@@ -148,7 +148,7 @@ def channel_dim(layer: nn.Module, x: Tensor) -> int:
     return x.dim() - 1 - (layer.weight.dim() - 2)
 
 
-def _shaped(layer: nn.Module, values: Tensor, inputs: bool) -> Tensor:
+def shaped(layer: nn.Module, values: Tensor, inputs: bool) -> Tensor:
     """Values of output channels [O], or of input features [I], for the kernels of the layer's weight: [.., ..]."""
     if inputs == isinstance(layer, TRANSPOSED):  # the weight's first dimension
         return values.view(-1, 1)
@@ -486,7 +486,7 @@ def equalize(
     layers = student.layers
     sizes = _activation_sizes(student, network, paths, images) if balance_activations else None
     for path, scale in zip(paths, equalizing_scales(layers, paths, iterations, sizes), strict=True):
-        _pass_on(layers, path, scale)
+        pass_on(layers, path, scale)
         record = rescaled(student, path.first)
         student.surgery.rescaled[path.first] = replace(record, scale=record.scale * scale, shift=record.shift / scale)
         record = rescaled(student, path.last)
@@ -520,8 +520,8 @@ def equalizing_scales(
             scale = torch.where((made > 0) & (read > 0), ratio.pow(1 / 2 if sizes is None else 1 / 3), 1.0)
             if sizes is not None:
                 sizes[index] = sizes[index] / scale
-            largest[path.first] /= _shaped(first, scale, inputs=False)
-            largest[path.last] *= _shaped(last, path.at_inputs(scale, 1.0), inputs=True)
+            largest[path.first] /= shaped(first, scale, inputs=False)
+            largest[path.last] *= shaped(last, path.at_inputs(scale, 1.0), inputs=True)
             total *= scale
             change = max(change, float(scale.log().abs().max()))
         if change < CONVERGED:
@@ -563,10 +563,10 @@ def without_surprises(network: FloatNetwork, paths: list[Path]) -> list[Path]:
         layers = {name: network.module.get_submodule(name) for path in chosen for name in (path.first, path.last)}
         exponents = [torch.randint(-2, 3, (num_outputs(layers[path.first]),), generator=rng) for path in chosen]
         for path, exponent in zip(chosen, exponents, strict=True):
-            _pass_on(layers, path, torch.exp2(exponent.double()))
+            pass_on(layers, path, torch.exp2(exponent.double()))
         outputs = network.outputs(network.example)
         for path, exponent in zip(chosen, exponents, strict=True):
-            _pass_on(layers, path, torch.exp2(-exponent.double()))
+            pass_on(layers, path, torch.exp2(-exponent.double()))
         return outputs
 
     def is_exact(chosen: list[Path]) -> bool:
@@ -577,13 +577,13 @@ def without_surprises(network: FloatNetwork, paths: list[Path]) -> list[Path]:
         return paths if is_exact(paths) else [path for path in paths if is_exact([path])]
 
 
-def _pass_on(layers: Mapping[str, nn.Module], path: Path, scale: Tensor) -> None:
+def pass_on(layers: Mapping[str, nn.Module], path: Path, scale: Tensor) -> None:
     """Divide the first layer's outputs by ``scale`` [O], and multiply the weights that read them."""
     first, last = layers[path.first], layers[path.last]
-    _multiply(first.weight, _shaped(first, 1 / scale, inputs=False))
+    _multiply(first.weight, shaped(first, 1 / scale, inputs=False))
     if first.bias is not None:
         _multiply(first.bias, 1 / scale)
-    _multiply(last.weight, _shaped(last, path.at_inputs(scale, 1.0), inputs=True))
+    _multiply(last.weight, shaped(last, path.at_inputs(scale, 1.0), inputs=True))
 
 
 def _multiply(x: Tensor, factor: Tensor) -> None:
@@ -646,7 +646,7 @@ def _add(x: Tensor | None, change: Tensor) -> None:
 
 def products_with(layer: nn.Module, weight: Tensor, values: Tensor) -> Tensor:
     """What ``layer`` makes of constant input features [I] with ``weight``, where it does not pad: [O]."""
-    factor = _shaped(layer, values, inputs=True)
+    factor = shaped(layer, values, inputs=True)
     kernels = weight.view(*weight.shape[:2], -1).sum(-1) * factor
     if not isinstance(layer, TRANSPOSED):
         return kernels.sum(1)

@@ -15,12 +15,15 @@ What a solver does not see is done here, the same for all:
       W* = W + alpha W (X_f - X_q) X_q^T (X_q X_q^T + damping)^-1                                     (``propagate``)
 
   which for alpha = 1 is the least-squares solution of W X_f = W* X_q.
+- **RSQ** (Sung et al., 2025, arXiv 2503.01820): columns of tokens that matter more count more in all moments, as
+  :mod:`dfq.algorithms._token_weights` says (``token_weights``).
 - **Bias.** Where ``correct_bias``, the bias takes over the mean of what is left, b + W mean(X_f) - Q mean(X_q), and H
   and W* are those of X_q and X_f without their means: least squares with a constant term.
 
 Grids stay what calibration made them (COMQ may change scales). Layers without such a problem of their own keep nearest
 rounding: those outside of blocks, those whose weight several operations or its owner read, embeddings, transposed
-convolutions.
+convolutions, experts of a mixture that no token chose. Other experts see neither QEP nor a bias: in the float network
+other tokens may choose them.
 
 Differences from the QEP paper: its damping (the mean of the diagonal, ``propagate_damping``) can be set; it skips some
 layers of language models to save time, here none; grids are not made anew for W*.
@@ -41,6 +44,7 @@ from torch.overrides import TorchFunctionMode
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import remember_bias_correction
 from dfq.algorithms._reconstruction import float_copy
+from dfq.algorithms._token_weights import Kind, token_weights
 from dfq.blocks import Arguments, Block, Captured, capture, find_blocks, run_block
 from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
 from dfq.modules import QuantizedLayer
@@ -178,26 +182,29 @@ class Moments:
     """Running means over input columns: of X_q X_q^T, X_f X_q^T, X_q and X_f. Shapes [P, I, I] and [P, I]."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = 0.0  # columns, or the sum of what they count
         self.second: Tensor | None = None
         self.cross: Tensor | None = None
         self.mean: Tensor | None = None
         self.float_mean: Tensor | None = None
 
-    def add(self, x: Tensor, float_x: Tensor | None = None, with_cross: bool = True) -> None:
-        """Columns [P, I, n] of the student, and of the float network at the same places."""
-        before, self.count = self.count, self.count + x.shape[-1]
+    def add(
+        self, x: Tensor, float_x: Tensor | None = None, with_cross: bool = True, weights: Tensor | None = None
+    ) -> None:
+        """Columns [P, I, n] of the student, and of the float network at the same places; they count ``weights`` [n]."""
+        before, self.count = self.count, self.count + (x.shape[-1] if weights is None else float(weights.sum()))
         share = 1 / self.count
+        weighted = x if weights is None else x * weights
 
         def averaged(old: Tensor | None, added: Tensor) -> Tensor:
             return added * share if old is None else old * (before * share) + added * share
 
-        self.second = averaged(self.second, x @ x.mT)
-        self.mean = averaged(self.mean, x.sum(-1))
+        self.second = averaged(self.second, weighted @ x.mT)
+        self.mean = averaged(self.mean, weighted.sum(-1))
         if float_x is not None:
-            self.float_mean = averaged(self.float_mean, float_x.sum(-1))
+            self.float_mean = averaged(self.float_mean, (float_x if weights is None else float_x * weights).sum(-1))
             if with_cross:
-                self.cross = averaged(self.cross, float_x @ x.mT)
+                self.cross = averaged(self.cross, float_x @ weighted.mT)
 
     def hessian(self, centered: bool = False) -> Tensor:
         """2/n X_q X_q^T; ``centered``: of X_q without its mean."""
@@ -321,6 +328,8 @@ class LayerwiseRounding(Algorithm):
     propagate: Fraction = 0.5  # alpha of QEP: share of the inputs' error that a weight makes up for; 0: off
     propagate_damping: NonNegativeFloat = 1.0  # added to the diagonal for QEP, in units of its mean
     correct_bias: bool = True  # the bias takes over the mean of what is left
+    token_weights: Kind = "none"  # which tokens of text count more in H: those that attention goes to, or large ones
+    smallest_token_weight: Fraction = 0.01  # r_min
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
 
     def solve(self, problem: Problem) -> Solution:
@@ -343,6 +352,9 @@ class LayerwiseRounding(Algorithm):
                 captured = capture(
                     student.module, reference, block, images, self.batch_size, work_dir, self.memory_bytes
                 )
+                captured.token_weights = token_weights(
+                    reference, captured, self.token_weights, self.smallest_token_weight, self.batch_size
+                )
                 for name in names:
                     self._round(student, reference, captured, name, rng)
                     advance(1)
@@ -353,9 +365,14 @@ class LayerwiseRounding(Algorithm):
         self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator
     ) -> None:
         """One layer: its weight is then on its grid."""
+        if (self.propagate or self.correct_bias) and name in student.expert_layers:
+            # Other tokens may choose an expert in the float network: there is no pair of inputs to compare.
+            replace(self, propagate=0.0, correct_bias=False)._round(student, reference, captured, name, rng)
+            return
         layer = student.layers[name]
         moments = self._moments(student, reference, captured, name, rng)
-        assert moments.mean is not None
+        if moments.mean is None:  # an expert that no token chose: nearest rounding
+            return
         centered = self.correct_bias and layer.bias is not None
         hessian = moments.hessian(centered)
         weight = layer.weight.detach().float().view(len(hessian), -1, hessian.shape[-1])
@@ -389,24 +406,38 @@ class LayerwiseRounding(Algorithm):
             x = captured.inputs[batch].to(device)
             mine = product_in(student.module, captured.block, name, x, captured.arguments)
             inputs = [mine.arguments["input"]]
+            if not inputs[0].numel():
+                continue
             if needs_float:
                 x = captured.float_inputs[batch].to(device)
                 theirs = product_in(reference, captured.block, name, x, captured.arguments)
                 inputs.append(theirs.arguments["input"])
-            for columns in self._columns(mine, inputs, rng):
-                moments.add(columns[0], columns[1] if needs_float else None, self.propagate > 0)
+            counts = None if captured.token_weights is None else captured.token_weights[batch].to(device)
+            for columns, weights in self._columns(mine, inputs, counts, rng):
+                moments.add(columns[0], columns[1] if needs_float else None, self.propagate > 0, weights)
         return moments
 
-    def _columns(self, product: Product, inputs: list[Tensor], rng: torch.Generator) -> Iterator[list[Tensor]]:
-        """Columns [P, I, n] of each of ``inputs`` [N, ...] at the same places, a few samples at a time."""
+    def _columns(
+        self, product: Product, inputs: list[Tensor], counts: Tensor | None, rng: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """Columns [P, I, n] of each of ``inputs`` [N, ...] at the same places, and their weights [n], part by part.
+
+        Args:
+            counts: [N, T] of tokens; they are those of the block, which a layer inside it may not see one by one.
+        """
         positions = torch.arange(math.prod(product.places(inputs[0])))
         if self.num_positions is not None and len(positions) > self.num_positions:
             positions = torch.randperm(len(positions), generator=rng)[: self.num_positions].sort().values
         positions = positions.to(inputs[0].device)
+        if counts is not None and (len(inputs[0]), *product.places(inputs[0])) != counts.shape:
+            counts = None
         size = product.columns(inputs[0][:1], positions).numel()
-        for parts in zip(*(x.split(max(1, LARGEST_COLUMNS // size)) for x in inputs), strict=True):
-            columns = [product.columns(part.float(), positions) for part in parts]
-            yield [c.permute(1, 2, 0, 3).flatten(2) for c in columns]
+        taken = max(1, LARGEST_COLUMNS // size)
+        for start in range(0, len(inputs[0]), taken):
+            part = slice(start, start + taken)
+            columns = [product.columns(x[part].float(), positions) for x in inputs]
+            weights = None if counts is None else counts[part][:, positions].flatten()
+            yield [c.permute(1, 2, 0, 3).flatten(2) for c in columns], weights
 
 
 def solvable(student: Student, flow: Dataflow) -> set[str]:

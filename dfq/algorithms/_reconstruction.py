@@ -1,6 +1,8 @@
-"""Block reconstruction: fit each block's output to the float network's, by choosing how every weight is rounded.
+"""Fit each block's output to the float network's, one after the other: the pieces that block-wise methods share.
 
-The pieces that AdaRound, BRECQ, QDrop, Genie-M and ``reconstruction`` share; each of those files says which it uses.
+:class:`BlockFitting` walks the blocks; what is trained in them is each method's own. :class:`BlockReconstruction`
+chooses how every weight is rounded (AdaRound, BRECQ, QDrop, Genie-M and ``reconstruction``; each of those files says
+which pieces it uses).
 
 For a block with input x (float) and x_q (with everything before it quantized), in the order blocks run::
 
@@ -30,7 +32,9 @@ from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
+from dfq.algorithms._equalization import float_network
 from dfq.blocks import Block, Captured, capture, find_blocks, run_block
+from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
 from dfq.optimizer import ScaledAdam
@@ -53,30 +57,52 @@ FIRST_BETA, LAST_BETA = 20.0, 2.0
 
 
 @dataclass(frozen=True)
-class BlockReconstruction(Algorithm):
-    """What all methods have; a method's file sets its own defaults."""
+class BlockFitting(Algorithm):
+    """Blocks in the order they run, each on what the quantized ones before it make. :meth:`trainable` is a method's."""
 
     iterations: PositiveInt = 1000  # steps a block
     batch_size: PositiveInt = 32  # samples a step
     num_samples: PositiveInt = 1024  # synthetic samples that blocks are fitted on
-    rounding_lr: PositiveFloat = 1e-2  # Adam on the rounding logits V
-    weight_step_lr: NonNegativeFloat = 0.0  # Adam on weight steps, relative to each; 0: they stay
-    activation_step_lr: NonNegativeFloat = 0.0  # Adam on activation steps, relative to each; 0: they stay
-    bias_lr: NonNegativeFloat = 0.0  # Adam on biases, in units of their mean magnitude; 0: they stay
-    drop: Fraction = 0.0  # share of inputs, and of activations inside, that stay float during training (QDrop)
-    rounding_weight: NonNegativeFloat = 0.05  # lambda
-    warm_up: Fraction = 0.2  # share of the steps before lambda sets in
-    finish_iterations: NonNegativeInt = 0  # steps at the end that train steps and biases on the teacher's outputs
-    sensitivity: bool = False  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
     time_limit_s: PositiveFloat | None = None  # seconds for all blocks; null: no limit (the same seed, the same bits)
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
     single_layers: ClassVar[bool] = False
+
+    @property
+    def float_share(self) -> float:
+        """Chance of an input, and of activations inside, to stay float during training."""
+        return 0.0
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts come after the blocks, each with as much of the time limit as one of them."""
+        return 0
+
+    def trainable(
+        self, student: Student, block: Block, activations: list[Quantizer], elements: dict[Quantizer, int]
+    ) -> Trainable:
+        """What is trained in ``block``."""
+        raise NotImplementedError
+
+    def error(self, output: Tensor, wanted: Tensor) -> Tensor:
+        """What is minimized of a block's output [N, ...], before it is averaged and divided by the outputs' size."""
+        return (output - wanted).square()
+
+    def weights(
+        self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
+    ) -> Tensor | None:
+        """Of the error at each place [N, ...]; None: all the same."""
+        return None
+
+    def finish(
+        self, work: Work, reference: nn.Module, images: Tensor, elements: dict[Quantizer, int], limit_s: float
+    ) -> None:
+        """After the last block."""
 
     def run(self, work: Work) -> None:
         """Fit the student block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
         student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
         images = work.images(self.num_samples)
-        reference = float_copy(student)
+        reference = float_reference(student, teacher)
         counts = work.ensure_calibrated(images)
         elements = {student.activation_quantizers[name]: count for name, count in counts.items()}
         student.module.requires_grad_(False)
@@ -98,31 +124,59 @@ class BlockReconstruction(Algorithm):
                 captured = capture(
                     student.module, reference, block, images, 4 * self.batch_size, work_dir, self.memory_bytes
                 )
-                weights = self._sensitivity(reference, teacher, block, images, rng) if self.sensitivity else None
-                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + (self.finish_iterations > 0))
+                weights = self.weights(reference, teacher, block, images, rng)
+                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
                 done.save(index, student)
                 for file in work_dir.glob("*.activations"):
                     file.unlink()
-        if self.finish_iterations:
-            task = task_of(teacher)
-            self._finish(student, reference, task, images, elements, seed, deadline - time.perf_counter())
+        self.finish(work, reference, images, elements, deadline - time.perf_counter())
         student.module.to(memory_format=torch.contiguous_format)
 
-    def _finish(
-        self,
-        student: Student,
-        reference: nn.Module,
-        task: Any,
-        images: Tensor,
-        elements: dict[Quantizer, int],
-        seed: int,
-        limit_s: float,
+
+@dataclass(frozen=True)
+class BlockReconstruction(BlockFitting):
+    """What all methods that choose roundings have; a method's file sets its own defaults."""
+
+    rounding_lr: PositiveFloat = 1e-2  # Adam on the rounding logits V
+    weight_step_lr: NonNegativeFloat = 0.0  # Adam on weight steps, relative to each; 0: they stay
+    activation_step_lr: NonNegativeFloat = 0.0  # Adam on activation steps, relative to each; 0: they stay
+    bias_lr: NonNegativeFloat = 0.0  # Adam on biases, in units of their mean magnitude; 0: they stay
+    drop: Fraction = 0.0  # share of inputs, and of activations inside, that stay float during training (QDrop)
+    rounding_weight: NonNegativeFloat = 0.05  # lambda
+    warm_up: Fraction = 0.2  # share of the steps before lambda sets in
+    finish_iterations: NonNegativeInt = 0  # steps at the end that train steps and biases on the teacher's outputs
+    sensitivity: bool = False  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
+
+    @property
+    def float_share(self) -> float:
+        return self.drop
+
+    @property
+    def num_parts(self) -> int:
+        return int(self.finish_iterations > 0)
+
+    def trainable(
+        self, student: Student, block: Block, activations: list[Quantizer], elements: dict[Quantizer, int]
+    ) -> Trainable:
+        found = student.layers
+        return _Roundings(self, [found[name] for name in block.layers], activations, elements, True)
+
+    def weights(
+        self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
+    ) -> Tensor | None:
+        return self._sensitivity(reference, teacher, block, images, rng) if self.sensitivity else None
+
+    def finish(
+        self, work: Work, reference: nn.Module, images: Tensor, elements: dict[Quantizer, int], limit_s: float
     ) -> None:
         """Train steps and biases, not the codes, on the float outputs: blocks were fitted one by one."""
-        rng = torch.Generator().manual_seed(seed)
+        if not self.finish_iterations:
+            return
+        student, task = work.student, task_of(work.teacher)
+        rng = torch.Generator().manual_seed(work.seed)
         activations = [quantizer for quantizer in elements if quantizer.has_qparams]
-        trainable = _Trainable(self, student.layers.values(), activations, elements, False)
+        trainable = _Roundings(self, student.layers.values(), activations, elements, False)
 
         def loss(_done: float) -> Tensor:
             chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
@@ -132,7 +186,7 @@ class BlockReconstruction(Algorithm):
             return task.distillation_loss(task.raw_outputs(student, batch), wanted)
 
         with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
-            _descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
+            descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
 
     def _sensitivity(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
@@ -160,6 +214,25 @@ class BlockReconstruction(Algorithm):
             parts.append(gradient.square().cpu())
         squares = torch.cat(parts)
         return squares / squares.mean().clamp(min=1e-30)
+
+
+def float_reference(student: Student, teacher: Teacher) -> nn.Module:
+    """What blocks are fitted to: the student in float, or the teacher where the student's weights are rounded for good.
+
+    Equalization along a path out of a block would change what comes out of it; what AWQ does stays inside blocks.
+    """
+    rounded = student.has_grids and not any(
+        _is_off_grid(layer) for layer in student.layers.values() if layer.weight_quantizer.has_qparams
+    )
+    if not rounded:
+        return float_copy(student)
+    if student.surgery.rotated:
+        raise UserError(
+            "got a student that was rotated and rounded: what its blocks should give is not known any more",
+            "rotation and then one algorithm that rounds",
+        )
+    undo_bias_correction(student)
+    return float_network(student, teacher).module.requires_grad_(False).eval()
 
 
 def float_copy(student: Student) -> nn.Module:
@@ -224,14 +297,67 @@ class SoftQuantizer(nn.Module):
         return self._weight(torch.where(self.logits >= 0, torch.inf, -torch.inf))
 
 
-class _Trainable:
+class Trainable:
     """What is trained of some layers: in place while the context is open, rounded and frozen where it ends.
 
     Args:
         activations: quantizers whose steps are trained.
         elements: of each activation quantizer, that it rounds in one sample.
-        roundings: train the roundings too; else only what is not an integer in the artifact.
     """
+
+    def __init__(
+        self,
+        settings: BlockFitting,
+        layers: Iterable[QuantizedLayer],
+        activations: list[Quantizer],
+        elements: dict[Quantizer, int],
+        activation_step_lr: float = 0.0,
+        bias_lr: float = 0.0,
+    ):
+        self.settings, self.layers, self.activations, self.elements = settings, list(layers), activations, elements
+        self.activation_step_lr, self.bias_lr = activation_step_lr, bias_lr
+
+    def __enter__(self) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer; those whose rate decays say so."""
+        groups = []
+        if self.activation_step_lr > 0:
+            for quantizer in self.activations:
+                steps = learn_step(quantizer, self.elements.get(quantizer, 1))
+                groups += [self.group(step, self.activation_step_lr, step.detach().abs()) for step in steps]
+        if self.bias_lr > 0:
+            for layer in self.layers:
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(True)
+                    groups.append(self.group(layer.bias, self.bias_lr, layer.bias.detach().abs().mean()))
+        self.smallest = {quantizer: quantizer.scale.detach() * 1e-2 for quantizer in self.activations}
+        return groups
+
+    @staticmethod
+    def group(parameter: Tensor, lr: float, size: Tensor) -> dict[str, Any]:
+        return {"params": [parameter], "lr": lr, "size": size, "decays": True}
+
+    def __exit__(self, *_: Any) -> None:
+        for quantizer in self.activations:
+            quantizer.freeze()
+        for layer in self.layers:
+            if layer.bias is not None:
+                layer.bias.requires_grad_(False)
+
+    def penalty(self, done: float) -> Tensor | None:
+        """A term of the loss that has nothing to do with samples; ``done`` is the share of the steps that is over."""
+        return None
+
+    @torch.no_grad()
+    def keep_steps_positive(self) -> None:
+        """A step that crossed zero would flip the sign of its whole tensor."""
+        for quantizer, smallest in self.smallest.items():
+            quantizer.scale.clamp_(min=smallest)
+
+
+class _Roundings(Trainable):
+    """With ``roundings``: those of weights too; else only what is not an integer in the artifact."""
+
+    settings: BlockReconstruction
 
     def __init__(
         self,
@@ -241,7 +367,7 @@ class _Trainable:
         elements: dict[Quantizer, int],
         roundings: bool,
     ):
-        self.settings, self.layers, self.activations, self.elements = settings, list(layers), activations, elements
+        super().__init__(settings, layers, activations, elements, settings.activation_step_lr, settings.bias_lr)
         self.roundings = roundings
         self.hard = {layer: layer.weight_quantizer for layer in self.layers}
         # A weight that is on its grid already (tied to a layer of an earlier block) keeps its codes.
@@ -253,7 +379,6 @@ class _Trainable:
         }
 
     def __enter__(self) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer; those whose rate decays say so."""
         s, groups = self.settings, []
         for layer, soft in self.soft.items():
             layer.weight_quantizer = soft  # type: ignore[assignment]  # quacks like one
@@ -262,42 +387,25 @@ class _Trainable:
             else:
                 soft.decide()
             if s.weight_step_lr > 0:
-                groups.append(self._group(soft.step, s.weight_step_lr, soft.step.detach().abs()))
-        if s.activation_step_lr > 0:
-            for quantizer in self.activations:
-                steps = learn_step(quantizer, self.elements.get(quantizer, 1))
-                groups += [self._group(step, s.activation_step_lr, step.detach().abs()) for step in steps]
-        if s.bias_lr > 0:
-            for layer in self.layers:
-                if layer.bias is not None:
-                    layer.bias.requires_grad_(True)
-                    groups.append(self._group(layer.bias, s.bias_lr, layer.bias.detach().abs().mean()))
-        self.smallest = {quantizer: quantizer.scale.detach() * 1e-2 for quantizer in self.activations}
-        return groups
+                groups.append(self.group(soft.step, s.weight_step_lr, soft.step.detach().abs()))
+        return groups + super().__enter__()
 
-    @staticmethod
-    def _group(parameter: Tensor, lr: float, size: Tensor) -> dict[str, Any]:
-        return {"params": [parameter], "lr": lr, "size": size, "decays": True}
-
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         for layer, soft in self.soft.items():
             layer.weight_quantizer = self.hard[layer]
             layer.weight.data.copy_(soft.hardened())
             layer.weight_quantizer.set_qparams(soft.scale.detach(), layer.weight_quantizer.zero_point)
-        for quantizer in self.activations:
-            quantizer.freeze()
-        for layer in self.layers:
-            if layer.bias is not None:
-                layer.bias.requires_grad_(False)
+        super().__exit__(*error)
 
-    @torch.no_grad()
-    def keep_steps_positive(self) -> None:
-        """A step that crossed zero would flip the sign of its whole tensor."""
-        for quantizer, smallest in self.smallest.items():
-            quantizer.scale.clamp_(min=smallest)
+    def penalty(self, done: float) -> Tensor | None:
+        s = self.settings
+        if done < s.warm_up or s.rounding_weight == 0 or not self.soft:
+            return None
+        beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (done - s.warm_up) / (1 - s.warm_up)
+        return s.rounding_weight * torch.stack([soft.regularizer(beta) for soft in self.soft.values()]).sum()
 
 
-def _descend(
+def descend(
     groups: list[dict[str, Any]],
     loss: Callable[[float], Tensor],
     after: Callable[[], None],
@@ -330,7 +438,7 @@ class _Fit:
 
     def __init__(
         self,
-        settings: BlockReconstruction,
+        settings: BlockFitting,
         student: Student,
         captured: Captured,
         elements: dict[Quantizer, int],
@@ -339,9 +447,7 @@ class _Fit:
     ):
         self.settings, self.captured, self.sensitivity, self.rng = settings, captured, sensitivity, rng
         self.network, self.device = student.module, student.device
-        found = student.layers
-        layers = [found[name] for name in captured.block.layers]
-        self.trainable = _Trainable(settings, layers, self._activation_quantizers(student), elements, True)
+        self.trainable = settings.trainable(student, captured.block, self._activation_quantizers(student), elements)
         outputs = captured.float_outputs
         self.channels = outputs.shape[1 if outputs.dim() == 4 else -1]
         # One size for all batches: a batch of its own would weigh samples with small outputs up.
@@ -362,7 +468,7 @@ class _Fit:
 
     def run(self, limit_s: float, advance: Any) -> None:
         with self.trainable as groups, self._drop():
-            _descend(
+            descend(
                 groups,
                 self._loss,
                 self.trainable.keep_steps_positive,
@@ -375,17 +481,14 @@ class _Fit:
         s, c = self.settings, self.captured
         chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
         x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
-        if s.drop > 0:
-            x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.drop))
-        error = (run_block(self.network, c.block, x, c.arguments) - wanted).square()
+        if s.float_share > 0:
+            x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.float_share))
+        error = s.error(run_block(self.network, c.block, x, c.arguments), wanted)
         if self.sensitivity is not None:
             error = error * self.sensitivity[chosen].to(self.device)
         loss = self.channels * error.mean() / self.size
-        if done >= s.warm_up and s.rounding_weight > 0 and self.trainable.soft:
-            beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (done - s.warm_up) / (1 - s.warm_up)
-            undecided = torch.stack([soft.regularizer(beta) for soft in self.trainable.soft.values()]).sum()
-            loss = loss + s.rounding_weight * undecided
-        return loss
+        penalty = self.trainable.penalty(done)
+        return loss if penalty is None else loss + penalty
 
     def _chance(self, like: Tensor, p: float) -> Tensor:
         """1 with probability ``p``, to a 256th, and else 0, element by element; random numbers on the CPU.
@@ -401,7 +504,7 @@ class _Fit:
     @contextmanager
     def _drop(self) -> Iterator[None]:
         """QDrop inside the block: some activations pass their quantizer by."""
-        p = self.settings.drop
+        p = self.settings.float_share
 
         def mix(_name: str, _module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             return torch.lerp(output, inputs[0], self._chance(output, p))

@@ -51,6 +51,11 @@ class Auto(Algorithm):
 
     def run(self, work: Work) -> None:
         """Make the student the best one found."""
+        if work.training.world_size > 1:
+            raise UserError(
+                f"got algorithm=auto and {work.training.world_size} processes, whose clocks differ",
+                "trainer=single, or another algorithm",
+            )
         start, budget = time.perf_counter(), seconds_of(self.budget)
         rungs = [(_name(rung), resolve("algorithm", rung)) for rung in self.rungs]
         judge = _Judge(work.teacher, work.dataset)

@@ -6,6 +6,9 @@ of features where the network changes width or resolution. Each loss is a file o
 paper and equations, and has a weight here; teacher intervention and block decomposition are described in
 :mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
 
+With ``low_rank`` weights stay and W + B A is rounded in their place (L4Q, arXiv 2402.04902), A, B, steps and biases
+being trained; with ``zeroth_order`` there is no backward pass (ZeroQAT; :class:`dfq.optimizer.ZerothOrder`).
+
 Nothing but synthetic samples is read. The run looks at held-out ones ``checks`` times and keeps the student of the best
 look, the one that it was given among them; it may stop early in its second half. Batch norms that were not folded stay
 as they are: synthetic images must not move statistics.
@@ -17,28 +20,35 @@ that allows depends on the machine, so that the same seed does not give the same
 2018, arXiv 1802.05668, section 3). Features are compared where both networks have maps of the same size. The
 function is recorded with the student, which it rebuilds; no algorithm goes behind.
 
-Differences from the papers: LSQ's, see :mod:`dfq.quantizers.lsq`; Polino et al. distil into weights that are rounded at
-each step (here as all students are trained), and train batch norms, which are folded here before training begins: a
-network that was trained in float before, or has none, is the better start.
+Differences from the papers: L4Q begins with steps of its own and computes gradients of weights anew in the backward
+pass to save memory; here grids are calibrated and autograd keeps what it needs. LSQ's, see :mod:`dfq.quantizers.lsq`;
+Polino et al. distil into weights that are rounded at each step (here as all students are trained), and train batch
+norms, which are folded here before training begins: a network that was trained in float before, or has none, is the
+better start.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors.torch import load_file as load_safetensors
+from safetensors.torch import save_file as save_safetensors
 
 from dfq.algorithms._base import Algorithm, Work
 from dfq.dataset import samples_of
+from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
-from dfq.modules import stage_ends
+from dfq.modules import LowRank, repeated_blocks, stage_ends, weight_layers
 from dfq.quantizers.lsq import learn_step
 from dfq.settings import PositiveInt
 from dfq.student import Student, build_network
@@ -61,7 +71,8 @@ class Distillation(DistillationSettings, Algorithm):
     def run(self, work: Work) -> None:
         """Train the student; ``work_dir`` holds the checkpoint an interrupted run goes on from."""
         start = time.perf_counter()
-        student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
+        student, teacher, seed, training = work.student, work.teacher, work.seed, work.training
+        work_dir = work.shared_dir or work.work_dir
         # Lightning takes seconds to import; who only rounds does not pay for it.
         import pytorch_lightning as pl
         from pytorch_lightning.callbacks import ModelCheckpoint
@@ -72,16 +83,22 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.progress import StepProgress
         from dfq.lightning.tokens import TokenDistillationModule
 
-        features = {name: name for name in stage_ends(teacher.dataflow) if _is_of_samples(teacher, name)}
+        self._check(teacher)
+        features = {name: name for name in self._places(teacher) if _is_of_samples(teacher, name)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
-        self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)))
-        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
+        self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)), seed)
+        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed, shard=training.world_size > 1)
         task = task_of(teacher)
         kind = TokenDistillationModule if self._is_of_tokens(teacher) else DistillationModule
-        module = kind(student, teacher, task, features, self, seed, start)
+        # What is sharded for training doesn't come back; the one to keep takes the weights over.
+        trained = copy.deepcopy(student) if training.strategy == "fsdp" else student
+        module = kind(trained, teacher, task, features, self, seed, start)
         before = time.perf_counter()
-        given, loss_before = _state(module), _held_out_loss(module, data)
+        # Not in memory: what the run began with is wanted in the end, or not at all. Each process has its own.
+        given, loss_before = work.work_dir / "given.safetensors", _held_out_loss(module, data)
+        work.work_dir.mkdir(parents=True, exist_ok=True)
+        save_safetensors(_state(module), given)
         module.look_s = time.perf_counter() - before
         best = ModelCheckpoint(
             work_dir, filename="best", monitor="held_out_loss", save_weights_only=True, save_on_train_epoch_end=False
@@ -91,7 +108,7 @@ class Distillation(DistillationSettings, Algorithm):
         callbacks = [best, last, Looks(self.checks), StepProgress("distill", self.max_steps, SHOWN)]
         with quiet_lightning():
             trainer = pl.Trainer(
-                **trainer_device(teacher.device),
+                **training.arguments(teacher.device),
                 max_steps=self.max_steps,
                 max_epochs=-1,
                 check_val_every_n_epoch=None,
@@ -99,25 +116,83 @@ class Distillation(DistillationSettings, Algorithm):
                 num_sanity_val_steps=0,
                 callbacks=callbacks if self.patience is None else [*callbacks, Patience(self.patience)],
                 enable_progress_bar=False,
-                logger=False,
+                logger=training.logger or False,
+                log_every_n_steps=1,  # what is logged at all
                 enable_model_summary=False,
                 default_root_dir=work_dir,
             )
             checkpoint = work_dir / "last.ckpt"
-            _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
-        if best.best_model_score is not None and float(best.best_model_score) < loss_before:
-            given = torch.load(best.best_model_path, map_location=teacher.device, weights_only=True)["state_dict"]
-        module.load_state_dict(given)
-        student.module.to(teacher.device)
+            with shared_by_name() if training.strategy == "ddp_spawn" else nullcontext():
+                _fit(trainer, module, data, str(checkpoint) if checkpoint.exists() else None)
+        state: Mapping[str, torch.Tensor] | None = None
+        if best.best_model_path:  # its figure is read from there too: the process that looked may be gone
+            found = torch.load(best.best_model_path, map_location="cpu", weights_only=True, mmap=True)
+            if found["distillation"]["held_out_loss"] < loss_before:
+                state = found["state_dict"]
+        state = load_safetensors(given) if state is None else state
+        wait_for_all()  # behind this, rank 0 may remove what was read
+        given.unlink()
+        prefix = "student_module."
+        student.module.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )
+        for network in (student.module, teacher.module):
+            network.to(teacher.device)
+        _merge_low_rank(student)
 
     def _is_of_tokens(self, teacher: Teacher) -> bool:
         """Whether nothing is asked for but a divergence of text, and features: logits need not be whole then."""
         others = (self.reverse_kl_weight, self.jensen_shannon_weight, self.logits_weight, self.label_weight)
         more = (*others, self.cam_weight, self.intervention, self.blocks_first, self.dampen, self.frozen_channels)
-        return teacher.task == "language_modeling" and not any(more) and self.balance == "fixed"
+        whole = self.loss is not None or self.balance != "fixed"
+        return teacher.task == "language_modeling" and not any(more) and not whole
 
-    def _learn_steps(self, student: Student, elements: dict[str, int]) -> None:
+    def _places(self, teacher: Teacher) -> list[str]:
+        """Where features are compared."""
+        if self.feature_places == "stages":
+            return stage_ends(teacher.dataflow)
+        found = repeated_blocks(teacher.module, teacher.dataflow)
+        if not found:
+            raise UserError(
+                f"got algorithm.feature_places=blocks and {teacher.name}, which has no list of blocks with outputs of "
+                "one shape",
+                "algorithm.feature_places=stages",
+            )
+        return found
+
+    def _check(self, teacher: Teacher) -> None:
+        """A UserError for settings that do not go together."""
+        of_text = {"token_tau": None, "ntp_weight": 0.0, "attention_map_weight": 0.0, "attention_output_weight": 0.0}
+        wrong = [name for name, unset in of_text.items() if getattr(self, name) != unset]
+        if wrong and not self._is_of_tokens(teacher):
+            raise UserError(
+                f"got algorithm.{wrong[0]}={getattr(self, wrong[0])} and {teacher.name}",
+                "a language model, and no loss of another kind (reverse_kl_weight, logits_weight, intervention, ...)",
+                f"leave algorithm.{wrong[0]} away",
+            )
+        both = [name for name in ("frozen_channels", "dampen") if getattr(self, name)]
+        if self.low_rank is not None and both:
+            raise UserError(
+                f"got algorithm.low_rank={self.low_rank} and algorithm.{both[0]}={getattr(self, both[0])}",
+                "one of the two",
+                "weights stay what they are with low_rank",
+            )
+        if self.zeroth_order and (self.frozen_channels or self.cam_weight or self.balance == "learned"):
+            what = "frozen_channels" if self.frozen_channels else "cam_weight" if self.cam_weight else "balance"
+            raise UserError(
+                f"got algorithm.zeroth_order=true and algorithm.{what}={getattr(self, what)}",
+                "losses and schedules that need no gradient",
+                f"leave algorithm.{what} away",
+            )
+
+    def _learn_steps(self, student: Student, elements: dict[str, int], seed: int) -> None:
         student.module.requires_grad_(True)
+        if not self.train_float:
+            own = {id(layer.weight) for layer in student.layers.values()}
+            for layer in weight_layers(student.module).values():
+                layer.weight.requires_grad_(id(layer.weight) in own)
+        if self.low_rank is not None:
+            _add_low_rank(student, self.low_rank, seed)
         if self.gradient == "straight_through":
             return
         offset, stable = self.gradient == "lsq_plus", self.gradient == "stable"
@@ -137,7 +212,37 @@ SHOWN = {"loss": "loss", "held_out_loss": "held-out"}
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    """All entries; tied ones, which safetensors takes once, and others that overlap as copies."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in module.state_dict().items():
+        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return found
+
+
+def _add_low_rank(student: Student, rank: int, seed: int) -> None:
+    """A pair of matrices beside each weight, which is not trained itself; tied weights have one pair."""
+    rng = torch.Generator().manual_seed(seed)
+    pairs: dict[int, LowRank] = {}
+    for layer in student.layers.values():
+        if id(layer.weight) not in pairs:
+            pairs[id(layer.weight)] = LowRank(layer.weight.detach(), rank, rng)
+        layer.low_rank = pairs[id(layer.weight)]
+        layer.weight.requires_grad_(False)
+
+
+@torch.no_grad()
+def _merge_low_rank(student: Student) -> None:
+    merged: set[int] = set()
+    for layer in student.layers.values():
+        if layer.low_rank is None:
+            continue
+        if id(layer.weight) not in merged:
+            layer.weight.copy_(layer.low_rank(layer.weight))
+            merged.add(id(layer.weight))
+        del layer.low_rank  # a sub-module until here
+        layer.low_rank = None
 
 
 @torch.no_grad()
@@ -169,19 +274,31 @@ def _replace_network(student: Student, teacher: Teacher, factory: str, same_widt
     return pairs
 
 
-def trainer_device(device: torch.device) -> dict[str, Any]:
-    """What a Lightning Trainer has to be told to run on ``device``."""
-    if device.type == "cuda":
-        return {"accelerator": "gpu", "devices": [device.index or 0]}
-    return {"accelerator": device.type, "devices": 1}
+@contextmanager
+def shared_by_name() -> Iterator[None]:
+    """Tensors go to processes that are started here by the name of their memory: handing on open files fails in some
+    containers, and takes one for each tensor."""
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+def wait_for_all() -> None:
+    """Until every process has come here; at once where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without Lightning's lines on devices it does not use and products it recommends; warnings of substance stay."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # The data is a memory map or a few tensors: worker processes would only cost.
@@ -192,7 +309,8 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _fit(trainer: Any, module: Any, data: Any, checkpoint: str | None) -> None:
@@ -200,9 +318,12 @@ def _fit(trainer: Any, module: Any, data: Any, checkpoint: str | None) -> None:
 
     Lightning ignores SIGINT from then on and leaves by ``sys.exit(1)``.
     """
-    handler = signal.getsignal(signal.SIGINT)
+    handler, world_size = signal.getsignal(signal.SIGINT), os.environ.get("WORLD_SIZE")
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
+    finally:
+        if world_size is not None:  # Lightning takes it away, and with it who of several processes this one is
+            os.environ["WORLD_SIZE"] = world_size

@@ -12,7 +12,8 @@ left of the width. Nothing runs at inference that did not before: exporters see 
 
 Which layers read and which write is found by running the network once: a layer reads if its input comes out of a norm,
 and writes if its output is as wide as the stream. Afterwards the logits are compared with those of before, and a
-network in which they differ (norms that subtract a mean, experts, a head with the embedding's weight) is refused.
+network in which they differ (norms that subtract a mean) is refused. A head with the embedding's weight gets one of its
+own: the norm's gain goes into it and not into the embedding. The student is larger by that.
 
 Differences from the paper: of its rotations the one of the residual stream alone, the one that costs nothing at
 inference for any network (not those of heads, and none online).
@@ -34,6 +35,7 @@ from dfq.hooks import evaluation_mode, record_dataflow
 from dfq.modules import product_of
 from dfq.settings import PositiveInt
 from dfq.sites import MOVING
+from dfq.surgery import REWRITES
 from dfq.teacher import Teacher
 
 TOLERANCE = 1e-3  # relative, of logits in float32
@@ -55,13 +57,18 @@ class Rotation(Algorithm):
                 "got algorithm=rotation behind an algorithm that has given the student its grids",
                 "rotation as the first step",
             )
-        rotate(work.student.module, work.teacher, torch.Generator().manual_seed(work.seed))
+        untied = rotate(work.student.module, work.teacher, torch.Generator().manual_seed(work.seed))
+        work.student.surgery.rewrites += [(name, "untied") for name in untied]
         work.student.surgery.rotated = True
         work.calibrate(work.images(self.num_calibration_samples))
 
 
-def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator) -> None:
-    """Turn the residual stream of ``module``, in place: the teacher's module tree, its weights still float."""
+def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator) -> list[str]:
+    """Turn the residual stream of ``module``, in place: the teacher's module tree, its weights still float.
+
+    Returns:
+        names of layers that had an embedding's weight and have one of their own now: only theirs has the norm's gain.
+    """
     example = teacher.example()
     parts = dict(module.named_modules())
     flow = record_dataflow(module, example)
@@ -72,20 +79,27 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator) -> None:
             made.update(dict.fromkeys(op.outputs, op.module))
         elif op.name in MOVING and op.inputs and op.inputs[0] in made:
             made.update(dict.fromkeys(op.outputs, made[op.inputs[0]]))
-    linears = {name: product_of(name, flow) for name, part in parts.items() if isinstance(part, nn.Linear)}
-    readers = {name: made[op.inputs[0]] for name, op in linears.items() if op is not None and op.inputs[0] in made}
+    matrices = [name for name, part in parts.items() if getattr(part, "weight", None) is not None]
+    matrices = [name for name in matrices if parts[name].weight.dim() == 2]  # routers too, which are no nn.Linear
+    products = {name: product_of(name, flow) for name in matrices}
+    linears = {name: op for name, op in products.items() if op is not None and op.name == "linear"}
+    readers = {name: made[op.inputs[0]] for name, op in linears.items() if op.inputs[0] in made}
     tables = [part for part in parts.values() if isinstance(part, nn.Embedding)]
     if not readers or not tables:
         raise _refused(teacher, "in which no layer reads from a norm")
     width = tables[0].embedding_dim
-    readers = {name: norm for name, norm in readers.items() if parts[name].in_features == width}
-    writers = [name for name in linears if name not in readers and parts[name].out_features == width]
+    readers = {name: norm for name, norm in readers.items() if parts[name].weight.shape[1] == width}
+    writers = [name for name in linears if name not in readers and parts[name].weight.shape[0] == width]
     owners: dict[int, str] = {}
+    untied = [name for name in readers if any(parts[name].weight is table.weight for table in tables)]
     for name in [*readers, *writers]:
-        if id(parts[name].weight) in owners or any(parts[name].weight is table.weight for table in tables):
+        is_tables = name not in untied and any(parts[name].weight is table.weight for table in tables)
+        if id(parts[name].weight) in owners or is_tables:
             raise _refused(teacher, f"whose {name} shares its weight with another layer")
         owners[id(parts[name].weight)] = name
     before = _logits(module, example)
+    for name in untied:
+        REWRITES["untied"](parts[name])
     turn = orthogonal(width, rng).to(example.device)
     for norm in dict.fromkeys(readers.values()):
         gain = _take_gain(parts[norm])
@@ -98,13 +112,14 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator) -> None:
         parts[name].weight.copy_(parts[name].weight.double() @ turn)
     for name in writers:
         parts[name].weight.copy_(turn.mT @ parts[name].weight.double())
-        if parts[name].bias is not None:
+        if getattr(parts[name], "bias", None) is not None:
             parts[name].bias.copy_(turn.mT @ parts[name].bias.double())
     for table in tables:
         table.weight.copy_(table.weight.double() @ turn)
     after = _logits(module, example)
     if float((after - before).norm()) > TOLERANCE * float(before.norm()):
         raise _refused(teacher, "whose function changes when its residual stream is turned")
+    return untied
 
 
 def orthogonal(width: int, rng: torch.Generator) -> Tensor:
@@ -153,6 +168,6 @@ def _take_gain(norm: nn.Module) -> Tensor | None:
 def _refused(teacher: Teacher, why: str) -> UserError:
     return UserError(
         f"got algorithm=rotation and {teacher.name}, {why}",
-        "decoders with root-mean-square norms and a head of its own weight (Llama, Mistral, Qwen without tied weights)",
+        "decoders with root-mean-square norms (Llama, Mistral, Qwen, Gemma)",
         "leave rotation away for such a network",
     )

@@ -26,8 +26,9 @@ def image_list(images: Tensor) -> ImageList:
 
 
 def anchors_of(generator: nn.Module, images: Tensor, features: list[Tensor]) -> Tensor:
-    """Anchors [N, A, 4] xyxy in fractions of the image."""
-    return torch.stack(generator(image_list(images), features)) / unit(images)
+    """Anchors [N, A, 4] xyxy in fractions of the image: the same in every image, whatever N (exported, it varies)."""
+    (anchors,) = generator(image_list(images[:1]), features)
+    return (anchors / unit(images)).expand(images.shape[0], *anchors.shape)
 
 
 def unit(images: Tensor) -> Tensor:

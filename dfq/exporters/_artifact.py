@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import sqrt
+from math import log2, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ import dfq
 from dfq.dataset import write_atomic, write_json
 from dfq.errors import UserError
 from dfq.hooks import tensors_in
+from dfq.modules import Quantizer
 from dfq.settings import to_config
 from dfq.student import Student
 from dfq.teacher import AnyInputSpec
 
 SCHEMA_VERSION = 1
 BATCH_SIZE = 64
+SCALE_BITS = {"float32": 32, "float16": 16, "e8m0": 8, "e4m3": 8}
 
 
 def check(student: Student, path: Path) -> None:
@@ -73,6 +75,7 @@ def write(path: Path, content: bytes, exporter: Any, student: Student, found: Ma
         "num_threads": torch.get_num_threads(),
         "sha256": hashlib.sha256(content).hexdigest(),
         "size_bytes": len(content),
+        "exact_bits": exact_bits(student),
         **found,
     }
     sidecar = path.with_name(path.name + ".json")
@@ -83,6 +86,33 @@ def write(path: Path, content: bytes, exporter: Any, student: Student, found: Ma
     except OSError as error:
         raise UserError(f"got artifact_path={path}, which can't be written ({error.strerror})") from error
     return description
+
+
+def exact_bits(student: Student) -> dict[str, float]:
+    """What a student is made of, to the bit: what a file's size has to be compared with.
+
+    codes: of the bits of their grids (ternary ones log2 of 3). scales, zero_points: of quantized weights. float: all
+    parameters and buffers that no grid stands for, in the width that they have.
+    """
+    bits = dict.fromkeys(("codes", "scales", "zero_points", "float"), 0.0)
+    quantized: set[int] = set()
+    for layer in student.layers.values():
+        quantizer, scheme = layer.weight_quantizer, layer.weight_quantizer.scheme
+        if scheme.is_float or id(layer.weight) in quantized:
+            continue
+        quantized.add(id(layer.weight))
+        width = log2(3) if scheme.grid == "ternary" else scheme.num_bits
+        bits["codes"] += layer.weight.numel() * width
+        bits["scales"] += quantizer.scale.numel() * SCALE_BITS[scheme.scale_format]
+        if not scheme.symmetric:
+            bits["zero_points"] += quantizer.scale.numel() * (32 if scheme.has_float_zero_point else scheme.num_bits)
+    own = {id(part): part for part in student.module.modules() if isinstance(part, Quantizer)}
+    theirs = {id(tensor) for part in own.values() for tensor in part.state_dict(keep_vars=True).values()}
+    rest = {id(tensor): tensor for tensor in student.module.state_dict(keep_vars=True).values()}
+    for key, tensor in rest.items():
+        if key not in theirs and key not in quantized:
+            bits["float"] += 8 * tensor.numel() * tensor.element_size()
+    return {**bits, "bytes": sum(bits.values()) / 8}
 
 
 @contextlib.contextmanager

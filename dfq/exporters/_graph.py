@@ -10,6 +10,7 @@ import numpy as np
 
 import dfq
 from dfq.errors import UserError
+from dfq.exporters._nbits import to_matmul_nbits
 from dfq.student import CODES
 
 UINT8, INT8, UINT4, INT4 = 2, 3, 21, 22  # onnx.TensorProto.DataType, without an import of onnx
@@ -18,15 +19,23 @@ STATE = "network."  # what names of the network's tensors start with
 OWN_CODES = ".weight_quantizer.codes"
 
 
-def serialize(model: Any, metadata: Mapping[str, str], low_bits: Mapping[str, int | None] | None = None) -> bytes:
+def serialize(
+    model: Any,
+    metadata: Mapping[str, str],
+    low_bits: Mapping[str, int | None] | None = None,
+    matmul_nbits: bool = False,
+) -> bytes:
     """The model as a file: what ONNX Runtime needs, short names, no traces of the machine that made it.
 
     Args:
         low_bits: layers with weights of at most 4 bits → group size or None: they become int4 (opset 21).
+        matmul_nbits: products with groups of them are ONNX Runtime's own operator.
     """
     _pool_means(model.graph)
     for name, group_size in (low_bits or {}).items():
         _take_four_bits(model.graph, f"{STATE}{name}{OWN_CODES}".replace("..", "."), group_size)
+    if matmul_nbits:
+        to_matmul_nbits(model)
     _separate_weights(model.graph)
     _shorten(model)
     model.producer_name, model.producer_version = "dfq", dfq.__version__

@@ -11,18 +11,25 @@ from torch import Tensor, nn
 
 from dfq.dataset import write_atomic
 from dfq.errors import UserError
-from dfq.modules import QuantizedLayer
-from dfq.sites import HOLDER
+from dfq.modules import QuantizedLayer, Quantizer
+from dfq.sites import FUSED_ATTENTION, HOLDER, SITE, site_quantizer
 from dfq.student import Student
+from dfq.surgery import stacked_experts
 from dfq.teacher import Teacher
 
-OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", HOLDER)  # sub-modules that dfq has added
+OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", "correction", HOLDER)  # sub-modules that dfq has added
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*")
 COPIED = (*TOKENIZER, "generation_config.json", "spiece.model", "sentencepiece*.model")
 
 
 def configuration(student: Student, exporter: str) -> dict[str, Any]:
     """config.json of the network as transformers reads it."""
+    if student.surgery.corrections:
+        raise UserError(
+            f"got exporter={exporter} and a student with low-rank corrections (algorithm=lqer)",
+            "exporter=pt2 | onnx_qdq for such a student",
+            "these files have no place for the pairs beside the layers",
+        )
     config = getattr(student.module, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise UserError(
@@ -30,9 +37,10 @@ def configuration(student: Student, exporter: str) -> dict[str, Any]:
             "exporter=onnx_qdq | pt2 for such a network",
         )
     folder = source_folder(student)
+    changed = {"tie_word_embeddings": False} if untied(student) else {}
     if folder is not None:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {**config.to_dict(), "use_cache": True, "architectures": [architecture(student.module)]}
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")) | changed
+    return {**config.to_dict(), "use_cache": True, "architectures": [architecture(student.module)], **changed}
 
 
 def architecture(module: nn.Module) -> str:
@@ -68,11 +76,15 @@ def tensors(student: Student, teacher: Teacher | None) -> dict[str, Tensor]:
     A module that was rewritten (:mod:`dfq.surgery`) is stored as it was before; tied ones come once.
     """
     state = {}
+    mixtures = mixtures_of(student)
     tied = set(getattr(student.module, "all_tied_weights_keys", None) or {})
-    rewritten = dict(student.surgery.rewrites)
+    tied -= {f"{name}.weight" for name in untied(student)}
+    rewritten = _rewritten(student)
     for name, tensor in student.module.state_dict().items():
         parts = name.split(".")
         if any(part in OWN for part in parts) or name in tied:
+            continue
+        if any(name.startswith(f"{owner}.") for owner in mixtures):
             continue
         kind = rewritten.get(name.rpartition(".")[0])
         if kind == "transposed_linear" and parts[-1] == "weight":
@@ -80,7 +92,55 @@ def tensors(student: Student, teacher: Teacher | None) -> dict[str, Tensor]:
         elif kind not in (None, "transposed_linear", "linear", "base_class"):
             tensor = _as_it_was(name, kind, student, teacher)
         state[name] = tensor.detach().cpu().contiguous().clone()
-    return state
+    for owner, part in mixtures.items():
+        biases = stacked_experts(part, lambda _, layer: None if layer.bias is None else layer.bias[:, None])
+        state |= {f"{owner}.{name}_bias": tensor.flatten(1) for name, tensor in biases.items()}
+        weights = stacked_experts(part, lambda _, layer: layer.weight)
+        state |= {f"{owner}.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def untied(student: Student) -> list[str]:
+    """Layers that shared a weight and have one of their own now."""
+    return [name for name, kind in student.surgery.rewrites if kind == "untied"]
+
+
+def _rewritten(student: Student) -> dict[str, str]:
+    """Module → how it was rewritten, if its tensors are others than before."""
+    return {name: kind for name, kind in student.surgery.rewrites if kind != "untied"}
+
+
+def mixtures_of(student: Student) -> dict[str, nn.Module]:
+    """Name → experts that were taken apart."""
+    return {name: student.module.get_submodule(name) for name, kind in student.surgery.rewrites if kind == "experts"}
+
+
+def as_published(student: Student, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` by the names that published checkpoints of this network have for it, put together as there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(student.module, state).items()}
+
+
+def keys_and_values(student: Student) -> dict[str, dict[str, Quantizer]]:
+    """Attention → "k" and "v" → the quantizer of its keys and values in the products, where there is one.
+
+    Of two products without a fused one, the keys' is the one in which they come transposed.
+    """
+    found: dict[str, dict[str, Quantizer]] = {}
+    if student.scheme.key_value.is_float and student.scheme.key.is_float:
+        return found
+    for path in student.surgery.sites.quantizers:
+        site = SITE.fullmatch(path.replace(".", "/"))
+        if site is None or site["place"] in ("input_0", "softmax", "output"):
+            continue
+        if site["operation"] == FUSED_ATTENTION:
+            part = "k" if site["place"] == "input_1" else "v"
+        else:
+            part = "k" if path in student.surgery.sites.feature_axes else "v"
+        owner = site["module"].rstrip("/").replace("/", ".")
+        found.setdefault(owner, {})[part] = site_quantizer(student.module, path)
+    return found
 
 
 def _as_it_was(name: str, kind: str, student: Student, teacher: Teacher | None) -> Tensor:
@@ -97,11 +157,15 @@ def _as_it_was(name: str, kind: str, student: Student, teacher: Teacher | None) 
 
 def linear_layers(student: Student) -> list[str]:
     """Names of what transformers builds as nn.Linear."""
-    rewritten = dict(student.surgery.rewrites)
+    rewritten = _rewritten(student)
+    experts = tuple(f"{name}." for name in mixtures_of(student))
     return [
         name
         for name, part in student.module.named_modules()
-        if isinstance(part, nn.Linear) and name not in rewritten and not any(p in OWN for p in name.split("."))
+        if isinstance(part, nn.Linear)
+        and name not in rewritten
+        and not name.startswith(experts)
+        and not any(p in OWN for p in name.split("."))
     ]
 
 

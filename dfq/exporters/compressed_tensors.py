@@ -12,20 +12,29 @@ folder is loaded again and its logits are compared with the student's. Weights t
 (``pack-quantized``: values from -2^(b-1) are stored from 0 on, dense along the input dimension in int32 words); with
 8-bit weights and activations they are int8 (``int-quantized``). Zero points are packed the same way along the output
 dimension. Layers that are no ``nn.Linear`` in transformers (GPT-2's) are stored as floats on their grid: the same
-outputs, no smaller file. What keys and values are rounded to is not stored: no reader has grids per token for them.
+outputs, no smaller file. Experts of a mixture go by the names of published checkpoints, a packed tensor each, where
+transformers can put them together again (one grid for all layers, symmetric, inputs float); elsewhere as floats too.
+
+Keys and values with one static symmetric grid a layer (``scheme.key_value.granularity=per_tensor``, integers or e4m3)
+are in ``kv_cache_scheme``, their scales beside the attention (``k_scale``, ``v_scale``). No reader has grids per token
+or per channel for them: such ones are left out, and ``key_value`` in the description says so. With transformers 5.24
+compressed-tensors 0.20 does not find the cache, which was renamed, and parity is that of float keys and values.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
@@ -33,6 +42,7 @@ from dfq.exporters import _transformers as network
 from dfq.exporters._artifact import Comparison, batches_of, outputs_of
 from dfq.scheme import TensorScheme
 from dfq.student import Student
+from dfq.surgery import stacked_experts
 from dfq.teacher import Teacher
 
 FILE = "model.safetensors"
@@ -72,14 +82,25 @@ class CompressedTensors:
             )
         config = network.configuration(student, "compressed_tensors")
         settings, packed = quantization_config(student)
+        key_value, scales = key_value_scheme(student)
+        if key_value is not None and settings is not None:
+            settings["kv_cache_scheme"] = key_value
         dtype = getattr(torch, self.dtype)
         state = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in network.tensors(student, teacher).items()
         }
-        for name, form in packed.items():
+        experts = {name: form for name, form in packed.items() if name in student.expert_layers}
+        for name, form in [entry for entry in packed.items() if entry[0] not in experts]:
             del state[f"{name}.weight"]
             state |= {f"{name}.{key}": tensor for key, tensor in codes_of(student, name, form, dtype).items()}
+        if experts:
+            for owner, part in network.mixtures_of(student).items():
+                for name in stacked_experts(part, lambda _, layer: layer.weight):
+                    del state[f"{owner}.{name}"]
+            state = network.as_published(student, state) | packed_experts(student, experts, dtype)
+        if key_value is not None and settings is not None:
+            state |= {name: tensor.to(dtype) for name, tensor in scales.items()}
         config |= {"dtype": self.dtype} | ({} if settings is None else {"quantization_config": settings})
         config.pop("torch_dtype", None)
         content = save_safetensors(state, metadata={"format": "pt", **artifact.provenance(student)})
@@ -87,9 +108,11 @@ class CompressedTensors:
         network.write_beside(path, files)
         artifact.write(path, content, self, student, {"parity": None, "latency_ms": None})
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
-        found = {"parity": parity(student, path, images, teacher), "latency_ms": None}
-        stored_float = [name for name in student.layers if name not in packed]
-        return artifact.write(path, content, self, student, {**found, "stored_float": stored_float})
+        found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
+        found |= {"stored_float": [name for name in student.layers if name not in packed]}
+        if not all(getattr(student.scheme, part).is_float for part in ("key_value", "key", "attention")):
+            found["key_value"] = "not stored: no reader has such a grid" if key_value is None else key_value
+        return artifact.write(path, content, self, student, found)
 
 
 # ------------------------------------------------------------------------------------------------ what is stored
@@ -97,7 +120,7 @@ class CompressedTensors:
 
 def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """What config.json says, and layer → format of those whose codes are stored."""
-    linear = set(network.linear_layers(student))
+    linear = set(network.linear_layers(student)) | packable_experts(student)
     groups: dict[tuple[str, str], list[str]] = {}
     forms: dict[str, str] = {}
     for name, (weight, activation) in student.swap.layers.items():
@@ -119,6 +142,9 @@ def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[s
         return None, {}
     ignored = sorted(linear - forms.keys())
     has_zero_points = any(not student.swap.layers[name][0].symmetric for name in forms)
+    has_experts = not forms.keys().isdisjoint(student.expert_layers)
+    if has_experts:  # routers, which are no nn.Linear in transformers and are one elsewhere
+        ignored += sorted(name.removesuffix(".weight") for name in student.swap.kept_float.keys() - linear)
     found = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
@@ -130,7 +156,8 @@ def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[s
         "ignore": ignored,
         "kv_cache_scheme": None,
         # Of packed zero points transformers 5.24 expects the shape before packing, unless it unpacks while it loads.
-        **({"dequantize": True} if has_zero_points else {}),
+        # And it puts experts together only then.
+        **({"dequantize": True} if has_zero_points or has_experts else {}),
     }
     return found, forms
 
@@ -138,6 +165,8 @@ def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[s
 def _arguments(scheme: TensorScheme, name: str, part: str) -> dict[str, Any]:
     """Bits, granularity and symmetry in the words of compressed-tensors."""
     what = f"got exporter=compressed_tensors and layer {name} with scheme.{part}"
+    if scheme.zero_point == "float":
+        raise UserError(f"{what}.zero_point=float", "zero_point=integer", "the format has no others")
     if not scheme.has_integer_codes or scheme.num_bits > 8:
         raise UserError(
             f"{what}.grid={scheme.grid} of {scheme.num_bits} bits", "grid=uniform, or symmetric ternary ones"
@@ -183,6 +212,71 @@ def codes_of(student: Student, name: str, form: str, dtype: torch.dtype) -> dict
         rows = (zero_point - offset).view(-1, zero_point.shape[-1] if zero_point.dim() > 1 else 1)
         found["weight_zero_point"] = pack_to_int32(rows.mT.contiguous(), scheme.num_bits).mT.contiguous()
     return found
+
+
+def packable_experts(student: Student) -> set[str]:
+    """Layers of experts, if transformers can unpack them: one symmetric grid a row or group for all layers that it
+    finds packed, inputs float, and a published checkpoint that has a tensor for each of them."""
+    layers = student.expert_layers
+    schemes = {
+        student.swap.layers[name] for name in (*layers, *network.linear_layers(student)) if name in student.layers
+    }
+    if not layers or len(schemes) != 1:
+        return set()
+    ((weight, activation),) = schemes
+    fits = weight.has_integer_codes and weight.symmetric and weight.granularity != "per_tensor" and activation.is_float
+    return set(layers) if fits and published_experts(student, lambda _, layer: layer.weight) else set()
+
+
+def published_experts(student: Student, of_layer: Callable[[str, nn.Module], Tensor]) -> dict[str, Tensor]:
+    """What ``of_layer(name, layer)`` gives of each expert's layer [O, ...], by the layers' names in published
+    checkpoints, which may have two layers for one; nothing if they have no layer for an expert."""
+    found: dict[str, Tensor] = {}
+    for owner, part in network.mixtures_of(student).items():
+        whole = partial(_of_owner, of_layer, owner)
+        found |= {f"{owner}.{name}": value.detach().cpu() for name, value in stacked_experts(part, whole).items()}
+    named = network.as_published(student, found)
+    if not all(re.search(r"\.\d+\.\w+\.weight$", name) and value.dim() == 2 for name, value in named.items()):
+        return {}
+    return {name.removesuffix(".weight"): value for name, value in named.items()}
+
+
+def _of_owner(of_layer: Callable[[str, nn.Module], Tensor], owner: str, name: str, layer: nn.Module) -> Tensor:
+    return of_layer(f"{owner}.{name}", layer)
+
+
+def packed_experts(student: Student, forms: dict[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of all experts. Codes pass through transformers' own renaming as floats, which hold them exactly."""
+    scheme = student.swap.layers[next(iter(forms))][0]
+    codes = published_experts(student, lambda name, _: student.integer_weight(name).float())
+    scales = published_experts(student, lambda name, _: network.weight_grid(student.layers[name])[0])
+    found = {}
+    for name, values in codes.items():
+        found[f"{name}.weight_packed"] = pack_to_int32(values.to(torch.int32), scheme.num_bits)
+        found[f"{name}.weight_scale"] = scales[name].to(dtype).contiguous()
+        found[f"{name}.weight_shape"] = torch.tensor(values.shape, dtype=torch.int64)
+    return found
+
+
+def key_value_scheme(student: Student) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """What ``kv_cache_scheme`` says, and the scales of keys and values by the attention they belong to; (None, {}):
+    keys and values are float, or rounded in a way that no reader knows."""
+    places = network.keys_and_values(student)
+    schemes = {quantizer.scheme for pair in places.values() for quantizer in pair.values()}
+    if len(schemes) != 1 or not all(pair.keys() == {"k", "v"} for pair in places.values()):
+        return None, {}
+    (scheme,) = schemes
+    kind = {"uniform": "int", "fp8_e4m3": "float"}.get(scheme.grid)
+    fits = scheme.symmetric and scheme.granularity == "per_tensor" and not scheme.dynamic and scheme.num_bits <= 8
+    if kind is None or not fits or scheme.range != "full":
+        return None, {}
+    arguments = {"num_bits": scheme.num_bits, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+    scales = {
+        f"{name}.{part}_scale": quantizer.scale.detach().cpu().view(1)
+        for name, pair in places.items()
+        for part, quantizer in pair.items()
+    }
+    return {**arguments, "group_size": None, "observer": None, "actorder": None, "block_structure": None}, scales
 
 
 def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:

@@ -1,14 +1,15 @@
 """GGUF: one file for llama.cpp, ollama and transformers' ``gguf_file=``, with the student's own codes and scales.
 
-Blocks of 32 weights of a row share a float16 scale d (GGUF specification, version 3)::
+Blocks of 32 weights of a row, ternary ones of 256, share a float16 scale d (GGUF specification, version 3)::
 
     Q4_0    d, 16 bytes: weight j in the low and weight j + 16 in the high half of byte j, code + 8;  w = (code) d
     Q8_0    d, 32 int8;                                                                               w = code d
+    TQ2_0   64 bytes, d: of 128 weights, j, j + 32, j + 64, j + 96 from the low bits of byte j on, code + 1;  w = code d
 
 Nothing is derived from the weights again: codes and scales are the student's, so ``scheme.weight.scale_format=float16``
-makes the file exact; other scales are rounded to float16 here. Groups are multiples of 32, or whole rows. What is not
-quantized is float32. Rows of queries and keys are in the order of llama.cpp's rotary embedding, where it has one of its
-own. The vocabulary is written from ``tokenizer.json`` where the teacher came with one.
+makes the file exact; other scales are rounded to float16 here. Groups are multiples of a block, or whole rows. What is
+not quantized is float32. Rows of queries and keys are in the order of llama.cpp's rotary embedding, where it has one of
+its own. The vocabulary is written from ``tokenizer.json`` where the teacher came with one.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from torch import Tensor
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
 from dfq.exporters import _transformers as network
+from dfq.scheme import TensorScheme
 from dfq.student import Student
 from dfq.teacher import Teacher
 
-BLOCK = 32
 ALIGNMENT = 32
-F32, Q4_0, Q8_0 = 0, 2, 8  # numbers of tensor types
-FILE_TYPES = {Q4_0: 2, Q8_0: 7}
+F32, Q4_0, Q8_0, TQ2_0 = 0, 2, 8, 35  # numbers of tensor types
+BLOCKS = {Q4_0: (32, 18), Q8_0: (32, 34), TQ2_0: (256, 66)}  # weights and bytes of a block
+FILE_TYPES = {Q4_0: 2, Q8_0: 7, TQ2_0: 37}
 UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # of values of metadata
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type → GGUF's
 NAMES = {  # sub-module of a layer → its name in GGUF
@@ -55,7 +57,7 @@ WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 @dataclass(frozen=True)
 class GGUF:
-    """One ``.gguf`` file with Q4_0 and Q8_0 blocks."""
+    """One ``.gguf`` file with Q4_0, Q8_0 and TQ2_0 blocks."""
 
     format: ClassVar[str] = "gguf"
     suffix: ClassVar[str] = ".gguf"
@@ -136,36 +138,49 @@ def _in_order(rows: Tensor, owner: str, config: dict[str, Any]) -> Tensor:
 def _blocks(student: Student, name: str, config: dict[str, Any]) -> tuple[int, bytes]:
     """Codes and scales of one layer in blocks."""
     scheme, activation = student.swap.layers[name]
-    size = scheme.group_size or 0
-    fits = scheme.grid == "uniform" and scheme.symmetric and scheme.num_bits in (4, 8) and size % BLOCK == 0
-    if not fits or not activation.is_float:
+    kind = _kind(scheme)
+    block = BLOCKS[kind][0] if kind is not None else 32
+    if kind is None or (scheme.group_size or 0) % block or not activation.is_float:
         raise UserError(
             f"got exporter=gguf and layer {name} with {scheme.num_bits} bits, symmetric="
             f"{str(scheme.symmetric).lower()}, group_size={scheme.group_size}"
             + ("" if activation.is_float else ", and quantized inputs"),
-            f"grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of {BLOCK}, and inputs that stay float",
+            "grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of 32 (grid=ternary: of 256), and inputs "
+            "that stay float",
             "use scheme=w4a16_g32 scheme.weight.scale_format=float16",
         )
     codes = student.integer_weight(name).cpu()
-    if codes.shape[1] % BLOCK:
+    if codes.shape[1] % block:
         raise UserError(
             f"got exporter=gguf and layer {name} with {codes.shape[1]} inputs",
-            f"a multiple of {BLOCK}",
+            f"a multiple of {block}",
             f"give scheme.skip=[...,{name}]",
         )
     scale, _ = network.weight_grid(student.layers[name])
-    num_blocks = codes.shape[1] // BLOCK
+    num_blocks = codes.shape[1] // block
     scales = scale.view(-1, scale.shape[-1] if scale.dim() > 1 else 1)
     scales = scales.repeat_interleave(num_blocks // scales.shape[1], 1).expand(len(codes), -1)
     codes, scales = _in_order(codes, name, config), _in_order(scales.contiguous(), name, config)
     d = scales.half().contiguous().numpy().view(np.uint8).reshape(len(codes), num_blocks, 2)
-    values = codes.view(len(codes), num_blocks, BLOCK)
-    if scheme.num_bits == 8:
+    values = codes.view(len(codes), num_blocks, block)
+    if kind == Q8_0:
         quants = values.to(torch.int8).contiguous().numpy().view(np.uint8)
-        return Q8_0, np.concatenate([d, quants], -1).tobytes()
-    unsigned = (values + 8).to(torch.uint8)
-    quants = (unsigned[..., : BLOCK // 2] | unsigned[..., BLOCK // 2 :] << 4).numpy()
-    return Q4_0, np.concatenate([d, quants], -1).tobytes()
+        return kind, np.concatenate([d, quants], -1).tobytes()
+    if kind == Q4_0:
+        low, high = (values + 8).to(torch.uint8).chunk(2, -1)
+        return kind, np.concatenate([d, (low | high << 4).numpy()], -1).tobytes()
+    parts = (values + 1).to(torch.uint8).unflatten(-1, (2, 4, 32)).unbind(-2)
+    quants = (parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6).flatten(-2).numpy()
+    return kind, np.concatenate([quants, d], -1).tobytes()
+
+
+def _kind(scheme: TensorScheme) -> int | None:
+    """The type of tensor that holds this grid."""
+    if not scheme.symmetric:
+        return None
+    if scheme.grid == "uniform":
+        return {4: Q4_0, 8: Q8_0}.get(scheme.num_bits)
+    return TQ2_0 if scheme.grid == "ternary" else None
 
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -317,11 +332,15 @@ def read_weights(content: bytes) -> dict[str, np.ndarray]:
         if kind == F32:
             found[name] = np.frombuffer(content, "<f4", count, at).reshape(shape)
             continue
-        width = 2 + (16 if kind == Q4_0 else 32)
-        blocks = np.frombuffer(content, np.uint8, count // BLOCK * width, at).reshape(-1, width)
-        d, quants = blocks[:, :2].copy().view("<f2").astype(np.float32), blocks[:, 2:]
+        size, width = BLOCKS[kind]
+        blocks = np.frombuffer(content, np.uint8, count // size * width, at).reshape(-1, width)
+        scales, quants = (blocks[:, -2:], blocks[:, :-2]) if kind == TQ2_0 else (blocks[:, :2], blocks[:, 2:])
+        d = scales.copy().view("<f2").astype(np.float32)
         if kind == Q4_0:
             codes = np.concatenate([quants & 15, quants >> 4], -1).astype(np.float32) - 8
+        elif kind == TQ2_0:
+            shifted = quants.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+            codes = (shifted & 3).astype(np.float32).reshape(len(blocks), size) - 1
         else:
             codes = quants.copy().view(np.int8).astype(np.float32)
         found[name] = (d * codes).reshape(shape)

@@ -21,7 +21,9 @@ as in the student, and what is gained is the size. What ONNX Runtime 1.32 does w
 - Every int8 weight has a zero point of its own and is read by one layer call; a weight that several calls read is
   uint8. ``session.x64quantprecision`` makes ONNX Runtime rewrite int8 weights of integer kernels to uint8, and it
   refuses to load a file in which two of them share a tensor, or in which one has no zero point.
-- From opset 21 on weights of at most 4 bits are int4 or uint4, and groups are blocks of one DequantizeLinear.
+- From opset 21 on weights of at most 4 bits are int4 or uint4, and groups are blocks of one DequantizeLinear. ONNX
+  Runtime makes its own MatMulNBits of it while it loads; with ``matmul_nbits`` the file has that operator already, for
+  runtimes that know it and no such blocks. Nothing but ONNX Runtime's kin reads such a file.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -38,6 +41,7 @@ from torch import Tensor, nn
 
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
+from dfq.exporters import _detections as detections
 from dfq.exporters._graph import INTEGERS, serialize
 from dfq.exporters._integer import Flat, has_integer_form, integer_form, integer_network
 from dfq.exporters._runtime import (
@@ -50,6 +54,7 @@ from dfq.exporters._runtime import (
     openvino_parity,
     parity,
 )
+from dfq.hooks import tensors_in
 from dfq.settings import Bound
 from dfq.student import Student
 from dfq.teacher import AnyInputSpec, Teacher, TokenSpec
@@ -59,17 +64,25 @@ FOUR_BITS = 21  # the first opset with int4 and with blocks
 
 @dataclass(frozen=True)
 class OnnxQDQ:
-    """One ``.onnx`` file with dynamic batch; input ``images``, output ``logits`` (several: ``output_0``, ...)."""
+    """One ``.onnx`` file with dynamic batch; input ``images``, output ``logits``.
+
+    Several outputs are called ``output_0``, ..., those of a detector as its adapter calls them; with ``decode`` there
+    are ``boxes`` [M, 4] xyxy in pixels of the input, ``scores``, ``labels`` and ``image`` (its number in the batch)
+    [M] of all that is found in a batch.
+    """
 
     opset: Annotated[int, Bound(at_least=18)] | None = None  # of ONNX; null: 20, or 21 for weights in groups
     latency: bool = True  # time the file against the float network's
+    matmul_nbits: bool = False  # products with weights of 4 bits or fewer: ONNX Runtime's own operator
+    decode: bool = False  # of a detector: boxes, with suppression of doubles, in place of raw outputs
 
     format: ClassVar[str] = "onnx_qdq"
     suffix: ClassVar[str] = ".onnx"
 
     def __post_init__(self):
-        if self.opset is not None and self.opset < 18:
-            raise UserError(f"got exporter.opset={self.opset}", "a whole number >= 18")
+        if self.opset is not None and self.opset < (least := FOUR_BITS if self.matmul_nbits else 18):
+            why = " and matmul_nbits=true" if self.matmul_nbits else ""
+            raise UserError(f"got exporter.opset={self.opset}{why}", f"a whole number >= {least}")
         missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(
@@ -93,19 +106,38 @@ class OnnxQDQ:
         path = Path(path)
         artifact.check(student, path)
         spec = student.input_spec
+        detector = detections.decodable(student) if self.decode else None
         if images is None:
             images = artifact.noise(spec, 16)
         options, opset = session_options(student), self._opset(student)
         # In the file itself too: it may travel alone.
         provenance = artifact.provenance(student) | {"session_options": json.dumps(options)}
-        model = _to_onnx(integer_network(student), spec, opset)
-        content = serialize(model, provenance, _low_bits(student) if opset >= FOUR_BITS else None)
-        float_content = None if teacher is None else export_float(teacher, opset)
-        measured = parity(student, content, images, options, teacher)
+        model = _to_onnx(integer_network(student), spec, opset, self.decode)
+        low_bits = _low_bits(student) if opset >= FOUR_BITS else {}
+        if self.matmul_nbits and not low_bits:
+            raise UserError(
+                "got exporter.matmul_nbits=true and a student without weights of at most 4 bits",
+                "4 bits or fewer, in groups of 16, 32, 64, 128, ... or per channel",
+                "use scheme=w4a16_g32",
+            )
+        float_content = None if teacher is None else export_float(teacher, opset, self.decode)
+        if detector is None:
+            content = serialize(model, provenance, low_bits, self.matmul_nbits)
+            compared, wanted, reference = content, student, teacher
+        else:  # how many boxes there are decides the shapes, so that what they are chosen from is compared
+            whole = copy.deepcopy(model)
+            detections.append_suppression(whole, detector, spec)
+            content = serialize(whole, provenance, low_bits, self.matmul_nbits)
+            compared = serialize(model, provenance, low_bits, self.matmul_nbits)
+            wanted = detections.Places(student.module)
+            reference = None if teacher is None else detections.Places(teacher.module)
+        measured = parity(wanted, compared, images, options, reference)
         integer = integer_report(content, images[:1], options)
+        if detector is not None:
+            measured["box_agreement"] = detections.box_agreement(student, content, images, options)
         measured |= {
             "integer": integer,
-            "openvino": openvino_parity(student, content, batches_of(images)),
+            "openvino": openvino_parity(wanted, compared, batches_of(images)),
             "num_integer_initializers": sum(
                 tensor.data_type in INTEGERS and len(tensor.dims) > 1 for tensor in model.graph.initializer
             ),
@@ -118,7 +150,7 @@ class OnnxQDQ:
 
     def _opset(self, student: Student) -> int:
         groups = any(weight.group_size is not None for weight, _ in student.swap.layers.values())
-        return self.opset or (FOUR_BITS if groups else 20)
+        return self.opset or (FOUR_BITS if groups or self.matmul_nbits else 20)
 
 
 def _low_bits(student: Student) -> dict[str, int | None]:
@@ -152,22 +184,29 @@ def session_options(student: Student) -> dict[str, str]:
     return {} if max(largest) <= 64 else EXACT_INTEGER_KERNELS
 
 
-def export_float(teacher: Teacher, opset: int = 20) -> bytes:
+def export_float(teacher: Teacher, opset: int = 20, decode: bool = False) -> bytes:
     """The float network as ONNX by the same route: what a quantized file is compared to."""
-    return serialize(_to_onnx(copy.deepcopy(teacher.module), teacher.input_spec, opset), {})
+    model = _to_onnx(copy.deepcopy(teacher.module), teacher.input_spec, opset, decode)
+    if decode:
+        detections.append_suppression(model, teacher.module, teacher.input_spec)
+    return serialize(model, {})
 
 
 # -- torch to ONNX --------------------------------------------------------------------------------------------------
 
 
-def _to_onnx(network: nn.Module, spec: AnyInputSpec, opset: int) -> Any:
-    """``network`` as onnx.ModelProto with dynamic batch ``N`` (and number of tokens ``T``)."""
-    flat = Flat(network).cpu().eval()
+def _to_onnx(network: nn.Module, spec: AnyInputSpec, opset: int, decode: bool = False) -> Any:
+    """``network`` as onnx.ModelProto with dynamic batch ``N`` (and number of tokens ``T``).
+
+    Args:
+        decode: of a detector, with what :class:`~dfq.exporters._detections.Places` gives in place of raw outputs.
+    """
+    flat = (detections.Places(network) if decode else Flat(network)).cpu().eval()
     example = artifact.noise(spec, 2)
     is_text = isinstance(spec, TokenSpec)
     try:
         with torch.no_grad(), artifact.silence():
-            outputs = len(flat(example))
+            names = list(detections.PLACES) if decode else _output_names(network(example.clone()))
             program = torch.onnx.export(
                 flat,
                 (example,),
@@ -175,7 +214,7 @@ def _to_onnx(network: nn.Module, spec: AnyInputSpec, opset: int) -> Any:
                 verbose=False,
                 opset_version=opset,
                 input_names=["input_ids" if is_text else "images"],
-                output_names=["logits"] if outputs == 1 else [f"output_{i}" for i in range(outputs)],
+                output_names=names,
                 dynamic_shapes=({0: "N", 1: "T"} if is_text else {0: "N"},),
             )
             assert program is not None
@@ -190,3 +229,12 @@ def _to_onnx(network: nn.Module, spec: AnyInputSpec, opset: int) -> Any:
             "try exporter.opset=20",
         )
     return model
+
+
+def _output_names(outputs: Any) -> list[str]:
+    count = len(list(tensors_in(outputs)))
+    if count == 1:
+        return ["logits"]
+    if isinstance(outputs, dict) and all(isinstance(value, Tensor) for value in outputs.values()):
+        return [re.sub(r"\W", "_", str(name)) for name in outputs]
+    return [f"output_{i}" for i in range(count)]

@@ -13,23 +13,37 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from dfq.dataset import SyntheticDataset, collate
+from dfq.errors import UserError
+from dfq.lightning.packages import for_all_packages
 
 
 class ShuffledOrder(RandomSampler):
     """A new order of all samples in each epoch; which one, and where it begins, can be set.
 
-    Still a RandomSampler: Lightning puts a distributed one in its place where there are several devices.
+    Still a RandomSampler: Lightning puts a distributed one in its place where there are several devices, unless this
+    one is told its share: of ``world_size`` processes this one then takes, of each ``world_size * batch_size`` samples
+    in a row, every ``world_size``-th. What does not fill such a step waits for the next epoch, as in one process.
     """
 
-    def __init__(self, samples: Subset, seed: int):
+    def __init__(self, samples: Subset, seed: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
         super().__init__(samples)
         self.seed, self.epoch, self.first, self.num_drawn = seed, 0, 0, 0
+        step, total = world_size * batch_size, len(samples)
+        used = total if world_size == 1 else total - total % step if total > step else total
+        self.share = slice(rank, used, world_size)
+        if total < world_size:
+            raise UserError(
+                f"got {total} samples to train on and {world_size} processes", f"{world_size} samples or more"
+            )
+
+    def __len__(self) -> int:
+        return len(range(*self.share.indices(self.num_samples)))
 
     def __iter__(self) -> Iterator[int]:
         if self.num_drawn > self.epoch or self.num_drawn == 0:
             self.rng, self.num_drawn = torch.Generator().manual_seed(self.seed), 0
         while self.num_drawn <= self.epoch:
-            order = torch.randperm(len(self), generator=self.rng)
+            order = torch.randperm(self.num_samples, generator=self.rng)[self.share]
             self.num_drawn += 1
         yield from order[self.first :].tolist()
 
@@ -68,7 +82,12 @@ class SyntheticDataModule(pl.LightningDataModule):
         seed: of the order of training samples; two modules with the same seed give the same batches, and a run that is
             resumed gets those that it has not had.
         num_workers: processes that read; 0 reads in this one.
+        shard: share training samples out over the trainer's processes, each taking ``batch_size`` a step, and show all
+            held-out samples to each of them; for a Trainer with ``use_distributed_sampler=False``.
     """
+
+    def __new__(cls, *_: Any, **__: Any) -> SyntheticDataModule:
+        return object.__new__(for_all_packages(cls, "LightningDataModule"))
 
     def __init__(
         self,
@@ -77,21 +96,25 @@ class SyntheticDataModule(pl.LightningDataModule):
         held_out: float = 0.1,
         seed: int = 0,
         num_workers: int = 0,
+        shard: bool = False,
     ):
         super().__init__()
         self.dataset = dataset if isinstance(dataset, SyntheticDataset) else SyntheticDataset(dataset)
-        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
+        self.batch_size, self.seed, self.num_workers, self.shard = batch_size, seed, num_workers, shard
         self.train_indices, self.held_out_indices = self.dataset.split(held_out)
         self.collate = partial(collate, lists=self.dataset.lists)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         subset = Subset(self.dataset, self.train_indices)
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.shard and self.trainer else (0, 1)
+        )
         return ResumableLoader(
             subset,
             batch_size=self.batch_size,
-            sampler=ShuffledOrder(subset, self.seed),
+            sampler=ShuffledOrder(subset, self.seed, rank, world_size, self.batch_size),
             num_workers=self.num_workers,
-            drop_last=len(subset) > self.batch_size,
+            drop_last=world_size == 1 and len(subset) > self.batch_size,
             collate_fn=self.collate,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ from dfq.hooks import forward_hooks, tensors_in
 from dfq.lightning.augmentation import Moves, augment, draw_moves
 from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.settings import DistillationSettings
+from dfq.lightning.sharding import average_gradients, is_sharded, local_part, shard
 from dfq.losses._box_overlap import area
 from dfq.losses.balance import balanced_sum
+from dfq.losses.cosine_features import cosine_distance
 from dfq.losses.dampening import dampening_loss
 from dfq.losses.distillation import kl_divergence, relative_mse
 from dfq.losses.feature_affinity import feature_affinity, num_positions, random_projection
@@ -32,8 +35,9 @@ from dfq.losses.jensen_shannon import jensen_shannon
 from dfq.losses.logits_mse import logits_mse
 from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
-from dfq.modules import Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
-from dfq.optimizer import ScaledAdam
+from dfq.modules import LowRank, Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
+from dfq.optimizer import ScaledAdam, ZerothOrder, local
+from dfq.settings import locate
 from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.tasks._outputs import outputs_of
@@ -85,7 +89,8 @@ class DistillationModule(pl.LightningModule):
         self._student, self._teacher = [student], [teacher]  # lists: not registered as sub-modules
         self.task, self.features = task, dict(features)
         self.settings = s = settings or DistillationSettings()
-        self.rng = torch.Generator().manual_seed(seed)
+        self.seed, self.rng = seed, torch.Generator().manual_seed(seed)
+        self.automatic_optimization = not s.zeroth_order
         self.start, self.earlier_s, self.step_s, self.look_s = start, 0.0, 0.0, 0.0
         self.fast_teacher, self.layout = [teacher.module], torch.contiguous_format
         spec = teacher.input_spec
@@ -105,6 +110,7 @@ class DistillationModule(pl.LightningModule):
         self.trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         self.averages = [p.detach().clone() for p in self.trained.values()] if s.average else None
         self.set_aside: list[Tensor] | None = None  # the trained weights, while their averages are looked at
+        self.seed, self.agreed, self.is_sharded = seed, 0.0, False
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
@@ -117,16 +123,35 @@ class DistillationModule(pl.LightningModule):
         """Share of the run that is over after ``step`` steps: of the steps or of the time, whichever is more."""
         share = step / self.settings.max_steps
         if self.settings.time_limit_s is not None:
-            # Another step and the last look at held-out samples have to fit in too.
-            left = self.settings.time_limit_s - self.step_s - self.look_s
-            share = max(share, self.elapsed_s / max(left, 1e-9))
+            share = max(share, self.agreed or self._share_of_time())
         return min(share, 1.0)
 
+    def _share_of_time(self) -> float:
+        assert self.settings.time_limit_s is not None
+        # Another step and the last look at held-out samples have to fit in too.
+        left = self.settings.time_limit_s - self.step_s - self.look_s
+        return self.elapsed_s / max(left, 1e-9)
+
     def configure_optimizers(self) -> Any:
+        """The settings' optimizer on a cosine schedule; a sub-class may have another."""
         # One kernel a group: small networks are all overhead.
         groups = [{"params": parameters, "lr": lr} for lr, parameters in self.groups.items()]
         sizes = {parameter: size.to(parameter.device) for parameter, size in self.sizes.items()}
-        optimizer = ScaledAdam(groups, sizes, fused=True)
+        s = self.settings
+        if self.is_sharded:  # no kernel takes sharded and whole tensors together
+            groups = [
+                {"params": some, "lr": lr}
+                for lr, parameters in self.groups.items()
+                for some in ([p for p in parameters if is_sharded(p) is kind] for kind in (True, False))
+                if some
+            ]
+        optimizer: Any
+        if s.zeroth_order:
+            optimizer = ZerothOrder(groups, sizes, s.zeroth_eps, s.zeroth_rate, self.seed)
+        elif s.optimizer is not None:
+            optimizer = _optimizer(s.optimizer, list(self.trained.values()))
+        else:
+            optimizer = ScaledAdam(groups, sizes, fused=not self.is_sharded)
         cosine = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * self.done(step)))
         )
@@ -136,6 +161,7 @@ class DistillationModule(pl.LightningModule):
         """Learning rate → parameters, by the grids that the student came with."""
         groups: dict[float, list[nn.Parameter]] = {}
         own = {id(layer.weight): layer for layer in self._student[0].layers.values()}
+        low_rank = {id(layer.low_rank): layer for layer in self._student[0].layers.values()}
         for name, parameter in self.student_module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -145,6 +171,11 @@ class DistillationModule(pl.LightningModule):
                 lr, self.sizes[parameter] = self.settings.step_lr, parameter.detach().abs()
             elif isinstance(owner, Quantizer):  # a zero point, in units of codes
                 lr = self.settings.step_lr * owner.scheme.quant_max
+            elif isinstance(owner, LowRank):
+                lr, of = self.settings.bias_lr, low_rank[id(owner)]
+                if of.weight_quantizer.has_qparams:
+                    weight, lr = of.weight.detach(), self.settings.weight_lr
+                    self.sizes[parameter] = owner.units(parameter, weight, of.weight_quantizer.steps_of(weight))
             elif layer is not None and layer.weight_quantizer.has_qparams:
                 lr, self.sizes[parameter] = self.settings.weight_lr, layer.weight_quantizer.steps_of(parameter.detach())
             else:
@@ -154,14 +185,64 @@ class DistillationModule(pl.LightningModule):
             groups.setdefault(BALANCE_LR, []).append(self.log_scales)
         return groups
 
+    def configure_model(self) -> None:
+        """Shard both networks where the trainer's strategy is to (``trainer=fsdp``)."""
+        mesh: Any = getattr(self, "_device_mesh", None)
+        if mesh is None and self.trainer.world_size > 1:
+            self._lay_out()  # DDP reads gradients in the order that weights lie in when it wraps them
+        if mesh is None or self.is_sharded:
+            return
+        for name in ("average", "frozen_channels"):
+            if getattr(self.settings, name):
+                raise UserError(
+                    f"got algorithm.{name}={getattr(self.settings, name)} and trainer=fsdp",
+                    f"algorithm.{name}=0, or trainer=ddp",
+                )
+        self.is_sharded, mesh = True, mesh["data_parallel"]
+        before, teacher = dict(self.named_parameters()), self._teacher[0]
+        if mesh.device_type != "cpu":
+            teacher.module.to("cpu")  # whole networks wait there; the device has parts
+            self.student_module.to("cpu")
+        folded = _folded(teacher)
+        self.fast_teacher[0] = copy.deepcopy(folded) if folded is teacher.module else folded
+        for network in (self.fast_teacher[0], self.student_module):
+            shard(network, mesh)
+        self.fast_teacher[0].to(self.trainer.strategy.root_device)
+        self._follow(before, mesh.get_local_rank(), mesh.size())
+
+    def _follow(self, before: Mapping[str, nn.Parameter], rank: int, world_size: int) -> None:
+        """Hold the parameters that sharding has put in the place of ``before``."""
+        now = dict(self.named_parameters())
+        new = {old: now[name] for name, old in before.items()}
+
+        def part(values: Tensor, old: Tensor) -> Tensor:
+            return local_part(values, old, rank, world_size) if is_sharded(new[old]) else values  # type: ignore[index]
+
+        self.sizes = {new[old]: part(size, old) for old, size in self.sizes.items()}  # type: ignore[index]
+        self.smallest_steps = [part(size, old) for old, size in zip(self.steps, self.smallest_steps, strict=True)]
+        self.steps = [new[old] for old in self.steps]
+        self.groups = {lr: [new[old] for old in parameters] for lr, parameters in self.groups.items()}
+        self.trained = {name: now[name] for name in self.trained}
+
+    def on_after_backward(self) -> None:
+        if self.is_sharded:
+            average_gradients(p for p in self.trained.values() if not is_sharded(p))
+
     def on_fit_start(self) -> None:
         if self.start is None:
             self.start = time.perf_counter()
+        if not self.is_sharded and self.trainer.world_size == 1:
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Both networks as they are fastest."""
         teacher = self._teacher[0]
         self.fast_teacher[0] = _folded(teacher)
         self.layout = to_fast_layout([self.student_module, self.fast_teacher[0]], teacher.example())
 
     def on_fit_end(self) -> None:
+        if self.is_sharded:
+            return
         self.fast_teacher[0] = self._teacher[0].module
         for network in (self.student_module, self.fast_teacher[0]):
             network.to(memory_format=torch.contiguous_format)
@@ -169,12 +250,17 @@ class DistillationModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.channels is not None and self.held_channels is not None:
             self.channels.hold(self.held_channels)  # here, where the weights are back
+        if self.trainer.global_rank > 0:  # other changes to other samples; the first process goes on as one alone does
+            name = f"{self.seed}:{self.trainer.global_rank}:{self.trainer.global_step}"
+            self.rng.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
 
     def on_train_epoch_start(self) -> None:
         self.student_module.eval()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.step_began = time.perf_counter()
+        if self.settings.time_limit_s is not None and self.trainer.world_size > 1:  # one clock for all
+            self.agreed = self.trainer.strategy.broadcast(self._share_of_time())
         if self.channels is not None and (
             not self.channels.trained or self.trainer.global_step % self.settings.refreeze_steps == 0
         ):
@@ -186,7 +272,7 @@ class DistillationModule(pl.LightningModule):
         if self.channels is not None:
             self.channels.restore()
         if self.steps:
-            torch._foreach_maximum_([p.data for p in self.steps], self.smallest_steps)
+            torch._foreach_maximum_([local(p) for p in self.steps], self.smallest_steps)
         if self.averages is not None:
             # Young averages forget faster: the first steps are far from the last.
             decay = min(self.settings.average, (1 + step) / (10 + step))
@@ -197,7 +283,23 @@ class DistillationModule(pl.LightningModule):
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor | None:
+        if not self.settings.zeroth_order:
+            return self.step_loss(batch)
+        before = self.rng.get_state()
+
+        def loss() -> Tensor:
+            self.rng.set_state(before)  # the same augmentation for both
+            return self.step_loss(batch)
+
+        optimizer: Any = self.optimizers()
+        with torch.no_grad():
+            optimizer.step(closure=loss)
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return None
+
+    def step_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """What a step makes smaller."""
         s, done = self.settings, self.done(self.trainer.global_step)
         samples = samples_of(batch)
         moves = draw_moves(samples, self.rng, s.flip, s.shift)
@@ -297,6 +399,8 @@ class DistillationModule(pl.LightningModule):
             return torch.stack(
                 [self._feature_loss(seen.got[n], seen.wanted[t]) for n, t in self.features.items()]
             ).mean()
+        if name == "loss":
+            return s.loss(seen.output, seen.target)
         output, target = _logits(seen.output, f"{name}_weight"), _logits(seen.target, f"{name}_weight")
         if name == "kl":
             return kl_divergence(output, target, s.temperature)
@@ -320,6 +424,8 @@ class DistillationModule(pl.LightningModule):
             )
         if self.settings.feature_loss == "qfd":
             return quantized_feature_loss(got, wanted, self.settings.feature_bits)
+        if self.settings.feature_loss == "cosine":
+            return cosine_distance(got, wanted)
         return relative_mse(got, wanted)
 
     def _dampening(self) -> Tensor:
@@ -350,8 +456,9 @@ class DistillationModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
         size, (loss, agreement) = len(samples_of(batch)), self.look(batch)
-        self.log("held_out_loss", loss, batch_size=size)
-        self.log("held_out_agreement", agreement, batch_size=size)
+        several = self.trainer.world_size > 1  # all look at the same samples, and believe the same figure
+        self.log("held_out_loss", loss, batch_size=size, sync_dist=several)
+        self.log("held_out_agreement", agreement, batch_size=size, sync_dist=several)
 
     @torch.no_grad()
     def look(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -382,6 +489,8 @@ class DistillationModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept: dict[str, Any] = {"rng": self.rng.get_state(), "elapsed_s": self.elapsed_s, "look_s": self.look_s}
+        if (loss := self.trainer.callback_metrics.get("held_out_loss")) is not None:
+            kept["held_out_loss"] = float(loss)  # of these weights, where they are saved for a look
         if self.averages is not None:
             weights = self.set_aside or [p.detach() for p in self.trained.values()]
             kept["weights"] = dict(zip(self.trained, weights, strict=True))
@@ -443,7 +552,9 @@ BOXES = ("box", "task")
 
 def _terms(settings: DistillationSettings, has_features: bool, finds_boxes: bool = False) -> dict[str, float]:
     """Name → weight of each loss that counts."""
-    names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature")
+    names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature", *(() if settings.loss is None else ("loss",)))
+    if settings.loss is not None and not callable(settings.loss):
+        raise UserError(f"got algorithm.loss={settings.loss!r}", "{_target_: package.module.Class} with a __call__")
     weights = {name: getattr(settings, f"{name}_weight") for name in names}
     wrong = {f"{name}_weight": getattr(settings, f"{name}_weight") for name in LOGITS} if finds_boxes else {}
     wrong |= {"temperature": settings.temperature - 1, "mixup": settings.mixup if settings.task_weight else 0}
@@ -467,6 +578,20 @@ def _terms(settings: DistillationSettings, has_features: bool, finds_boxes: bool
             "stages that are trained apart have nothing but their own features to learn from",
         )
     return found
+
+
+def _optimizer(settings: Mapping[str, Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """``{name: package.Class, ...}`` of what it is called with beside the parameters."""
+    options = dict(settings)
+    name = options.pop("name", None)
+    kind = locate(str(name), "algorithm.optimizer.name")
+    try:
+        return kind(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"got algorithm.optimizer={dict(settings)}, which {name} does not take ({str(error).splitlines()[0]})",
+            "name: an optimizer's class, and what it takes",
+        ) from error
 
 
 def _logits(outputs: Any, setting: str) -> Tensor:

@@ -6,12 +6,14 @@ over ``chunk_tokens`` tokens at a time, and once more in the backward pass (grad
 arXiv 1604.06174), so that logits of one chunk are all there ever is.
 
 A dataset with the teacher's largest log-probabilities takes the teacher's place: it does not run then, and features are
-not compared. Padding does not count.
+not compared. Padding does not count. Beside the divergence: weights of tokens (:mod:`dfq.losses.token_scaling`),
+cross-entropy to the text itself, and what attention does (:mod:`dfq.losses.attention`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +21,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dfq.dataset import samples_of
+from dfq.errors import UserError
 from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks, tensors_in
+from dfq.lightning.attention import AttentionRecord, relative_errors
 from dfq.lightning.distillation import LOG_STEPS, DistillationModule
+from dfq.losses.attention import attention_map_loss
 from dfq.losses.token_divergence import buckets, divergence
+from dfq.losses.token_scaling import token_scales
+from dfq.tasks.language_modeling import NO_LABEL
 from dfq.teacher import Teacher
 
 CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
@@ -46,50 +53,112 @@ class TokenDistillationModule(DistillationModule):
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
-        loss = self._token_loss(batch, self.settings.divergence) * self.terms["kl"] if "kl" in self.terms else 0.0
-        if self._seen is not None and "feature" in self.terms:
-            distances = [self._feature_loss(got, wanted) for got, wanted in self._seen]
-            loss = loss + self.terms["feature"] * torch.stack(distances).mean()
+    def step_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        s, others = self.settings, []
+        loss = self._token_loss(batch, s.divergence, training=True)
+        if self._seen is not None:
+            others.append(
+                self.terms["feature"] * torch.stack([self._feature_loss(*pair) for pair in self._seen]).mean()
+            )
+        if self._attention is not None:
+            mine, theirs = self._attention
+            if s.attention_map_weight:
+                maps = [attention_map_loss(*pair) for pair in zip(mine.maps, theirs.maps, strict=True)]
+                others.append(s.attention_map_weight * torch.stack(maps).mean())
+            if s.attention_output_weight:
+                others.append(s.attention_output_weight * relative_errors(mine.outputs, theirs.outputs))
+        for other in others:
+            loss = loss + other
         step = self.trainer.global_step + 1
-        if step % LOG_STEPS == 0 or step == self.settings.max_steps:
+        if step % LOG_STEPS == 0 or step == s.max_steps:
             self.log("loss", loss)
-        return loss  # type: ignore[return-value]
+        return loss
 
     def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self._token_loss(batch, "forward"), self._agreement
 
-    def _token_loss(self, batch: dict[str, Tensor], kind: Any) -> Tensor:
-        """Mean over the tokens that are no padding."""
+    def _token_loss(self, batch: dict[str, Tensor], kind: Any, training: bool = False) -> Tensor:
+        """Mean over the tokens that are no padding; ``training``: with all terms, weighted, and features noted."""
+        s = self.settings
         ids = samples_of(batch).to(self._teacher[0].device)
         known = (
             torch.arange(ids.shape[1], device=ids.device)
             < batch.get("num_tokens", torch.full((len(ids),), ids.shape[1], device=ids.device)).to(ids.device)[:, None]
         )
         cached = all(name in batch for name in CACHE)
-        wants_features = not cached and "feature" in self.terms and kind == self.settings.divergence
-        with capture_outputs(self.student_module, list(self.features) if wants_features else []) as got:
+        wants_features = training and not cached and "feature" in self.terms
+        wants_attention = training and bool(s.attention_map_weight or s.attention_output_weight)
+        if wants_attention and cached:
+            raise UserError(
+                "got algorithm.attention_map_weight or attention_output_weight and a dataset with the teacher's cache",
+                "a dataset without it: what attention does is not stored",
+                "generate with generator.cache_teacher=null",
+            )
+        with (
+            capture_outputs(self.student_module, list(self.features) if wants_features else []) as got,
+            self._recording(wants_attention) as mine_seen,
+        ):
             mine = self._outputs(self.student_module, ids, self.student_head)
         theirs: Any
+        theirs_seen = None
         if cached:
             theirs = tuple(batch[name].to(ids.device)[known] for name in CACHE)
         else:
             places = list(self.features.values()) if wants_features else []
-            with torch.no_grad(), capture_outputs(self.fast_teacher[0], places) as wanted:
+            with (
+                torch.no_grad(),
+                capture_outputs(self.fast_teacher[0], places) as wanted,
+                self._recording(wants_attention) as theirs_seen,
+            ):
                 theirs = self._outputs(self.fast_teacher[0], ids, self.head)[known]
         self._seen = [(got[name], wanted[other]) for name, other in self.features.items()] if wants_features else None
-        loss, self._agreement = chunked_divergence(
-            mine[known],
+        self._attention = self._checked(mine_seen, theirs_seen) if wants_attention else None
+        student_head, head = (
             self._head_of(self.student_module, self.student_head),
-            theirs,
             self._head_of(self.fast_teacher[0], self.head),
-            kind,
-            self.settings.chunk_tokens,
-            self.settings.top_k,
-            self.confidence,
-            self.settings.temperature,
         )
-        return loss
+        labels = next_tokens(ids, known)
+        scales = None
+        if training and s.token_tau is not None:
+            nll = torch.zeros(ids.shape, device=ids.device)
+            nll[known] = teacher_nll(theirs, head, labels[known], s.chunk_tokens)
+            scales = token_scales(nll, labels != NO_LABEL, s.token_tau)[known]
+        loss, self._agreement, ntp = chunked_divergence(
+            mine[known],
+            student_head,
+            theirs,
+            head,
+            kind,
+            s.chunk_tokens,
+            s.top_k,
+            self.confidence,
+            s.temperature,
+            scales,
+            labels[known] if training and s.ntp_weight else None,
+        )
+        return loss * self.terms.get("kl", 0.0) + s.ntp_weight * ntp if training else loss
+
+    @contextmanager
+    def _recording(self, wanted: bool) -> Iterator[AttentionRecord | None]:
+        if not wanted:
+            yield None
+            return
+        with AttentionRecord(bool(self.settings.attention_map_weight)) as record:
+            yield record
+
+    def _checked(
+        self, mine: AttentionRecord | None, theirs: AttentionRecord | None
+    ) -> tuple[AttentionRecord, AttentionRecord]:
+        assert mine is not None and theirs is not None
+        found = [(len(record.maps), len(record.outputs)) for record in (mine, theirs)]
+        if not found[0][1] or found[0] != found[1]:
+            raise UserError(
+                f"got algorithm.attention_map_weight or attention_output_weight and {self._teacher[0].name}, in which "
+                f"{found[1][1]} attention products were seen, and {found[0][1]} in the student",
+                "a network with torch's scaled_dot_product_attention, or softmax and a product",
+                "leave these weights away for such a network",
+            )
+        return mine, theirs
 
     def _outputs(self, module: nn.Module, ids: Tensor, head: str | None) -> Tensor:
         """[N, T, H] in front of the head, or logits [N, T, V] of a network whose head is not known."""
@@ -113,10 +182,10 @@ class TokenDistillationModule(DistillationModule):
         rows = [data.dataset[i] for i in data.train_indices[: 10 * data.batch_size]]
         if all(name in rows[0] for name in CACHE):
             return float(torch.stack([row["teacher_log_probs"][:, 0].float().exp().mean() for row in rows]).mean())
-        teacher, head = self._teacher[0], self._head_of(self._teacher[0].module, self.head)
+        teacher, head = self._teacher[0], self._head_of(self.fast_teacher[0], self.head)
         found = []
         for row in rows:
-            x = self._outputs(teacher.module, samples_of(row)[None].to(teacher.device), self.head)[0]
+            x = self._outputs(self.fast_teacher[0], samples_of(row)[None].to(teacher.device), self.head)[0]
             found.append(
                 torch.cat([head(part).softmax(-1).amax(-1) for part in x.split(self.settings.chunk_tokens)]).mean()
             )
@@ -168,6 +237,34 @@ def hidden(module: nn.Module, head: str, ids: Tensor) -> Tensor:
     raise RuntimeError(f"{head} was not called")
 
 
+def next_tokens(ids: Tensor, known: Tensor) -> Tensor:
+    """What follows each token [N, T]; behind the last of a text, and of padding, :data:`NO_LABEL`."""
+    follows = torch.where(known[:, 1:], ids[:, 1:], NO_LABEL)
+    return nn.functional.pad(follows, (0, 1), value=NO_LABEL)
+
+
+@torch.no_grad()
+def teacher_nll(
+    teacher: Tensor | tuple[Tensor, ...], head: Callable[[Tensor], Tensor], labels: Tensor, chunk_tokens: int
+) -> Tensor:
+    """The teacher's negative log-likelihood of ``labels`` [M], in nats; 0 where there is none.
+
+    Args:
+        teacher: [M, H'], or its cache, as :func:`chunked_divergence` takes them.
+    """
+    if isinstance(teacher, tuple):
+        ids, log_p, rest = teacher
+        is_it = ids.long() == labels[:, None]
+        stored = (torch.where(is_it, log_p.float(), 0.0)).sum(-1)
+        found = torch.where(is_it.any(-1), stored, rest.float())
+    else:
+        parts = zip(teacher.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+        found = torch.cat(
+            [head(x).float().log_softmax(-1).gather(-1, part.clamp(min=0)[:, None])[:, 0] for x, part in parts]
+        )
+    return torch.where(labels == NO_LABEL, 0.0, -found)
+
+
 def chunked_divergence(
     student: Tensor,
     student_head: Callable[[Tensor], Tensor],
@@ -178,19 +275,30 @@ def chunked_divergence(
     top_k: int = 64,
     confidence: float = 0.5,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Mean divergence of a token, and the share of tokens for which both name the same one (no gradient).
+    scales: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean divergence of a token; the share of tokens for which both name the same one (no gradient); and the student's
+    mean cross-entropy to ``labels``.
 
     Args:
         student: [M, H], what goes into the student's head.
         teacher: [M, H'], or its cache: ids [M, K], log-probabilities [M, K] and the logarithm of the rest [M].
         top_k: of ``kind=top_k``.
         temperature: of both distributions; the loss is multiplied by its square. A cache has that of 1.
+        scales: [M], what each token's divergence is multiplied by; None: 1.
+        labels: [M], next tokens, :data:`NO_LABEL` where there is none; None: not asked for, 0 is returned.
     """
+    cached = isinstance(teacher, tuple)
+    scales = torch.ones(len(student), device=student.device) if scales is None else scales
 
-    def of_chunk(x: Tensor, *theirs: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = (student_head(x).float() / temperature).log_softmax(-1)
-        if len(theirs) == 3:
+    def of_chunk(x: Tensor, scale: Tensor, follows: Tensor | None, *theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = student_head(x).float()
+        ntp = logits.new_zeros(())
+        if follows is not None:
+            ntp = nn.functional.cross_entropy(logits, follows, ignore_index=NO_LABEL, reduction="sum")
+        log_q = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
+        if cached:
             ids = theirs[0].long()
             log_p = torch.cat([theirs[1], theirs[2][:, None]], -1).float()
             log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # half precision does not add up to one
@@ -203,12 +311,14 @@ def chunked_divergence(
             if kind == "top_k":
                 ids = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1).indices
                 log_p, log_q = buckets(log_p, ids), buckets(log_q, ids)
-        return divergence(log_q, log_p, kind, confidence).sum(), (best == mine).sum()
+        return (divergence(log_q, log_p, kind, confidence) * scale).sum(), (best == mine).sum(), ntp
 
-    total = same = torch.zeros((), device=student.device)
+    total = same = ntp = torch.zeros((), device=student.device)
     for start in range(0, len(student), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         theirs = [t[part] for t in teacher] if isinstance(teacher, tuple) else [teacher[part]]
-        loss, agreed = checkpoint(of_chunk, student[part], *theirs, use_reentrant=False)
-        total, same = total + loss, same + agreed
-    return total / len(student) * temperature**2, same / len(student)
+        follows = None if labels is None else labels[part]
+        loss, agreed, entropy = checkpoint(of_chunk, student[part], scales[part], follows, *theirs, use_reentrant=False)
+        total, same, ntp = total + loss, same + agreed, ntp + entropy
+    num_labels = 1 if labels is None else max(int((labels != NO_LABEL).sum()), 1)
+    return total / len(student) * temperature**2, same / len(student), ntp / num_labels

@@ -3,14 +3,17 @@
 Carion et al., "End-to-End Object Detection with Transformers" (DETR), ECCV 2020, arXiv 2005.12872 (eq. 1, 2). With
 probabilities p [A, K] and boxes b [A, 4] of the places of one image, and n wanted boxes t of classes c::
 
-    cost(a, i) = -log p_a(c_i) + 1 - GIoU(b_a, t_i)
-    L          = 1 / max(1, n) [ sum_i cost(match(i), i) + sum_(a, k) p_a(k)^gamma (-log(1 - p_a(k))) ]
+    cost(a, i) = -log p_a(c_i) + w (1 - GIoU(b_a, t_i))
+    L          = 1 / max(1, n) [ sum_i -log p_match(i)(c_i) + 1 - GIoU(b_match(i), t_i)
+                                 + sum_(a, k) p_a(k)^gamma (-log(1 - p_a(k))) ]
 
 the second sum over the places and classes that are matched to nothing and do not repeat a wanted box: one of the same
 class that they overlap, so that the suppression of doubles removes them.
 
 Differences from the paper: matches are chosen greedily, cheapest pair first (with a handful of boxes the Hungarian
-algorithm would find much the same, and it is not differentiable either); the distance of corners is left out; places
+algorithm would find much the same, and it is not differentiable either); the distance of corners is left out, and the
+place counts w = 5 times in the choice (the paper's weight of that distance): where nothing is seen yet, a place far
+away that is a little less unsure would be taken otherwise; places
 that match nothing are weighed by gamma = 2 as in the focal loss (Lin et al., arXiv 1708.02002), so that it does not
 matter how many there are.
 """
@@ -24,6 +27,7 @@ from dfq.losses._box_overlap import giou, pairwise_iou
 
 GAMMA = 2.0
 OVERLAP = 0.5  # from which a place repeats a wanted box
+PLACE = 5.0  # w
 SMALLEST = 1e-9  # added to probabilities: their logarithms stay finite
 
 
@@ -35,11 +39,11 @@ def set_prediction_loss(boxes: Tensor, scores: Tensor, wanted_boxes: Tensor, wan
     """
     surplus = torch.ones_like(scores, dtype=torch.bool)  # [A, K]
     missed = -(scores[:, wanted_labels] + SMALLEST).log()  # [A, n]
-    pairs = missed + 1 - giou(boxes[:, None], wanted_boxes[None])
+    apart = 1 - giou(boxes[:, None], wanted_boxes[None])
     matched = torch.zeros((), device=boxes.device)
     if len(boxes) and len(wanted_boxes):
-        places, order = match(pairs.detach())
-        matched = pairs[places, order].sum()
+        places, order = match((missed + PLACE * apart).detach())
+        matched = (missed + apart)[places, order].sum()
         repeats = pairwise_iou(boxes.detach(), wanted_boxes) >= OVERLAP  # [A, n]
         repeats[places, order] = True
         for column, label in enumerate(wanted_labels.tolist()):

@@ -52,6 +52,8 @@ class Histogram:
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         x = x.detach().float()
+        if not x.numel():
+            return
         self.num_seen += x.numel()
         low, high = (float(v) for v in torch.aminmax(x))
         check_finite(x.new_tensor([low, high]))

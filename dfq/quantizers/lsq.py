@@ -30,7 +30,7 @@ class LSQ:
     def qparams(self, observation: Observation, scheme: TensorScheme) -> tuple[Tensor, Tensor]:
         """Scale and zero point, one a channel."""
         widest, zero_point = choose_qparams(observation.minimum, observation.maximum, scheme)
-        if scheme.grid not in ("uniform", "ternary", "seq"):
+        if scheme.grid not in ("uniform", "ternary", "seq") or scheme.zero_point == "float":
             return widest, zero_point  # the step of a small float or of powers of two is not its scale
         shift = -zero_point * widest if scheme.has_float_zero_point else torch.zeros_like(widest)
         magnitude = (observation.values.float() - shift[:, None]).abs()

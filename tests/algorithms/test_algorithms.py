@@ -7,9 +7,9 @@ from pytorch_lightning import Callback
 from torch import nn
 
 import dfq.lightning.distillation as lightning_distillation
-from dfq.algorithms._calibration import calibrate
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.lightning.data import SyntheticDataModule
 from dfq.losses.distillation import kl_divergence

@@ -16,13 +16,13 @@ from dfq.algorithms._bias_correction import (
     rectified_mean,
     undo_bias_correction,
 )
-from dfq.algorithms._calibration import calibrate
 from dfq.algorithms._equalization import equalize
 from dfq.algorithms.bias_correction import BiasCorrection
 from dfq.algorithms.comq import COMQ
 from dfq.algorithms.gptq import GPTQ
 from dfq.algorithms.quantease import QuantEase
 from dfq.algorithms.squant import SQuant
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import FLOAT, Scheme, TensorScheme

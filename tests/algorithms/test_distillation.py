@@ -15,10 +15,10 @@ from torch import nn
 
 import dfq
 import dfq.lightning.distillation as lightning_distillation
-from dfq.algorithms._calibration import calibrate
 from dfq.algorithms.auto import _Figures
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
+from dfq.calibration import calibrate
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.hooks import capture_outputs
@@ -52,7 +52,7 @@ def calibrated(teacher, scheme=W3A3, **settings):
     student = Student.from_teacher(teacher, scheme)
     images = settle(NETS["bare"](), seed=2, num_samples=32)
     algorithm = Distillation(**{**SHORT, **settings})
-    algorithm._learn_steps(student, calibrate(student, images, QUANTIZER, QUANTIZER))
+    algorithm._learn_steps(student, calibrate(student, images, QUANTIZER, QUANTIZER), 0)
     features = {name: name for name in stage_ends(teacher.dataflow)}
     module = DistillationModule(student, teacher, resolve("task", "classification"), features, algorithm)
     module._trainer = SimpleNamespace(global_step=0, should_stop=False)

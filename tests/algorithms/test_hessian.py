@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfq
-from dfq.algorithms._calibration import calibration_images
 from dfq.algorithms._hessian import (
     Grid,
     LayerwiseRounding,
@@ -29,6 +28,7 @@ from dfq.algorithms._hessian import (
 )
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.blocks import Arguments, Block
+from dfq.calibration import calibration_images
 from dfq.hooks import record_dataflow
 from dfq.pipeline import quantize
 from dfq.quantization import choose_qparams

@@ -9,7 +9,8 @@ import dfq
 from dfq.algorithms.rotation import orthogonal, rotate
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
-from dfq.scheme import Scheme, TensorScheme
+from dfq.scheme import FLOAT, Scheme, TensorScheme
+from dfq.student import Student
 
 transformers = pytest.importorskip("transformers")
 TEXT = {"vocab_size": 48, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -47,7 +48,7 @@ def test_orthogonal(width):
     assert width == 1 or not torch.equal(turn, orthogonal(width, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "tied"])
 def test_the_function_is_unchanged(name):
     teacher, other = teacher_of(name), teacher_of(name)
     rotate(other.module, teacher, torch.Generator().manual_seed(0))
@@ -84,9 +85,8 @@ def test_channels_with_large_values_hurt_less(tmp_path):
 @pytest.mark.parametrize(
     "name, why",
     [
-        ("tied", "whose lm_head shares its weight with another layer"),
         ("phi", "in which no layer reads from a norm"),
-        ("mixtral", "whose function changes when its residual stream is turned"),
+        ("mixtral", "whose function changes when its residual stream is turned"),  # experts in one piece
     ],
 )
 def test_networks_that_cannot_be_turned(name, why):
@@ -94,6 +94,35 @@ def test_networks_that_cannot_be_turned(name, why):
     with pytest.raises(UserError) as error:
         rotate(teacher_of(name).module, teacher, torch.Generator())
     assert str(error.value).startswith(f"got algorithm=rotation and {teacher.name}, {why}; allowed: decoders with")
+
+
+def test_experts_that_were_taken_apart_are_turned_with_their_router():
+    teacher = teacher_of("mixtral")
+    student = Student.from_teacher(teacher, W4A4)
+    ids = torch.randint(48, (4, 12), generator=torch.Generator().manual_seed(5))
+    assert rotate(student.module, teacher, torch.Generator().manual_seed(0)) == []
+    with torch.no_grad():
+        wanted, got = teacher(ids).logits, student(ids).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+    gates = [dict(net.module.named_parameters())["model.layers.0.mlp.gate.weight"] for net in (teacher, student)]
+    assert not torch.allclose(*gates)
+
+
+def test_a_tied_head_gets_a_weight_of_its_own_and_keeps_it(tmp_path):
+    teacher = teacher_of("tied")
+    ids = torch.randint(48, (24, 12), generator=torch.Generator().manual_seed(1))
+    dataset = SyntheticDataset.create(tmp_path / "d", {"seed": 0}, {"pixels": False, "labels": False})
+    dataset.write_shard(0, {"input_ids": ids}, 0.0)
+    scheme = Scheme(TensorScheme(4, True, "per_channel"), FLOAT)
+    student = dfq.quantize(teacher, dataset, scheme, algorithm="rotation", student_dir=tmp_path / "s")
+    assert ("lm_head", "untied") in student.surgery.rewrites
+    assert student.module.lm_head.weight is not student.module.model.embed_tokens.weight
+    again = dfq.load_student(tmp_path / "s", teacher)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, student(ids).logits)
+    pytest.importorskip("compressed_tensors")
+    found = dfq.export(student, tmp_path / "a/model.safetensors", "compressed_tensors", teacher, dataset)
+    assert found["parity"]["max_abs_error"] == 0.0
 
 
 def test_networks_without_norms():

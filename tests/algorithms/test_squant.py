@@ -7,9 +7,9 @@ from conftest import NETS as TINY
 from conftest import NUM_CLASSES, as_teacher, settle
 from torch import nn
 
-from dfq.algorithms._calibration import calibrate
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.algorithms.squant import SQuant, rounded, squant
+from dfq.calibration import calibrate
 from dfq.modules import swap_layer
 from dfq.quantization import choose_qparams, quantize
 from dfq.quantizers._observation import Observation

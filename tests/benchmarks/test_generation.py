@@ -59,7 +59,38 @@ def test_one_step(generation, capsys):
 def test_worker(generation, capsys):
     generation.main([*SMALL, "--mode", "worker", "--generators", "gaussian", "--samples", "4"])
     found = json.loads(capsys.readouterr().out)
-    assert found["seconds"] > 0 and found["bytes"] >= 0
+    assert found["seconds"] > 0 and found["bytes"] >= 0 and found["batch"] == 2
+
+
+def test_a_step_is_sorted_into_what_it_is_for(generation, capsys):
+    generation.main([*SMALL, "--mode", "profile"])
+    rows = rows_of(capsys.readouterr().out)
+    assert {"convolution, forward", "convolution, backward", "statistics"} <= rows.keys()
+    shares = [float(cells[1].removesuffix(" %")) for cells in rows.values()]
+    assert abs(sum(shares) - 100) <= len(shares) and shares == sorted(shares, reverse=True)
+
+
+def test_kinds_of_operations(generation):
+    names = ("aten::convolution_backward", "aten::mkldnn_convolution", "aten::threshold_backward", "aten::fill_")
+    kinds = ["convolution, backward", "convolution, forward", "activation", "other"]
+    assert [generation.kind_of(name) for name in names] == kinds
+
+
+def test_what_does_not_install_is_said(generation, capsys, monkeypatch, tmp_path):
+    """The installer fails as it does without a connection; nothing is asked of the network here."""
+    made = SimpleNamespace(returncode=1, stderr="some warning\nERROR: no connection\n", stdout="")
+    monkeypatch.setattr(generation.venv, "create", lambda folder, with_pip: (folder / "lib").mkdir(parents=True))
+    monkeypatch.setattr(generation.sysconfig, "get_path", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(generation.subprocess, "run", lambda *_, **__: made)
+    teacher = generation.build("digits", None, None, "cpu")
+    found = generation.mct_contender("install", teacher, 2, "cpu", tmp_path)
+    assert found == "no row of model-compression-toolkit: install says: it does not install: ERROR: no connection"
+
+
+def test_batch_auto_is_for_cost(generation, capsys):
+    with pytest.raises(SystemExit):
+        generation.main([*SMALL, "--batch", "auto"])
+    assert "--batch auto is for --mode cost" in capsys.readouterr().err
 
 
 def test_cost_asks_for_every_size_and_count(generation, capsys, monkeypatch):
@@ -75,6 +106,7 @@ def test_cost_asks_for_every_size_and_count(generation, capsys, monkeypatch):
     generation.main([*SMALL, "--mode", "cost", "--sizes", "8", "--counts", "2,6", "--generators", "zeroq"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 8 |")]
     assert [line.split("|")[2].strip() for line in lines] == ["2", "6"]
+    assert [line.split("|")[3].strip() for line in lines] == ["2", "2"]
 
 
 def test_counted_arithmetic(generation):

@@ -21,6 +21,9 @@ CONFIGS = {
     "tied": lambda: transformers.LlamaConfig(**TEXT, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**TEXT, head_dim=8),
     "qwen2": lambda: transformers.Qwen2Config(**TEXT),
+    "wide": lambda: transformers.LlamaConfig(
+        **{**TEXT, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    ),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=4, n_positions=32),
 }
 
@@ -107,6 +110,42 @@ def test_what_gguf_cannot_hold(teacher, make_dataset, tmp_path):
         else:
             assert str(error.value) == (
                 f"got exporter=gguf and layer model.layers.0.self_attn.q_proj with {bits} bits, symmetric=true, "
-                f"group_size={size}; allowed: grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of 32, "
-                "and inputs that stay float; use scheme=w4a16_g32 scheme.weight.scale_format=float16"
+                f"group_size={size}; allowed: grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of 32 "
+                "(grid=ternary: of 256), and inputs that stay float; use scheme=w4a16_g32 "
+                "scheme.weight.scale_format=float16"
             )
+
+
+@of("wide")
+@pytest.mark.parametrize("group_size", [None, 256])
+def test_ternary_weights_in_blocks_of_256(teacher, group_size, make_dataset, tmp_path):
+    """Codes byte by byte, and what the gguf package makes of them."""
+    granularity = "per_channel" if group_size is None else "per_group"
+    ternary = TensorScheme(grid="ternary", symmetric=True, granularity=granularity, group_size=group_size,
+                           scale_format="float16")  # fmt: skip
+    student, path, found = made(teacher, make_dataset, tmp_path, Scheme(ternary, FLOAT))
+    assert found["parity"]["max_abs_error_of_weights"] == 0.0
+    name = "model.layers.0.mlp.down_proj"
+    codes = student.integer_weight(name)[5].tolist()
+    scale = student.layers[name].weight_quantizer.scale[5].flatten()[0]
+    quants = bytes(
+        sum((codes[128 * half + 32 * part + j] + 1) << (2 * part) for part in range(4))
+        for half in (0, 1)
+        for j in range(32)
+    )
+    assert quants + struct.pack("<e", float(scale)) in path.read_bytes()
+    count = sum(layer.weight.numel() for layer in student.layers.values())
+    assert found["exact_bits"]["codes"] == pytest.approx(count * 1.5849625)
+    gguf = pytest.importorskip("gguf")
+    mine = read_weights(path.read_bytes())
+    for tensor in gguf.GGUFReader(path).tensors:
+        theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(mine[tensor.name].shape)
+        assert (theirs == mine[tensor.name]).all()
+        assert (tensor.tensor_type.name == "TQ2_0") == (mine[tensor.name].ndim == 2 and "blk" in tensor.name)
+
+
+@of("llama")
+def test_ternary_weights_that_fill_no_block(teacher, make_dataset, tmp_path):
+    with pytest.raises(UserError, match=r"q_proj with 32 inputs; allowed: a multiple of 256; give scheme\.skip="):
+        made(teacher, make_dataset, tmp_path, Scheme(TensorScheme(grid="ternary", symmetric=True,
+             granularity="per_channel"), FLOAT))  # fmt: skip

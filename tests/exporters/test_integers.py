@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfq
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.exporters._integer import integer_network
 from dfq.quantizers.min_max import MinMax

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfq.algorithms._calibration import calibrate
+from dfq.calibration import calibrate
 from dfq.dataset import file_sha256
 from dfq.errors import UserError
 from dfq.quantization import quantize
@@ -213,6 +213,8 @@ def test_description(exported):
         "_target_": "dfq.exporters.onnx_qdq.OnnxQDQ",
         "opset": None,
         "latency": False,
+        "matmul_nbits": False,
+        "decode": False,
     }
     assert description["sha256"] == file_sha256(exported.path)
     assert description["size_bytes"] == len(exported.content)

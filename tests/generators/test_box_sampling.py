@@ -1,5 +1,7 @@
 """box_sampling: what is drawn, what is relabeled, and that images come to hold what was drawn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tiny_detectors import CLASSES, SPEC, DecodeOnly, cell_teacher
 from dfq.detectors._base import Boxes
 from dfq.errors import UserError
 from dfq.generators._base import batch_rng, dataset_rng
-from dfq.generators.box_sampling import BoxSampling, _low_size, draw_boxes, relabel, seen_score
+from dfq.generators.box_sampling import BoxSampling, draw_boxes, looks, low_size, moved, relabel, seen_score
 from dfq.losses._box_overlap import area, pairwise_iou
 from dfq.tasks._task import task_of
 
@@ -54,13 +56,20 @@ def test_relabeling_by_hand():
         ),
         boxes([0.6, 0.6, 0.9, 0.88, 0.2, 0]),
     ]
-    first, second = relabel(wanted, found, believed=0.5, most_boxes=4, most_of_class=9)
+    first, second = relabel(wanted, found, 0.5, believed=0.5, most_boxes=4, most_of_class=9)
     assert first.labels.tolist() == [1, 3] and second.labels.tolist() == [0]
     torch.testing.assert_close(first.boxes, torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.6, 0.1, 0.9, 0.4]]))
     torch.testing.assert_close(second.boxes, torch.tensor([[0.6, 0.6, 0.9, 0.9]]))
-    assert relabel(wanted, found, 0.5, 4, most_of_class=0)[0].labels.tolist() == [1], "a class that is full"
-    assert relabel(wanted, found, 0.5, most_boxes=1, most_of_class=9)[0].labels.tolist() == [1], "an image that is full"
-    nothing = relabel(wanted, [boxes(), boxes()], 0.5, 4, 9)
+    assert relabel(wanted, found, 0.5, 0.5, 4, most_of_class=0)[0].labels.tolist() == [1], "a class that is full"
+    full = relabel(wanted, found, 0.5, 0.5, most_boxes=1, most_of_class=9)
+    assert full[0].labels.tolist() == [1], "an image that is full"
+    # Where no label is seen, what is seen at all takes its place; where nothing is, the better label stays.
+    other = boxes([0.5, 0.5, 0.9, 0.9, 0.55, 3], [0.1, 0.1, 0.3, 0.3, 0.52, 2])
+    replaced = relabel(wanted, [found[0], other], 0.5, 0.5, 4, 9)[1]
+    assert replaced.labels.tolist() == [3], "one that is believed; a second has to be as sure as labels that are seen"
+    nothing = relabel(wanted, [boxes(), boxes()], 0.5, 0.5, 4, 9)
+    patient = relabel(wanted, found, 0.15, 0.5, 4, 9)[1]
+    assert len(patient.labels) == 1 and float(patient.boxes[0, 0]) == pytest.approx(0.6), "seen a little: it stays"
     assert [len(row.labels) for row in nothing] == [1, 1], "an image keeps an object"
 
 
@@ -75,7 +84,7 @@ def test_scores_of_labels_are_those_of_their_class_and_place():
 def test_a_batch_repeats_and_depends_on_its_index(adapter):
     teacher = cell_teacher(*([adapter] if adapter else []))
     prepared = FAST.prepare(teacher, dataset_rng(0))
-    assert 0 < prepared.believed < 1 and prepared.labels == list(range(CLASSES))
+    assert 0 < prepared.plausible <= prepared.believed < 1 and prepared.labels == list(range(CLASSES))
     assert FAST.prepare(teacher, dataset_rng(0)) == prepared
     done = []
     state = torch.get_rng_state()
@@ -105,22 +114,43 @@ def test_images_come_to_hold_what_was_drawn():
             return float(task.synthesis_loss(task.raw_outputs(teacher, made["images"]), targets))
 
     settings = BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0)
-    pulled = score(BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0, task_weight=1.0))
-    assert pulled < 0.7 * score(BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0, task_weight=0.0))
+    pulled = score(replace(settings, task_weight=1.0))
+    assert pulled < 0.7 * score(replace(settings, task_weight=0.0))
     assert settings.resolution == 0.5
+
+
+def test_boxes_are_shown_where_their_objects_are():
+    images = torch.zeros(1, 1, 20, 30)
+    images[:, :, 6:12, 5:11] = 1
+    wanted = [boxes([5 / 30, 6 / 20, 11 / 30, 12 / 20, 0, 1])]
+    seen = set()
+    for seed in range(12):
+        shown, rows = moved(images, wanted, True, 3, batch_rng(seed, 0))
+        where = shown[0, 0].nonzero()
+        corners = [*where.amin(0).flip(0).tolist(), *(where.amax(0) + 1).flip(0).tolist()]
+        torch.testing.assert_close(rows[0].boxes[0] * torch.tensor([30, 20, 30, 20]), torch.tensor(corners).float())
+        assert rows[0].labels.tolist() == [1]
+        seen.add(tuple(corners))
+    assert len(seen) > 8
+    same, rows = moved(images, wanted, False, 0, batch_rng(0, 0))
+    assert torch.equal(same, images) and torch.equal(rows[0].boxes, wanted[0].boxes)
+
+
+def test_labels_are_compared_in_the_second_half():
+    assert looks(80, 3) == [40, 54, 67] and looks(60, 0) == [] and looks(3, 3) == [1, 2, 3] and looks(8, 1) == [4]
 
 
 def test_low_resolution_is_a_multiple_and_falls_back():
     teacher = cell_teacher()
-    assert _low_size(teacher, SPEC, 0.5) == (32, 32)  # no smaller than 32
+    assert low_size(teacher, SPEC, 0.5) == (32, 32)  # no smaller than 32
     large = type(SPEC)((3, 352, 640), SPEC.mean, SPEC.std)
-    assert _low_size(teacher, large, 0.5) == (192, 320)
+    assert low_size(teacher, large, 0.5) == (192, 320)
 
     def refuses(images):
         raise ValueError(images.shape)
 
     teacher.module.raw = refuses
-    assert _low_size(teacher, large, 0.5) == (352, 640)
+    assert low_size(teacher, large, 0.5) == (352, 640)
 
 
 def test_a_classifier_has_no_boxes():

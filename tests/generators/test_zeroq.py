@@ -17,7 +17,7 @@ from dfq.generators._optimization import class_penalty
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.zeroq import ZeroQ, _Best
 from dfq.settings import resolve
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 from dfq.teachers.digits import load
 
 STILL = ZeroQ(iterations=1, learning_rate=1e-9, clip=False)  # images as they start
@@ -227,3 +227,14 @@ def test_a_shift_that_no_reflection_can_fill(make_teacher):
         sample(ZeroQ(shift=8), make_teacher("plain"))
     assert str(error.value) == "got generator.shift=8 and images of 8x8 pixels; allowed: a whole number from 0 to 7"
     assert sample(ZeroQ(shift=7, iterations=2), make_teacher("plain")).isfinite().all()
+
+
+def test_images_of_a_network_that_takes_pixels_start_as_photographs():
+    """mean 0 and std 1 only set the range of numbers: 0.45 +- 0.25 of white, not noise of deviation 1."""
+    spec = InputSpec((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
+    network = NETS["plain"]()
+    settle(network, spec.size)
+    teacher = Teacher(network, "classification", spec)
+    made = ZeroQ(iterations=1, learning_rate=1e-4, blur=0.0).sample(teacher, 32, batch_rng(0, 0), lambda *_: None)
+    assert 0.4 < float(made.mean()) < 0.5 and 0.15 < float(made.std()) < 0.3
+    assert float(((made == 0) | (made == 1)).float().mean()) < 0.15

@@ -127,7 +127,7 @@ class Neither(Detector):
     "adapter, message",
     [
         (None, "got a Sequential for task=detection, a network of none of the families detr, fcos, rcnn, retinanet, "
-         "ssd; allowed: teacher.adapter=package.module:Adapter; derive a class from dfq.Detector; "
+         "ssd, ultralytics; allowed: teacher.adapter=package.module:Adapter; derive a class from dfq.Detector; "
          "examples/fastestdet.py is one"),
         ("conftest:plain", "got teacher.adapter=conftest:plain, which is no adapter; "
          "allowed: a class derived from dfq.Detector"),

@@ -1,0 +1,114 @@
+"""A detector's file that gives boxes: scores and boxes of all places, then the suppression of doubles as ONNX nodes.
+
+::
+
+    network ── candidates ── boxes [N, A, 4], scores [N, K, A] ── NonMaxSuppression ── [M, 3] ── Gather ── boxes [M, 4],
+                                                                                          scores, labels, image [M]
+
+ONNX has one NonMaxSuppression for all images and classes; each class of an image gives up to ``most`` rows, so that
+there may be more of them than the detector's ``decode`` gives, which keeps as many an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfq.detectors._base import Boxes, Detector
+from dfq.errors import UserError
+from dfq.exporters._artifact import batches_of
+from dfq.exporters._integer import Flat
+from dfq.exporters._runtime import run, session
+from dfq.student import Student
+from dfq.tasks.detection import shared_score
+from dfq.teacher import AnyInputSpec
+
+PLACES = ("all_boxes", "all_scores")
+FOUND = ("boxes", "scores", "labels", "image")
+
+
+def decodable(student: Student) -> Detector:
+    """The student's adapter; a UserError unless what it finds follows from its candidates."""
+    detector = student.module
+    if not isinstance(detector, Detector):
+        raise UserError("got exporter.decode=true and a network that is no detector", "exporter.decode=false")
+    if not detector.has_candidates or type(detector).decode is not Detector.decode:
+        raise UserError(
+            f"got exporter.decode=true and the adapter {type(detector).__module__}.{type(detector).__name__}, which "
+            "decodes in a way of its own",
+            "exporter.decode=false, which exports raw outputs; or an adapter with candidates(raw) and no decode of its "
+            "own",
+        )
+    return detector
+
+
+class Places(Flat):
+    """A detector that gives boxes [N, A, 4] in fractions of the image and scores [N, K, A] of all its places."""
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        detector: Any = self.network
+        found = detector.candidates(detector(inputs))
+        boxes = found.boxes.clamp(0, 1)
+        there = (boxes[..., 2:] > boxes[..., :2]).all(-1, keepdim=True)  # what lies outside has no area left
+        return boxes, (found.scores * there).mT.contiguous()
+
+
+def append_suppression(model: Any, detector: nn.Module, spec: AnyInputSpec) -> None:
+    """Let an onnx.ModelProto that gives :data:`PLACES` give :data:`FOUND`."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    assert isinstance(detector, Detector)
+    graph, (boxes, scores) = model.graph, PLACES
+    height, width = spec.size[1:]
+    constants = {
+        "most": torch.tensor([detector.most]),
+        "overlap": torch.tensor([detector.overlap]),
+        "least_score": torch.tensor([detector.least_score]),
+        "unit": torch.tensor([width, height, width, height], dtype=torch.float32),
+        "first": torch.tensor(0),
+        "second": torch.tensor(1),
+        "place": torch.tensor([0, 2]),
+    }
+    for name, value in constants.items():
+        graph.initializer.append(numpy_helper.from_array(value.numpy(), f"suppress_{name}"))
+    chosen = "suppress_chosen"  # [M, 3]: image, class, place
+    graph.node.extend(
+        [
+            helper.make_node(
+                "NonMaxSuppression",
+                [boxes, scores, "suppress_most", "suppress_overlap", "suppress_least_score"],
+                [chosen],
+            ),
+            helper.make_node("Gather", [chosen, "suppress_place"], ["suppress_rows"], axis=1),
+            helper.make_node("GatherND", [boxes, "suppress_rows"], ["suppress_fractions"]),
+            helper.make_node("Mul", ["suppress_fractions", "suppress_unit"], ["boxes"]),
+            helper.make_node("GatherND", [scores, chosen], ["scores"]),
+            helper.make_node("Gather", [chosen, "suppress_second"], ["labels"], axis=1),
+            helper.make_node("Gather", [chosen, "suppress_first"], ["image"], axis=1),
+        ]
+    )
+    del graph.output[:]
+    for name in FOUND:
+        kind = TensorProto.FLOAT if name in ("boxes", "scores") else TensorProto.INT64
+        graph.output.append(helper.make_tensor_value_info(name, kind, ["M", 4] if name == "boxes" else ["M"]))
+
+
+@torch.no_grad()
+def box_agreement(student: Student, content: bytes, images: Tensor, options: Mapping[str, str]) -> float:
+    """2 sum min(s, t) / (sum s + sum t) over boxes that the file and ``decode`` both find; see Detection.agreement."""
+    detector, (height, width) = decodable(student), student.input_spec.size[1:]
+    opened, shared, total = session(content, options), 0.0, 0.0
+    for batch in batches_of(images):
+        boxes, scores, labels, image = run(opened, batch)
+        wanted = detector.decode(student(batch), [(height, width)] * len(batch))
+        for index, theirs in enumerate(wanted):
+            mine = image == index
+            order = scores[mine].argsort(descending=True)[: detector.most]
+            row = Boxes(boxes[mine][order], scores[mine][order], labels[mine][order])
+            theirs = Boxes(*(part.cpu() for part in theirs))
+            shared += float(shared_score(row, theirs))
+            total += float(row.scores.sum() + theirs.scores.sum())
+    return 2 * shared / total if total > 0 else 1.0

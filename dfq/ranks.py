@@ -1,0 +1,58 @@
+"""Which of several processes this one is, as a launcher tells it in the environment. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+from dfq.errors import UserError
+
+Auto = Literal["auto"]
+# Rank and number of processes, as torchrun, SLURM's srun, Open MPI, MPICH and Lightning's own launcher call them. What
+# sbatch alone sets (SLURM_NTASKS) says what was asked for, not that there are as many processes.
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("LOCAL_RANK", "WORLD_SIZE"),
+)
+LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """(rank, world size); (0, 1) where no launcher has said anything."""
+    known = os.environ if environment is None else environment
+    for rank, world_size in LAUNCHERS:
+        if rank in known and world_size in known:
+            try:
+                found = int(known[rank]), int(known[world_size])
+            except ValueError:
+                continue
+            if 0 <= found[0] < found[1]:
+                return found
+    return 0, 1
+
+
+def local_rank() -> int:
+    """Which of the processes on this computer this one is; 0 where nothing says."""
+    for name in LOCAL:
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0
+
+
+def resolve(rank: int | Auto, world_size: int | Auto) -> tuple[int, int]:
+    """What is ``auto`` from the environment; a UserError where the two do not go together."""
+    found_rank, found_size = from_environment()
+    if rank == "auto" and world_size not in ("auto", found_size):
+        raise UserError(
+            f"got rank=auto and world_size={world_size}, and a launcher of {found_size}",
+            "rank=auto world_size=auto under torchrun, srun or mpirun; or both as numbers",
+        )
+    size = (found_size if rank == "auto" else 1) if world_size == "auto" else world_size
+    rank = found_rank if rank == "auto" else rank
+    if not 0 <= rank < size:
+        raise UserError(f"got rank={rank} and world_size={size}", f"rank from 0 to {max(0, size - 1)}")
+    return rank, size

@@ -1,0 +1,123 @@
+"""The table of all runs of a sweep, and what a sweeper is told; ``dfq.api`` is a stub that leaves a report."""
+
+import csv
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import dfq
+from dfq.cli import main
+from dfq.errors import UserError
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    stub = types.ModuleType("dfq.api")
+
+    def command(name, config):
+        if config["seed"] == 2:
+            raise UserError("got seed=2", "another")
+        report = {
+            "student": {"metrics": {"top1": 0.9 + config["seed"] / 100}, "size_bytes": 1000},
+            "fidelity": {"agreement": 0.5, "kl": 0.25, "layers": []},
+        }
+        (Path(config["output_dir"]) / "report.json").write_text(json.dumps(report))
+        return report["student"]["metrics"]["top1"]
+
+    stub.command = command
+    monkeypatch.setitem(sys.modules, "dfq.api", stub)
+    monkeypatch.setattr(dfq, "api", stub, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def table():
+    [path] = Path("outputs").glob("*/multirun_*/runs.csv")
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_ends_with_a_table_of_its_runs(api, capsys):
+    assert main(["run", "-m", "seed=0,1", "generator.iterations=5,7"]) == 0
+    rows = table()
+    assert [(row["job"], row["seed"], row["generator.iterations"]) for row in rows] == [
+        ("0", "0", "5"), ("1", "0", "7"), ("2", "1", "5"), ("3", "1", "7"),
+    ]  # fmt: skip
+    assert [row["top1"] for row in rows] == [row["result"] for row in rows] == ["0.9", "0.9", "0.91", "0.91"]
+    assert {row["size_bytes"] for row in rows} == {"1000"} and {row["kl"] for row in rows} == {"0.25"}
+    assert "error" not in rows[0]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 runs, also in" in shown and "runs.csv" in shown
+
+
+def test_a_run_that_fails_is_in_the_table_too(api, capsys):
+    assert main(["run", "-m", "seed=1,2"]) == 2
+    rows = table()
+    assert [row["error"] for row in rows] == ["", "got seed=2; allowed: another"]
+    assert [row["result"] for row in rows] == ["0.91", ""]
+
+
+def test_one_run_has_no_table(api, capsys):
+    assert main(["run", "seed=0"]) == 0
+    assert not [*Path("outputs").rglob("job.json"), *Path("outputs").rglob("runs.csv")]
+    assert "runs" not in capsys.readouterr().out
+
+
+def test_a_folder_of_the_users_own_for_a_sweep(api, capsys):
+    assert main(["run", "-m", "seed=0,1", "name=mine"]) == 0
+    assert len(list(Path("outputs/mine").glob("multirun_*/*/job.json"))) == 2
+
+
+REPORT = {
+    "seed": 3,
+    "environment": {"cores": 2},
+    "student": {"metrics": {"top1": 0.75}, "size_bytes": 1000},
+    "fidelity": {"agreement": 0.5, "kl": 0.25, "layers": []},
+}
+
+
+@pytest.mark.parametrize(
+    "name, figure",
+    [
+        (None, 0.75),
+        ("top1", 0.75),
+        ("agreement", 0.5),
+        ("kl", 0.25),
+        ("student.size_bytes", 1000),
+        ("fidelity.kl", 0.25),
+    ],
+)
+def test_the_figure_that_a_sweeper_is_told(name, figure):
+    from dfq.api import _figure
+
+    assert _figure(REPORT, name) == figure
+    assert _figure({**REPORT, "student": {"metrics": {}}}, None) == 0.5
+
+
+def test_a_figure_that_there_is_not():
+    from dfq.api import _figure
+
+    with pytest.raises(UserError) as error:
+        _figure(REPORT, "top2")
+    assert str(error.value) == (
+        "got optimized_metric=top2; allowed: seed | student.metrics.top1 | student.size_bytes | fidelity.agreement | "
+        "fidelity.kl | agreement | kl | top1; did you mean 'top1'?"
+    )
+
+
+def test_a_sweeper_that_draws_its_values(api, capsys):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    trials = ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize"]
+    words = ["hydra/sweeper=optuna", *trials, "generator.learning_rate=interval(0.1,0.5)"]
+    assert main(["run", "-m", *words, "optimized_metric=kl"]) == 0
+    assert len({row["generator.learning_rate"] for row in table()}) == 3
+
+
+def test_a_sweeper_that_is_not_installed(api, capsys, monkeypatch):
+    monkeypatch.setattr("dfq.commands.plugins", lambda kind: [])
+    assert main(["run", "-m", "hydra/sweeper=optuna"]) == 2
+    assert capsys.readouterr().err == (
+        "dfq: got hydra/sweeper=optuna; allowed: basic; pip install 'dfq[sweep]' for optuna\n"
+    )
