@@ -41,7 +41,8 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "ssd" else pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.slow  # half a minute each; tests/test_detection_pipeline.py exports small ones
+@pytest.mark.parametrize("name", FAMILIES)
 def test_raw_outputs_of_families_keep_their_names(name, tmp_path):
     teacher = family_teacher(name)
     student, images = quantized(teacher, 3)
