@@ -67,10 +67,11 @@ def calibrate(
         batch_size = max(1, min(batch_size, most // images[0].numel()))
     ranges = Ranges(student, weight_quantizer, activation_quantizer)
     enable(student, False)
-    with ranges.watching(), progress_bar("calibrate", len(images), "samples") as advance:
-        for batch in images.split(batch_size) if ranges.seen or ranges.unreached else ():  # weights alone need none
-            student(batch)
-            advance(len(batch))
+    if ranges.seen or ranges.unreached:  # weights alone need no samples
+        with ranges.watching(), progress_bar("calibrate", len(images), "samples") as advance:
+            for batch in images.split(batch_size):
+                student(batch)
+                advance(len(batch))
     ranges.choose()
     return {
         name: ranges.seen[name].num_seen // len(images) if name in ranges.seen else 0
