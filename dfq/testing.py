@@ -50,7 +50,7 @@ GRIDS = [TensorScheme(bits, symmetric) for bits in (2, 4, 8) for symmetric in (T
 # ------------------------------------------------------------------------------------------------ tiny networks
 
 
-class _Attention(nn.Module):
+class TinyTransformer(nn.Module):
     """Patches and a class token, one block of attention, layer norms."""
 
     def __init__(self, width: int = 16, num_heads: int = 2):
@@ -87,7 +87,7 @@ def tiny_teacher(kind: str = "batch norm", seed: int = 0) -> Teacher:
         if kind == "tokens":
             return Teacher(_Language(), "language_modeling", TokenSpec(30, 12), name="tiny")
         if kind == "attention":
-            return Teacher(_Attention(), "classification", SPEC, name="tiny")
+            return Teacher(TinyTransformer(), "classification", SPEC, name="tiny")
         module = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
@@ -210,14 +210,18 @@ def check_quantizer(quantizer: Any, grids: Sequence[TensorScheme] = GRIDS) -> No
         if not scheme.has_float_zero_point:
             inside = (zero_point >= scheme.quant_min) & (zero_point <= scheme.quant_max)
             _that(zero_point.dtype == torch.int32 and inside.all(), f"int32 zero points within the grid {label}")
+        else:
+            _that(zero_point.dtype == torch.float32, f"float32 zero points {label}")
         if scheme.symmetric:
             _that((zero_point == 0).all(), f"zero points of zero {label}")
-        larger, _ = quantizer.qparams(Observation.of_tensor(rows[1:2] * 64, 0), scheme)
+        larger, same = quantizer.qparams(Observation.of_tensor(rows[1:2] * 64, 0), scheme)
         alone, _ = quantizer.qparams(Observation.of_tensor(rows[1:2], 0), scheme)
         _that(torch.allclose(larger, scale[1:2] * 64, rtol=1e-4), f"64 times the values, 64 times the scale {label}")
+        _that(torch.allclose(same.float(), zero_point[1:2].float(), atol=1e-6), f"and the same zero point {label}")
         _that(torch.allclose(alone, scale[1:2]), f"a channel's range does not depend on its neighbours' {label}")
         widest = choose_qparams(rows.amin(1), rows.amax(1), scheme)[0]
-        room = 2.01 if scheme.num_bits == 2 else 1.2  # a symmetric grid of 2 bits has one level on one side
+        # A symmetric grid of 2 bits has one level on one side; other grids reach no further than their last value.
+        room = 1.0001 if scheme.grid != "uniform" else 2.01 if scheme.num_bits == 2 else 1.2
         _that((scale[:3] <= widest[:3] * room).all(), f"no wider than all that was seen {label}")
     histogram = Histogram()
     histogram.add(torch.randn(4000, generator=torch.Generator().manual_seed(0)).relu())

@@ -139,6 +139,14 @@ def cross_validate(x: Tensor, labels: Tensor, num_folds: int) -> None:
     print(f"mean of {num_folds} folds: {np.mean(scores):.4f}")
 
 
+def write(folder: Path, net: nn.Module, images: np.ndarray, labels: np.ndarray, indices: dict[str, np.ndarray]) -> None:
+    """weights.safetensors, and the images of each name in ``indices`` as NAME.npz for ``evaluation=arrays``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, index in indices.items():
+        np.savez_compressed(folder / f"{name}.npz", images=images[index], labels=labels[index])
+    (folder / "weights.safetensors").write_bytes(safetensors.torch.save(net.state_dict()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
@@ -159,10 +167,7 @@ def main() -> None:
     start = time.perf_counter()
     net = train(x, y, SEED)
     print(f"trained for {EPOCHS} epochs in {time.perf_counter() - start:.0f} s; training top-1 {top1(net, x, y):.4f}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, index in indices.items():
-        np.savez_compressed(args.out / f"{name}.npz", images=images[index], labels=labels[index])
-    (args.out / "weights.safetensors").write_bytes(safetensors.torch.save(net.state_dict()))
+    write(args.out, net, images, labels, indices)
     held_out = indices["heldout"]
     score = top1(net, as_batch(images[held_out]), torch.from_numpy(labels[held_out]))
     print(f"held-out top-1 {score:.4f} on {len(held_out)} images")

@@ -12,14 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
-from train_digits import NUM_TRAIN, SEED, as_batch, augment, load_images, split
-
-from dfq.teachers.digits import MEAN, STD
+from train_digits import NUM_TRAIN, SEED, as_batch, augment, load_images, normalize, split, top1, write
 
 SIZE, PATCH = 24, 4  # pixels
 WIDTH, DEPTH, HEADS = 64, 4, 4
@@ -51,10 +48,6 @@ def enlarged(images: np.ndarray) -> np.ndarray:
     return (255 * larger).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def normalize(x: Tensor) -> Tensor:
-    return (x - MEAN[0]) / STD[0]
-
-
 def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> VisionTransformer:
     """A network trained on images [N, 1, 24, 24] in 0..1, in eval mode."""
     torch.manual_seed(seed)  # initial weights
@@ -81,11 +74,6 @@ def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> VisionTransforme
     return net.eval()
 
 
-@torch.no_grad()
-def top1(net: VisionTransformer, x: Tensor, labels: Tensor) -> float:
-    return (net(normalize(x)).argmax(1) == labels).float().mean().item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -104,10 +92,7 @@ def main() -> None:
     print(
         f"trained for {args.epochs} epochs in {time.perf_counter() - start:.0f} s; training top-1 {top1(net, x, y):.4f}"
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, index in indices.items():
-        np.savez_compressed(args.out / f"{name}.npz", images=images[index], labels=labels[index])
-    (args.out / "weights.safetensors").write_bytes(safetensors.torch.save(net.state_dict()))
+    write(args.out, net, images, labels, indices)
     held_out = indices["heldout"]
     score = top1(net, as_batch(images[held_out]), torch.from_numpy(labels[held_out]))
     print(f"held-out top-1 {score:.4f} on {len(held_out)} images")

@@ -6,7 +6,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, Transformer, as_teacher, language, settle
+from conftest import NETS, as_teacher, language, settle
 from PIL import Image
 from tiny_detectors import cell_teacher
 from torch import nn
@@ -14,13 +14,11 @@ from torch import nn
 from dfq.errors import UserError
 from dfq.generators._base import batch_rng
 from dfq.pipeline import evaluate, export, generate, quantize
-from dfq.quantization import choose_qparams
-from dfq.quantizers._observation import Histogram, Observation
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import MISSING, choices, load, resolve, signature, to_config
 from dfq.student import Student
 from dfq.teacher import TokenSpec, hash_tensors
-from dfq.testing import check_generator
+from dfq.testing import TinyTransformer, check_generator, check_quantizer
 
 FAMILIES = ["algorithm", "evaluation", "exporter", "generator", "quantizer", "task"]
 UNIFORM = [TensorScheme(bits, symmetric) for bits in (2, 4, 8) for symmetric in (True, False)]
@@ -91,7 +89,7 @@ def made_for(generator):
         return language()
     if generator.needs_boxes:
         return cell_teacher()
-    return as_teacher(Transformer() if generator.needs_attention else NETS["plain"]())
+    return as_teacher(TinyTransformer() if generator.needs_attention else NETS["plain"]())
 
 
 @every("generator")
@@ -120,7 +118,7 @@ def test_generator_for_a_detector(name, tmp_path):
 @every("generator")
 @pytest.mark.parametrize("kind", ["residual", "mlp", "bare", "transformer"])
 def test_generator_on_other_networks(name, kind):
-    generator, teacher = build("generator", name), as_teacher({**NETS, "transformer": Transformer}[kind]())
+    generator, teacher = build("generator", name), as_teacher({**NETS, "transformer": TinyTransformer}[kind]())
     if generator.kind == "token ids":
         pytest.skip("the networks take images")
     has = {"residual": {"batch norm", "normalization"}, "bare": set(), "transformer": {"normalization", "attention"}}
@@ -142,41 +140,7 @@ def test_generator_on_other_networks(name, kind):
 @every("quantizer")
 @pytest.mark.parametrize("scheme", [*UNIFORM, *OTHER_GRIDS], ids=lambda scheme: f"{scheme.label}-{scheme.symmetric}")
 def test_quantizer(name, scheme):
-    quantizer = build("quantizer", name)
-    rng = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, 300, generator=rng) * torch.tensor([[1e-3], [1.0], [50.0], [0.0]])
-    observation = Observation.of_tensor(rows, 0)
-    before = observation.values.clone()
-    scale, zero_point = quantizer.qparams(observation, scheme)
-    assert torch.equal(observation.values, before)
-    assert scale.shape == zero_point.shape == (4,) and scale.dtype == torch.float32
-    assert zero_point.dtype == (torch.float32 if scheme.has_float_zero_point else torch.int32)
-    assert (scale >= torch.finfo(torch.float32).tiny).all() and torch.isfinite(scale).all()
-    if not scheme.has_float_zero_point:
-        assert (zero_point >= scheme.quant_min).all() and (zero_point <= scheme.quant_max).all()
-    if scheme.symmetric:
-        assert (zero_point == 0).all()
-    # A tensor 64 times as large has a scale 64 times as large.
-    larger, same = quantizer.qparams(Observation.of_tensor(rows[1:2] * 64, 0), scheme)
-    torch.testing.assert_close(larger, scale[1:2] * 64, rtol=1e-5, atol=0)
-    torch.testing.assert_close(same, zero_point[1:2], rtol=1e-5, atol=1e-6)
-    # One channel's range does not depend on its neighbors'.
-    alone, _ = quantizer.qparams(Observation.of_tensor(rows[1:2], 0), scheme)
-    torch.testing.assert_close(alone, scale[1:2])
-    # No wider than everything that was seen.
-    if scheme in OTHER_GRIDS:
-        assert (scale <= choose_qparams(rows.amin(1), rows.amax(1), scheme)[0] * 1.0001).all()
-        return
-    widest = rows.abs().amax(1) * 2 / (scheme.quant_max - scheme.quant_min)
-    assert (scale[:3] <= widest[:3] * (2.01 if scheme.num_bits == 2 else 1.2)).all()
-
-
-@every("quantizer")
-def test_quantizer_after_a_relu_is_unsigned(name):
-    histogram = Histogram()
-    histogram.add(torch.randn(4000, generator=torch.Generator().manual_seed(0)).relu())
-    _, zero_point = build("quantizer", name).qparams(histogram.observation(), TensorScheme(4))
-    assert zero_point.tolist() == [0]
+    check_quantizer(build("quantizer", name), [scheme])
 
 
 # ------------------------------------------------------------------------------------------------ schemes

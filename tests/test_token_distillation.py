@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dfq
+from dfq.attention import AttentionRecord
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators.self_generation import SelfGeneration, teacher_cache
-from dfq.lightning.attention import AttentionRecord
 from dfq.lightning.tokens import (
     TokenDistillationModule,
     chunked_divergence,

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dfq.attention import AttentionRecord
 from dfq.dataset import samples_of
 from dfq.errors import UserError
 from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks, tensors_in
-from dfq.lightning.attention import AttentionRecord, relative_errors
 from dfq.lightning.distillation import LOG_STEPS, DistillationModule
-from dfq.losses.attention import attention_map_loss
+from dfq.losses.attention import attention_map_loss, attention_output_loss
 from dfq.losses.token_divergence import buckets, divergence
 from dfq.losses.token_scaling import token_scales
 from dfq.tasks.language_modeling import NO_LABEL
@@ -66,7 +66,7 @@ class TokenDistillationModule(DistillationModule):
                 maps = [attention_map_loss(*pair) for pair in zip(mine.maps, theirs.maps, strict=True)]
                 others.append(s.attention_map_weight * torch.stack(maps).mean())
             if s.attention_output_weight:
-                others.append(s.attention_output_weight * relative_errors(mine.outputs, theirs.outputs))
+                others.append(s.attention_output_weight * attention_output_loss(mine.outputs, theirs.outputs))
         for other in others:
             loss = loss + other
         step = self.trainer.global_step + 1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_teacher
+from tiny_language import TEXT, random_teacher, transformers
 from torch import nn
 
 import dfq
@@ -16,8 +17,6 @@ from dfq.quantizers.min_max import MinMax
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.student import Student
 
-transformers = pytest.importorskip("transformers")
-TEXT = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
@@ -29,15 +28,7 @@ W3 = Scheme(TensorScheme(3, False, "per_group", 16), FLOAT)
 
 
 def teacher_of(name, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
-        for key, parameter in module.named_parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(4)
-            elif "norm" in key:
-                parameter.data.add_(torch.rand(parameter.shape) - 0.5)
-    return dfq.load_teacher(module, "language_modeling", vocab_size=48, length=12, device="cpu")
+    return random_teacher(CONFIGS[name](), seed)
 
 
 def text(rows=40, seed=1):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_teacher
+from tiny_language import TEXT, kl, tiny_llama, transformers
 from torch import nn
 
 import dfq
@@ -16,8 +17,6 @@ from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student
 
-transformers = pytest.importorskip("transformers")
-TEXT = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 W2 = Scheme(TensorScheme(2, False, "per_group", 16), FLOAT)
 TERNARY = Scheme(TensorScheme(grid="ternary", granularity="per_group", group_size=16), FLOAT)
 SEQ = Scheme(TensorScheme(2, True, "per_channel", grid="seq"), TensorScheme(8, True, "per_token"))
@@ -26,25 +25,12 @@ STATIC = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(4))
 
 @pytest.fixture(scope="module")
 def teacher():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
-        module = transformers.LlamaForCausalLM(config)
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(4)
-    return dfq.load_teacher(module, "language_modeling", vocab_size=48, length=16, device="cpu")
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
 def dataset(teacher, tmp_path_factory):
     return generate(teacher, SelfGeneration(max_repetition=1.0), 64, 0, tmp_path_factory.mktemp("text") / "d")
-
-
-def kl(teacher, student):
-    task, ids = resolve("task", "language_modeling"), teacher.input_spec.example(16, torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        return float(task.distillation_loss(task.raw_outputs(student, ids), task.raw_outputs(teacher, ids)))
 
 
 def run(algorithm, student, teacher, dataset, work_dir):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_language import kl, tiny_llama
 
 import dfq
 from dfq.blocks import find_blocks
@@ -9,36 +10,20 @@ from dfq.generators.self_generation import SelfGeneration
 from dfq.hooks import record_dataflow
 from dfq.pipeline import generate
 from dfq.scheme import FLOAT, Scheme, TensorScheme
-from dfq.settings import resolve
 from dfq.student import Student
 
-transformers = pytest.importorskip("transformers")
-TEXT = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 W2 = Scheme(TensorScheme(3, False, "per_group", 16), FLOAT)
 PER_TOKEN = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"))
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
-        module = transformers.LlamaForCausalLM(config)
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(4)
-    return dfq.load_teacher(module, "language_modeling", vocab_size=48, length=16, device="cpu")
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
 def dataset(teacher, tmp_path_factory):
     return generate(teacher, SelfGeneration(max_repetition=1.0), 64, 0, tmp_path_factory.mktemp("text") / "d")
-
-
-def kl(teacher, student):
-    task, ids = resolve("task", "language_modeling"), teacher.input_spec.example(16, torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        return float(task.distillation_loss(task.raw_outputs(student, ids), task.raw_outputs(teacher, ids)))
 
 
 def test_blocks_cover_all_layers(teacher):

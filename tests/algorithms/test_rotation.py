@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import language
+from tiny_language import random_teacher, transformers
 from torch import nn
 
 import dfq
@@ -12,7 +13,6 @@ from dfq.errors import UserError
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.student import Student
 
-transformers = pytest.importorskip("transformers")
 TEXT = {"vocab_size": 48, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 UNTIED = {**GROUPED, "tie_word_embeddings": False}
@@ -28,15 +28,7 @@ W4A4 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(4, True, "per_t
 
 
 def teacher_of(name, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
-        for key, parameter in module.named_parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(4)
-            elif "norm" in key:
-                parameter.data.add_(torch.rand(parameter.shape) - 0.5)
-    return dfq.load_teacher(module, "language_modeling", vocab_size=48, length=12, device="cpu")
+    return random_teacher(CONFIGS[name](), seed)
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 48, 160])

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 from layer_problems import inputs
-from test_block_ap import W2, dataset, kl, teacher  # noqa: F401  (fixtures)
+from test_block_ap import W2, dataset, teacher  # noqa: F401  (fixtures)
+from tiny_language import kl
 from torch import nn
 from torch.nn import functional as F
 
 import dfq
 from dfq.algorithms._hessian import Moments
-from dfq.algorithms._token_weights import _probabilities, token_weights
+from dfq.algorithms._token_weights import token_weights
 from dfq.blocks import capture, find_blocks
 from dfq.hooks import record_dataflow
+from dfq.sites import attention_probabilities
 from dfq.student import Student
 
 transformers = pytest.importorskip("transformers")
@@ -36,7 +38,7 @@ def test_probabilities_give_the_attention_of_torch(settings):
     key, value = torch.randn(2, 2, 2 if settings.get("enable_gqa") else 4, 7, 8, generator=rng)
     if "attn_mask" in settings and settings["attn_mask"].dtype == torch.bool:
         settings = {"attn_mask": settings["attn_mask"] | torch.eye(7, dtype=torch.bool)}
-    found = _probabilities(query, key, value, **settings)
+    found = attention_probabilities(query, key, **settings)
     values = value.repeat_interleave(2, 1) if settings.get("enable_gqa") else value
     wanted = F.scaled_dot_product_attention(query, key, value, **settings)
     torch.testing.assert_close(found @ values, wanted, rtol=1e-4, atol=1e-5)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dfq.hooks import op_name
@@ -46,12 +44,3 @@ class AttentionRecord(TorchFunctionMode):
             self.outputs.append(result)
             self.open = False
         return result
-
-
-def relative_errors(got: list[Tensor], wanted: list[Tensor]) -> Tensor:
-    """Squared error over squared size, mean over layers."""
-    sizes = [torch.linalg.vector_norm(theirs).square().clamp(min=1e-12) for theirs in wanted]
-    errors = [
-        F.mse_loss(mine, theirs, reduction="sum") / size for mine, theirs, size in zip(got, wanted, sizes, strict=True)
-    ]
-    return torch.stack(errors).mean()
