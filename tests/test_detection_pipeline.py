@@ -244,9 +244,9 @@ OPENED: list[str] = []
 WATCHING = [False]
 
 
-def _watch(event, arguments):
-    if WATCHING[0] and event in ("open", "os.listdir", "os.scandir"):
-        OPENED.append(str(arguments[0]))
+def _watch(event, arguments, watching=WATCHING, opened=OPENED):  # bound: it is called after this module is torn down
+    if watching[0] and event in ("open", "os.listdir", "os.scandir"):
+        opened.append(str(arguments[0]))
 
 
 sys.addaudithook(_watch)  # Python has no way to take one back: it looks away unless it is told to look

@@ -43,6 +43,12 @@ class StepProgress(pl.Callback):
             figure = f", {self.shown[last]} {float(trainer.callback_metrics[last]):.3f}" if self.note else ""
             self.advance(trainer.global_step - self.done, f"early stop{figure}")
 
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()  # Lightning tears nothing down then: the bar would stay over the error's message
+
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self.advance = None
         self.stack.close()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import NETS, NUM_CLASSES, SPEC, as_teacher, settle
 from pytorch_lightning import Callback
+from rich.progress import Progress
 from torch import nn
 
 import dfq
@@ -180,6 +181,19 @@ def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_interrupted(
     state, wanted = resumed.module.state_dict(), whole.module.state_dict()
     assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
     assert not [warning for warning in recwarn if "resum" in str(warning.message)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_bar_is_off_the_terminal_when_training_fails(shared, tmp_path, monkeypatch, error):
+    """Else rich's thread would go on drawing it under whatever comes after, the error's own message first."""
+    teacher, dataset, _ = shared
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(2, error)])
+    bars, start = [], Progress.start
+    monkeypatch.setattr(Progress, "start", lambda self: (bars.append(self), start(self))[1])
+    with pytest.raises(error):
+        run(teacher, dataset, tmp_path / "a")
+    assert "distill" in [bar.tasks[0].description for bar in bars]
+    assert not [bar.tasks[0].description for bar in bars if bar.live.is_started]
 
 
 class Stop(Callback):
