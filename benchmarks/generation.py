@@ -20,8 +20,8 @@ the input, counted, over the peak of a large matrix product measured in the same
 reaches of it. It counts what the teacher needs: a generator that trains a network of its own does more.
 
 ``--mode cost`` measures batches of ``--batch`` or, with ``--batch auto``, as large as ``memory_bytes`` allow: then the
-peak is compared with that bound, which counts tensors, without what kernels take for themselves. ``--mode profile``
-sorts the operations of one step by what they are for; with a profiler on, a step takes longer than without.
+peak is compared with that bound. ``--mode profile`` sorts the operations of one step by what they are for; with a
+profiler on, a step takes longer than without.
 
 Random weights make no good images, but cost what trained ones cost. What images are worth is another question:
 ``benchmarks/accuracy.py``. In ``--mode cost`` generators take ``--iterations`` steps, and those with two stages as many
@@ -410,7 +410,8 @@ def profile(teacher: Teacher, options: argparse.Namespace, clock: Clock) -> None
     """Where the time of one step of a generator goes: the time of each operation itself, by kind."""
     name = (options.generators or "zeroq").split(",")[0]
     one = contender(teacher, name, options.batch, options.samples, options.iterations)
-    one.run(1)
+    with torch_profile(activities=[ProfilerActivity.CPU]):  # the profiler's own first start
+        one.run(1)
     kinds: dict[str, list[float]] = {}
     for steps, sign in ((1, -1.0), (1 + options.steps, 1.0)):  # what comes once a batch falls out
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if teacher.device.type == "cuda" else [])]
@@ -421,6 +422,7 @@ def profile(teacher: Teacher, options: argparse.Namespace, clock: Clock) -> None
             row = kinds.setdefault(kind_of(entry.key), [0.0, 0.0])
             row[0] += sign * spent / 1000 / options.steps
             row[1] += sign * entry.count / options.steps
+    kinds = {kind: [max(0.0, spent), count] for kind, (spent, count) in kinds.items()}  # a difference of two runs
     total = sum(spent for spent, _ in kinds.values())
     peak = max(product(clock)() for _ in range(2))
     print(_heading(teacher, options, peak))

@@ -31,7 +31,7 @@ class Generator:
     """
 
     batch_size: PositiveInt | Literal["auto"] = 128  # samples made together; auto: as many as memory_bytes allow
-    memory_bytes: PositiveInt = 2_000_000_000  # of tensors at once, for batch_size=auto; the network's come on top
+    memory_bytes: PositiveInt = 2_000_000_000  # of memory, for batch_size=auto; what the network takes comes on top
     needs_batch_norm: ClassVar[bool] = False
     needs_norm: ClassVar[bool] = False  # of any kind that has statistics or a weight
     needs_attention: ClassVar[bool] = False  # between patches

@@ -2,11 +2,13 @@
 
 Counted are the bytes of all tensors that are alive at once, in forward, gradient and step alike. That needs no memory
 to try out and is the same from run to run, which what the system says of a process is not. What kernels take for
-themselves while they run (rearranged weights and images) comes on top.
+themselves while they run (rearranged weights and images) and what the allocator holds without being able to use it
+again come on top: TENSORS leaves room for them.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -23,6 +25,8 @@ from dfq.teacher import Teacher
 LARGEST_BATCH = 256  # more at once is not faster, and more is lost when a run is killed
 STEPS = 2  # of the optimization that are counted: in the second one, some of the first is still there
 FEWEST = 2  # samples that are counted
+TENSORS = 0.8  # share of memory_bytes that they may take; a process took up to 1.2 times as much (docs/generation.md)
+STEADY = 0.02  # share by which what a sample takes may still change
 # Settings of the generator that is counted.
 COUNTED = {"iterations": STEPS, "final_iterations": STEPS, "coarse_share": 0.0, "compile": False}
 
@@ -30,22 +34,26 @@ COUNTED = {"iterations": STEPS, "final_iterations": STEPS, "coarse_share": 0.0, 
 def fitting_batch_size(generator: Generator, teacher: Teacher) -> int:
     """The largest batch of ``generator`` that takes ``memory_bytes`` at most, up to 256; a multiple of 8 from there on.
 
-    The same for the same generator and network. Counted at 2, 4, 8, ... samples, until what is left to conclude is less
-    than twice of what was counted: where a generator has a network of its own, that may take the most in small batches.
+    The same for the same generator and network. Counted at 2, 4, 8, ... samples, until most of it grows with their
+    number, twice alike, or what is left to conclude is less than twice of what was counted: in small batches, what a
+    network and its gradient take may be the most. No more than that, because memory that the counting gives back, in
+    other pieces than the batches need, stays with the process.
     """
     teacher.dataflow  # noqa: B018  # what is done once a network is no part of a batch
-    count, few = FEWEST, batch_bytes(generator, teacher, FEWEST)
+    allowed = TENSORS * generator.memory_bytes
+    count, few, before = FEWEST, batch_bytes(generator, teacher, FEWEST), 0.0
     while True:
         more = batch_bytes(generator, teacher, 2 * count)
         each = max(1.0, (more - few) / count)
-        found = int(count + (generator.memory_bytes - few) // each)
-        if 4 * count >= min(found, LARGEST_BATCH):
+        found = int(count + (allowed - few) // each)
+        steady = abs(each - before) < STEADY * each and 2 * count * each > more / 2
+        if steady or 4 * count >= min(found, LARGEST_BATCH):
             break
-        count, few = 2 * count, more
+        count, few, before = 2 * count, more, each
     if found < 1:
         raise UserError(
             f"got generator.memory_bytes={generator.memory_bytes} for batches of {teacher.name}",
-            f"{int(few - (count - 1) * each) + 1} or more: what a batch of one takes",
+            f"{math.ceil((few - (count - 1) * each) / TENSORS)} or more: what a batch of one takes",
         )
     return min(LARGEST_BATCH, found if found < 8 else found // 8 * 8)
 

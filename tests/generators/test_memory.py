@@ -7,7 +7,7 @@ import torch
 
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
-from dfq.generators._memory import LARGEST_BATCH, batch_bytes, fitting_batch_size, peak_bytes
+from dfq.generators._memory import LARGEST_BATCH, TENSORS, batch_bytes, fitting_batch_size, peak_bytes
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.genie import Genie
 from dfq.generators.zeroq import ZeroQ
@@ -49,7 +49,7 @@ def test_the_largest_batch_within_the_bound(generator, make_teacher):
     """What is chosen fits, and 8 more would not (up to one in fifty: not everything grows with the batch)."""
     teacher = make_teacher("plain")
     bound = batch_bytes(generator, teacher, 50)
-    found = fitting_batch_size(replace(generator, batch_size="auto", memory_bytes=bound), teacher)
+    found = fitting_batch_size(replace(generator, batch_size="auto", memory_bytes=round(bound / TENSORS)), teacher)
     assert found == 48
     assert batch_bytes(generator, teacher, found) <= bound < 1.02 * batch_bytes(generator, teacher, found + 8)
 
@@ -58,7 +58,7 @@ def test_steps_do_not_count_and_small_batches_are_taken_as_they_are(make_teacher
     teacher = make_teacher("plain")
     few, many = (batch_bytes(ZeroQ(iterations=n), teacher, 4) for n in (5, 500))
     assert few == many
-    auto = ZeroQ(batch_size="auto", memory_bytes=batch_bytes(ZeroQ(), teacher, 5))
+    auto = ZeroQ(batch_size="auto", memory_bytes=round(batch_bytes(ZeroQ(), teacher, 5) / TENSORS) + 1)
     assert fitting_batch_size(auto, teacher) == 5
     assert fitting_batch_size(replace(auto, memory_bytes=10**12), teacher) == LARGEST_BATCH
     assert fitting_batch_size(Gaussian(batch_size="auto"), teacher) == LARGEST_BATCH
@@ -78,7 +78,7 @@ def test_a_dataset_records_the_size_and_keeps_it(make_teacher, tmp_path):
     """Same bits as with the size written out; a resumed run takes what is recorded, whatever would fit now."""
     teacher = make_teacher("plain")
     zeroq = ZeroQ(iterations=2)
-    auto = replace(zeroq, batch_size="auto", memory_bytes=batch_bytes(zeroq, teacher, 9))
+    auto = replace(zeroq, batch_size="auto", memory_bytes=round(batch_bytes(zeroq, teacher, 9) / TENSORS) + 1)
     part = generate(teacher, auto, 16, 0, tmp_path / "auto")
     assert part.manifest["settings"]["batch_size"] == 8
     assert "memory_bytes" not in part.manifest["settings"]["generator"]
