@@ -13,7 +13,7 @@ A method is a class that can be made without arguments: one derived from dfq's G
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import math
 import pkgutil
@@ -243,16 +243,23 @@ def check_loss(loss: Callable[[Any, Any], Tensor]) -> None:
     _that(torch.equal(loss(output, target), value.detach()), "the same value for the same outputs")
 
 
-def check_algorithm(algorithm: Any) -> None:
-    """The same bits twice, saved and loaded without a difference, close to a teacher that stays as it was."""
+def check_algorithm(algorithm: Any, teacher: Teacher | None = None, quantizer: Any = None) -> None:
+    """The same bits twice, saved and loaded without a difference, close to a teacher that stays as it was.
+
+    Args:
+        teacher: a tiny network; None: one of :func:`tiny_teacher`.
+        quantizer: of weights and activations; None: min_max.
+    """
     _that(isinstance(algorithm, Algorithm), "an algorithm derives from dfq.algorithms._base.Algorithm")
     check_settings(algorithm)
-    teacher = tiny_teacher("tokens" if getattr(algorithm, "kind", "images") == "token ids" else "batch norm")
+    if teacher is None:
+        teacher = tiny_teacher("tokens" if getattr(algorithm, "kind", "images") == "token ids" else "batch norm")
+    quantizer = MinMax() if quantizer is None else quantizer
     with _work() as folder:
         dataset = _tiny_dataset(teacher, folder)
         weights = hash_tensors(teacher.module.state_dict())
         made = [
-            pipeline.quantize(teacher, dataset, SCHEME, algorithm, MinMax(), MinMax(), 0, folder / str(i))
+            pipeline.quantize(teacher, dataset, SCHEME, algorithm, quantizer, quantizer, 0, folder / str(i))
             for i in range(2)
         ]
         (student, path), (again, _) = made
@@ -265,16 +272,26 @@ def check_algorithm(algorithm: Any) -> None:
         error = float((outputs - wanted).square().sum() / wanted.square().sum())
         _that(error < 0.1, f"4-bit weights stay near a tiny network's outputs (relative squared error {error:.3f})")
         _that(hash_tensors(teacher.module.state_dict()) == weights, "the teacher stays as it is")
+        _that(not teacher.module.training, "the teacher stays in evaluation mode")
         _that(not any(p.requires_grad for p in student.module.parameters()), "a student that is not trained any more")
+        files = sorted(file.name for file in path.iterdir())
+        _that(files == ["student.json", "student.safetensors"], f"no file beside the student's, got {files}")
+        for layer in student.layers.values():
+            for part in (layer.input_quantizer, layer.weight_quantizer):
+                _that(part.enabled and (part.scale > 0).all(), "quantizers that are on, with scales above zero")
 
 
-def check_exporter(exporter: Any) -> None:
-    """A file and a description of it; the student stays as it is."""
+def check_exporter(exporter: Any, teacher: Teacher | None = None) -> None:
+    """A file and a description of it; the student stays as it is; ONNX files compute what it does.
+
+    Args:
+        teacher: a tiny network; None: one of :func:`tiny_teacher`.
+    """
     check_settings(exporter)
     _that(isinstance(exporter.suffix, str) and exporter.suffix.startswith("."), "a suffix such as .onnx")
     if getattr(exporter, "kind", "images") == "token ids":
         raise Skipped("it is for networks of transformers, of which there is no tiny one here")
-    teacher = tiny_teacher()
+    teacher = tiny_teacher() if teacher is None else teacher
     with _work() as folder:
         dataset = _tiny_dataset(teacher, folder)
         student = Student.from_teacher(teacher, SCHEME)
@@ -286,6 +303,22 @@ def check_exporter(exporter: Any) -> None:
         _that(not missing, f"a description with {', '.join(sorted(missing))}")
         _that(found["path"] == str(path), "a description with the file's path")
         _that(hash_tensors(student.module.state_dict()) == state, "the student stays as it is")
+        if exporter.suffix == ".onnx" and importlib.util.find_spec("onnxruntime") is not None:
+            _check_in_runtime(path, student, dataset.samples(16))
+
+
+def _check_in_runtime(path: Path, student: Student, x: Tensor) -> None:
+    """An ONNX file's first output is the student's, for batches of any size."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (x, x[:1]):
+        outputs = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0])
+        with torch.no_grad():
+            wanted = student(batch)
+        # A value beside a midpoint may round to the other code in the runtime: close, not equal.
+        error = float((outputs - wanted).abs().mean() / wanted.abs().mean())
+        _that(error < 0.02, f"the student's outputs in onnxruntime for {len(batch)} samples (off by {error:.3f})")
 
 
 def _calibrated(student: Student, dataset: SyntheticDataset) -> None:
@@ -316,7 +349,7 @@ class _work:
 
 # ------------------------------------------------------------------------------------------------ finding and running
 
-CHECKS: dict[str, Callable[[Any], None]] = {
+CHECKS: dict[str, Callable[..., None]] = {
     "generator": check_generator,
     "quantizer": check_quantizer,
     "loss": check_loss,

@@ -74,25 +74,6 @@ def bare() -> nn.Module:
     )
 
 
-class Transformer(nn.Module):
-    """Patches of 2x2 pixels and a class token, one block of attention, layer norms."""
-
-    def __init__(self, width: int = 16, num_heads: int = 2):
-        super().__init__()
-        self.patches, self.num_heads = nn.Conv2d(3, width, 2, stride=2), num_heads
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj, self.head = (nn.Linear(width, n) for n in (3 * width, width, NUM_CLASSES))
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).mT
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return self.head(self.norm2(x)[:, 0])
-
-
 NETS = {"plain": plain, "residual": residual, "mlp": mlp, "bare": bare}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NETS, SPEC, Transformer, as_teacher
+from conftest import NETS, SPEC, as_teacher
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +25,7 @@ from dfq.generators.spectrum import Spectrum
 from dfq.generators.zeroq import ZeroQ
 from dfq.hooks import tensors_in
 from dfq.teacher import Teacher
+from dfq.testing import TinyTransformer
 
 PARTS = ZeroQ(iterations=4, statistics="dataset", step_size=5)
 
@@ -41,7 +42,7 @@ def sample(generator, teacher, num_samples=12, amounts=None):
 def transformer():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Teacher(Transformer(), "classification", SPEC)
+        return Teacher(TinyTransformer(), "classification", SPEC)
 
 
 # ------------------------------------------------------------------------------------------------ statistics of a set

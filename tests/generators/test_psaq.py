@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SPEC, Transformer, as_teacher
+from conftest import SPEC, as_teacher
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import SwinTransformer, VisionTransformer
@@ -18,6 +18,7 @@ from dfq.generators.psaq import PSAQ
 from dfq.losses.patch_similarity import gaussian_entropy, kernel_entropy, patch_similarities
 from dfq.settings import resolve
 from dfq.teacher import InputSpec, Teacher
+from dfq.testing import TinyTransformer
 
 QUICK = PSAQ(iterations=4, shift=1)
 STILL = replace(QUICK, flip=False, shift=0)
@@ -223,7 +224,7 @@ def test_networks_without_attention(kind, make_teacher):
 
 
 def test_a_softmax_alone_is_no_attention():
-    assert not has_attention(as_teacher(Gate())) and has_attention(as_teacher(Transformer()))
+    assert not has_attention(as_teacher(Gate())) and has_attention(as_teacher(TinyTransformer()))
 
 
 # ------------------------------------------------------------------------------------------------ what it makes
@@ -231,7 +232,7 @@ def test_a_softmax_alone_is_no_attention():
 
 @pytest.mark.parametrize("generator", [QUICK, replace(QUICK, prior="task_independent", entropy="kernel")])
 def test_same_bits_whatever_was_drawn_before(generator):
-    teacher = as_teacher(Transformer())
+    teacher = as_teacher(TinyTransformer())
     torch.manual_seed(0)
     first = sample(generator, teacher)
     torch.manual_seed(1)
@@ -241,7 +242,7 @@ def test_same_bits_whatever_was_drawn_before(generator):
 
 
 def test_pixels_stay_between_black_and_white():
-    teacher = as_teacher(Transformer())
+    teacher = as_teacher(TinyTransformer())
     mean, std = torch.tensor(SPEC.mean).view(3, 1, 1), torch.tensor(SPEC.std).view(3, 1, 1)
     inside = []
     for clip in (True, False):
@@ -251,7 +252,7 @@ def test_pixels_stay_between_black_and_white():
 
 
 def test_class_targets_are_reached():
-    teacher, losses = as_teacher(Transformer()), []
+    teacher, losses = as_teacher(TinyTransformer()), []
     rng = batch_rng(0, 0)
     torch.randn(20, 3, 8, 8, generator=rng)
     targets = resolve("task", "classification").synthesis_targets(20, 10, rng, 0.0)  # the numbers that sample draws
@@ -267,7 +268,7 @@ def test_without_classes_outputs_need_not_be_logits():
     class Maps(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = Transformer()
+            self.net = TinyTransformer()
 
         def forward(self, x):
             return [{"boxes": self.net(x)}]
@@ -282,7 +283,7 @@ def test_without_classes_outputs_need_not_be_logits():
 
 
 def test_variation_weight_makes_images_smooth():
-    teacher = as_teacher(Transformer())
+    teacher = as_teacher(TinyTransformer())
     rough, smooth = (
         float(sample(replace(QUICK, iterations=20, variation_weight=weight), teacher).diff(dim=-1).abs().mean())
         for weight in (0.0, 20.0)
@@ -301,5 +302,5 @@ def test_a_network_that_does_not_take_its_input():
 
 def test_a_shift_that_no_reflection_can_fill():
     with pytest.raises(UserError) as error:
-        sample(PSAQ(shift=8), as_teacher(Transformer()))
+        sample(PSAQ(shift=8), as_teacher(TinyTransformer()))
     assert str(error.value) == "got generator.shift=8 and images of 8x8 pixels; allowed: a whole number from 0 to 7"
