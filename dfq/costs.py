@@ -140,9 +140,9 @@ def forward_seconds(teacher: Teacher) -> float:
     return took / (count / 2)
 
 
-def _count(seconds_each: float, least: int, most: int) -> int:
+def _count(seconds_each: float, least: int, most: int, trial_s: float = TRIAL_S) -> int:
     """As many as fit into a trial."""
-    return max(least, min(most, int(TRIAL_S / max(seconds_each, 1e-9))))
+    return max(least, min(most, int(trial_s / max(seconds_each, 1e-9))))
 
 
 def _has(method: Any, names: tuple[str, ...]) -> list[str]:
@@ -303,9 +303,8 @@ def _of_algorithm(
         full = min(getattr(algorithm, name), round(0.9 * num_samples))
         most = min(full, kept)
         settings[name] = (max(1, min(batch, most)), most, full)
-    if checks := getattr(algorithm, "checks", 0):  # looks, each at all held-out samples; there is one before the first
-        share = num_samples / len(dataset)
-        settings["checks"] = (1, 3, (checks + 1) * share - 1)
+    if checks := getattr(algorithm, "checks", 0):
+        settings["checks"] = (1, 4, checks)
 
     def run(counted: bool, **values: float) -> Cost:
         nonlocal last
@@ -334,9 +333,12 @@ def _of_algorithm(
 
     small, larger, full_values = ({name: values[i] for name, values in settings.items()} for i in range(3))
     if "checks" in small:
-        small["max_steps"] = max(small["max_steps"], 3)
+        small["max_steps"] = max(small["max_steps"], 4)
     first = run(False, **small)  # imports, and prepares kernels: the run pays for that too
     again = run(False, **small)
+    for name in STEPS:  # enough to be told from what a trial takes anyway, which is not the same every time
+        if name in settings:
+            larger[name] = small[name] + _count(FORWARDS * each * batch, 2, 30, max(TRIAL_S, again.cpu_seconds))
     time_ = extrapolated(
         lambda **values: run(False, **values),
         small,
@@ -347,6 +349,8 @@ def _of_algorithm(
         },
         again,
     )
+    if checks:  # the trials' looks were at fewer held-out samples; there is one before the first step
+        time_ = time_ + _of_more_held_out(teacher, last, dataset, num_samples).times(checks + 1)
     once = difference(first, again)
     sizes: dict[str, tuple[int, int, float]] = {k: v for k, v in settings.items() if k in SAMPLES}
     if trains:
@@ -359,6 +363,19 @@ def _of_algorithm(
     total = time_ + once
     total = replace(total, seconds=min(total.seconds, limit), cpu_seconds=min(total.cpu_seconds, limit))
     return replace(total, memory_bytes=bytes_.memory_bytes + stored, disk_bytes=again.disk_bytes), last
+
+
+@torch.no_grad()
+def _of_more_held_out(teacher: Teacher, student: Student, dataset: SyntheticDataset, num_samples: int) -> Cost:
+    """What a look takes longer at the held-out samples of ``num_samples`` than at those of ``dataset``."""
+    held_out = dataset.samples(dataset.split()[1]).to(teacher.device)
+
+    def look() -> None:
+        teacher(held_out)
+        student(held_out)
+
+    look()
+    return timed(look, teacher.device).times(max(0.0, num_samples / len(dataset) - 1))
 
 
 # ------------------------------------------------------------------------------------------------ counting
