@@ -1,8 +1,9 @@
 """Generation in two processes of one thread against one process of one thread: the same dataset, how much sooner.
 
     python benchmarks/scaling.py [--processes 2] [--rounds 3] [generator=zeroq num_samples=512 ...]
+    python benchmarks/scaling.py teacher=timm teacher.name=resnet18 teacher.pretrained=false teacher.input_size=[3,64,64]
 
-Anything with an equals sign sets the generator. Efficiency is seconds of one over processes x seconds of several, from
+Anything with an equals sign sets the teacher (digits) or the generator. Efficiency is seconds of one over processes x seconds of several, from
 the first batch to the last: starting Python is the same for all. Rounds alternate, so that a busy machine slows both;
 the best of each counts, and processor seconds are beside them, which depend less on who else is at work. The datasets
 are compared by sha256.
@@ -23,14 +24,18 @@ ONE = """
 import json, sys, time
 from pathlib import Path
 import dfq, torch
+torch.manual_seed(0)  # of weights that are not loaded
 torch.set_num_threads(1)
 from dfq.pipeline import generate
 from dfq.settings import build, load
 words = dict(word.split("=", 1) for word in sys.argv[4:])
-config = load("generator", words.pop("generator", "zeroq"))
+name, config = words.pop("teacher", "digits"), load("generator", words.pop("generator", "zeroq"))
 num_samples = int(words.pop("num_samples", 512))
-config.update({key.removeprefix("generator."): json.loads(value) for key, value in words.items()})
-teacher, generator = dfq.load_teacher("digits", device="cpu"), build(config, "generator")
+words = {key: value if value[:1].isalpha() and value not in ("true", "false") else json.loads(value)
+         for key, value in words.items()}
+config.update({key.removeprefix("generator."): value for key, value in words.items() if key.startswith("generator.")})
+options = {key.removeprefix("teacher."): value for key, value in words.items() if key.startswith("teacher.")}
+teacher, generator = dfq.load_teacher(name, device="cpu", **options), build(config, "generator")
 folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 (folder.parent / f"ready_{rank}").touch()
 while not (folder.parent / "go").exists():  # all begin together, imports behind them
