@@ -1,12 +1,12 @@
 """Generation in two processes of one thread against one process of one thread: the same dataset, how much sooner.
 
     python benchmarks/scaling.py [--processes 2] [--rounds 3] [generator=zeroq num_samples=512 ...]
-    python benchmarks/scaling.py teacher=timm teacher.name=resnet18 teacher.pretrained=false teacher.input_size=[3,64,64]
+    ... teacher=timm teacher.name=resnet18 teacher.pretrained=false teacher.input_size=[3,64,64]
 
-Anything with an equals sign sets the teacher (digits) or the generator. Efficiency is seconds of one over processes x seconds of several, from
-the first batch to the last: starting Python is the same for all. Rounds alternate, so that a busy machine slows both;
-the best of each counts, and processor seconds are beside them, which depend less on who else is at work. The datasets
-are compared by sha256.
+Anything with an equals sign sets the teacher (digits) or the generator. Efficiency is seconds of one over processes x
+seconds of several, from the first batch to the last: starting Python is the same for all. Rounds alternate, so that a
+busy machine slows both; the best of each counts, and processor seconds are beside them, which depend less on who else
+is at work. The datasets are compared by sha256.
 """
 
 from __future__ import annotations

@@ -411,6 +411,20 @@ class SyntheticDataset(torch.utils.data.Dataset):
         taken = set(held_out) if len(self) > 1 else set()
         return [i for i in range(len(self)) if i not in taken], held_out
 
+    def stored_quality(self) -> dict[str, Any] | None:
+        """Figures and verdict that :mod:`dfq.quality` has stored, if they are of the content that is there now."""
+        try:
+            stored = json.loads((self.path / QUALITY).read_text())
+        except (OSError, ValueError):
+            return None
+        known = isinstance(stored, Mapping) and stored.get("format") == "dfq.quality"
+        return dict(stored) if known and stored.get("dataset_sha256") == self.sha256 else None
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether it was found to be such that what a student does on it says little about real samples."""
+        return (self.stored_quality() or {}).get("verdict") == "poor"
+
     def verify(self) -> None:
         """Check every shard against its checksum; a UserError names the first broken or missing one."""
         indices = {*self._indices(".json"), *self._indices(".safetensors")}

@@ -14,7 +14,8 @@ interval holds nine in ten students of a network that A and B were not fitted to
 because a handful of test images is won or lost by chance.
 
 It is a rule of thumb from three networks, and says so by the width of its interval. Where the generator fails (a
-student from Gaussian noise) the samples say little about real images, and so does the estimate.
+student from Gaussian noise) the samples say little about real images, and so would the estimate: none is given for a
+dataset that :mod:`dfq.quality` calls poor.
 """
 
 from __future__ import annotations

@@ -231,6 +231,8 @@ def evaluate(
         found["student"] = _measure(student, student.sha256, task, evaluation, teacher, "student")
         if dataset is not None:
             found["fidelity"] = evaluations.fidelity(teacher, student, task, held_out_images(dataset))
+            if dataset.is_poor:
+                found["fidelity"]["estimated_drop"] = None
     return found
 
 

@@ -17,9 +17,7 @@ Language models take token ids: of these measures they have duplicates and the l
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from statistics import fmean, median
 from typing import Any
@@ -333,10 +331,5 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
 
 def read(dataset: SyntheticDataset) -> dict[str, Any] | None:
     """What :func:`assess` has stored, if it is whole and of the content that is there now."""
-    try:
-        stored = json.loads((dataset.path / QUALITY).read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(stored, Mapping) or not {*KEYS} <= stored.keys() or stored["format"] != "dfq.quality":
-        return None
-    return dict(stored) if stored["dataset_sha256"] == dataset.sha256 else None
+    stored = dataset.stored_quality()
+    return stored if stored is not None and {*KEYS} <= stored.keys() else None

@@ -45,11 +45,15 @@ def white_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
 
 def diverse_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     """Pink noise [N, C, H, W] with a brightness, a tint and a contrast of each image's own, of variance 1 or so."""
-    num_samples, channels = shape[:2]
-    brightness = BRIGHTNESS * torch.randn(num_samples, 1, 1, 1, generator=rng)
-    tint = TINT * torch.randn(num_samples, channels, 1, 1, generator=rng)
-    contrast = LEAST_CONTRAST + CONTRASTS * torch.rand(num_samples, 1, 1, 1, generator=rng)
+    brightness, tint, contrast = (x[..., None, None] for x in drawn_looks(shape[0], shape[1], rng))
     return contrast * pink_noise(shape, rng) + brightness + tint
+
+
+def drawn_looks(num_samples: int, num_channels: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Brightness [N, 1], tint [N, C] (to be added) and contrast [N, 1], as they differ between photographs."""
+    brightness = BRIGHTNESS * torch.randn(num_samples, 1, generator=rng)
+    tint = TINT * torch.randn(num_samples, num_channels, generator=rng)
+    return brightness, tint, LEAST_CONTRAST + CONTRASTS * torch.rand(num_samples, 1, generator=rng)
 
 
 def total_variation(images: Tensor) -> Tensor:

@@ -306,7 +306,15 @@ def picture_statistics(spec: InputSpec) -> tuple[Tensor, Tensor]:
     return (PICTURES[0] - offset) / unit, PICTURES[1] / unit
 
 
-def picture_distance(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """How far each image's own mean and deviation a channel are from those of pictures, mean over both; scalar."""
+def picture_distance(images: Tensor, mean: Tensor, std: Tensor, looks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """How far each image's own mean and deviation a channel are from those of pictures, mean over both; scalar.
+
+    Args:
+        looks: what sets each image apart from the average of pictures: an offset [N, C] in units of ``std``, and a
+            contrast [N, 1], the factor on its deviation.
+    """
     variance, means = torch.var_mean(images, dim=(2, 3), correction=0)
+    if looks is not None:
+        offset, contrast = looks
+        means, variance = means - offset * std, variance / contrast.square()
     return batch_norm_distance(means, variance, mean, std.square()).mean()

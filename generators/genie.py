@@ -10,14 +10,15 @@ image's channels to those of normalized pictures. Swing convolution: while image
 convolution of the teacher is moved by a random -1, 0 or 1 pixels along each axis, the gap filled by reflection, so that
 a stride gives every pixel a gradient and leaves no checkerboard.
 
-Differences from the paper: bn_loss is normalized by the running deviation per channel and averaged over layers
-(:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`), picture_loss by the pictures' deviation, averaged over
-channels and counted like one more layer; the latents' step follows a cosine (the paper's shrinks on a plateau, which
-needs the loss on the host); 300 iterations, the recipe has 4000 (``iterations=4000``); convolutions that read maps of
-one size can share their move (``swing: shared``), so that a block's branch and its shortcut see the same image; above
-64 pixels the network is convolutional throughout, from a map of as many latents for each 32x32 pixels, because the
-paper's first layer grows with the image (103 million weights at 224 pixels); any size; pixels can be kept legal, in
-every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR 2025).
+Differences from the paper: an image's own looks; bn_loss is normalized by the running deviation per channel and
+averaged over layers (:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`), picture_loss by the pictures'
+deviation, averaged over channels and counted like one more layer; the latents' step follows a cosine (the paper's
+shrinks on a plateau, which needs the loss on the host); 300 iterations, the recipe has 4000 (``iterations=4000``);
+convolutions that read maps of one size can share their move (``swing: shared``), so that a block's branch and its
+shortcut see the same image; above 64 pixels the network is convolutional throughout, from a map of as many latents for
+each 32x32 pixels, because the paper's first layer grows with the image (103 million weights at 224 pixels); any size;
+pixels can be kept legal, in every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR
+2025).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dfq.generators._base import Generator
-from dfq.generators._filters import shift_reflecting
+from dfq.generators._filters import drawn_looks, shift_reflecting
 from dfq.generators._needs import check_needs
 from dfq.generators._network import GeneratorNetwork
 from dfq.generators._optimization import cosine, finish, optimize, picture_distance, picture_statistics
@@ -54,6 +55,7 @@ class Genie(Generator):
     num_latents: PositiveInt = 256  # numbers that an image is made from; above 64 pixels: each 32x32 pixels of it
     num_channels: Annotated[int, Bound(at_least=4)] = 128  # of the GeneratorNetwork's widest layers
     image_weight: NonNegativeFloat = 1.0  # weight of each image's own mean and deviation; 1: that of a batch norm
+    looks: Literal["diverse", "alike"] = "diverse"  # these are an image's own, or the same for all
     swing: Literal["independent", "shared", "none"] = "independent"  # moves drawn a layer, a map size, or not at all
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
@@ -66,6 +68,10 @@ class Genie(Generator):
         network = GeneratorNetwork(spec.size, self.num_latents, self.num_channels, rng).to(teacher.device)
         latents = torch.randn(num_samples, *network.latent_shape, generator=rng).to(teacher.device).requires_grad_()
         mean, std = (values.to(teacher.device) for values in picture_statistics(spec))
+        looks = None
+        if self.looks == "diverse":
+            brightness, tint, contrast = drawn_looks(num_samples, spec.size[0], rng)
+            looks = (brightness + tint).to(teacher.device), contrast.to(teacher.device)
         limits = spec.limits(teacher.device)
         share = self.image_weight / len(teacher.batch_norms)
 
@@ -75,7 +81,7 @@ class Genie(Generator):
             return images.clamp(*limits) if self.clip else images
 
         def picture_loss(images: Tensor, _outputs: object) -> Tensor:
-            return share * picture_distance(images, mean, std)
+            return share * picture_distance(images, mean, std, looks)
 
         of_latents = torch.optim.Adam([latents], lr=self.latent_learning_rate)
         of_network = torch.optim.Adam(network.parameters(), lr=self.network_learning_rate)

@@ -8,8 +8,11 @@ import torch
 
 from dfq import drop
 from dfq import report as reports
+from dfq.algorithms.auto import _Judge
 from dfq.drop import estimate_drop
 from dfq.evaluation import fidelity
+from dfq.pipeline import evaluate, generate
+from dfq.quality import read
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student
@@ -62,6 +65,29 @@ def test_fidelity_has_it_for_classifiers(make_teacher, make_dataset):
         assert found["estimated_drop"]["disagreement"] == pytest.approx((20 * (1 - found["agreement"]) + 0.5) / 21)
         drops.append(found["estimated_drop"]["drop"])
     assert drops[0] < drops[1]
+
+
+def test_none_is_given_for_poor_samples(tmp_path):
+    """Noise that all looks alike to a network is all answered alike by a student: that would be told as no loss."""
+    teacher, words = resolve("teacher", "digits"), {}
+    for name in ("gaussian", "zeroq"):
+        dataset = generate(teacher, resolve("generator", name), 64, 0, tmp_path / name)
+        words[name] = read(dataset)["verdict"]
+        student = Student.from_teacher(teacher, Scheme(TensorScheme(8, True, "per_channel"), TensorScheme(8)))
+        quantizer = resolve("quantizer", "min_max")
+        resolve("algorithm", "round_to_nearest").quantize(student, teacher, dataset, quantizer, quantizer, 0, None)
+        found = evaluate(teacher, student.freeze(), resolve("evaluation", "none"), dataset)["fidelity"]
+        assert (found["estimated_drop"] is None) == (words[name] == "poor") and found["agreement"] > 0.8
+        figures = _Judge(teacher, dataset)(student)
+        assert (figures.drop is None) == (words[name] == "poor")
+    assert words["gaussian"] == "poor" != words["zeroq"]
+
+
+def test_report_says_why_there_is_none():
+    quality = {"verdict": "poor", "reasons": ["all equally bright"]}
+    details = dict.fromkeys(reports.OPTIONAL) | make_details() | {"estimated_drop": None, "quality": quality}
+    lines = dict(reports._closing_lines(make_report(), details, None))
+    assert lines["estimate"] == "none: what a student does on poor samples says little about real ones"
 
 
 def test_report_shows_it_and_the_truth():

@@ -118,6 +118,7 @@ class _Judge:
         batch = collate([dataset[i] for i in dataset.split()[1]], dataset.lists)
         self.images, stored = samples_of(batch), from_store(batch)
         self.target = self._outputs(teacher) if stored is None else moved(stored, "cpu")
+        self.estimate = None if dataset.is_poor else getattr(self.task, "estimate_drop", None)
         self.seconds = 0.0
 
     @torch.no_grad()
@@ -127,11 +128,10 @@ class _Judge:
         output = self._outputs(frozen, batch_size)
         kl = float(self.task.distillation_loss(output, self.target))
         self.seconds = time.perf_counter() - start
-        estimate = getattr(self.task, "estimate_drop", None)
         return _Figures(
             kl if kl == kl else float("inf"),
             float(self.task.agreement(output, self.target)),
-            None if estimate is None else estimate(output, self.target).drop,
+            None if self.estimate is None else self.estimate(output, self.target).drop,
         )
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 
 from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
+from dfq.generators._filters import drawn_looks
 from dfq.generators._network import GeneratorNetwork
 from dfq.generators._optimization import picture_statistics
 from dfq.generators.gaussian import Gaussian
@@ -151,10 +152,26 @@ def test_pictures_of_a_network_that_only_sets_the_range(mean, std, make_teacher)
 
 def test_image_weight_makes_images_equally_bright(make_teacher):
     teacher = make_teacher("plain")
-    spread = [
-        float(sample(replace(QUICK, image_weight=weight), teacher).mean((2, 3)).std(0).mean()) for weight in (0.0, 50.0)
-    ]
+    alike = [replace(QUICK, looks="alike", image_weight=weight) for weight in (0.0, 50.0)]
+    spread = [float(sample(genie, teacher).mean((2, 3)).std(0).mean()) for genie in alike]
     assert spread[1] < spread[0] / 2
+
+
+def test_images_get_the_looks_that_were_drawn_for_them(make_teacher):
+    """Brightness and tint of each, and contrast; 32 images, so a tenth of a correlation is chance twice over."""
+    genie, teacher = replace(SMALL, image_weight=50.0), make_teacher("plain")
+    images, numbers = sample(genie, teacher), batch_rng(0, 0)
+    network = GeneratorNetwork(SPEC.size, 256, 8, numbers)
+    torch.randn(32, *network.latent_shape, generator=numbers)
+    brightness, tint, contrast = drawn_looks(32, 3, numbers)
+
+    def correlation(a, b):
+        return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+    assert correlation(images.mean((2, 3)), brightness + tint) > 0.8
+    assert correlation(images.std((2, 3)), contrast.expand(-1, 3)) > 0.5
+    alike = sample(replace(genie, looks="alike"), teacher)
+    assert correlation(alike.mean((2, 3)), brightness + tint) < 0.4
 
 
 # ------------------------------------------------------------------------------------------------ swing
