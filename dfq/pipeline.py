@@ -38,7 +38,7 @@ from dfq.ranks import from_environment
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
-from dfq.tasks._outputs import joined, moved, to_store
+from dfq.tasks._outputs import moved, to_store
 from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
@@ -489,11 +489,10 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
     }
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
     dataset = SyntheticDataset.create(path, settings, {"pixels": True, "labels": False, "teacher": e.teacher.name})
-    if not dataset.has_shard(0, len(images)):
-        task = task_of(e.teacher)
-        parts = [_stored(e.teacher, task, batch) for batch in images.split(128)]
-        tensors = {name: joined([part[name] for part in parts]) for name in parts[0]}
-        dataset.write_shard(0, tensors, 0.0)
+    task = task_of(e.teacher)
+    for index, batch in enumerate(images.split(128)):
+        if not dataset.has_shard(index, len(batch)):
+            dataset.write_shard(index, _stored(e.teacher, task, batch), 0.0)
     return dataset
 
 
