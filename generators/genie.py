@@ -6,19 +6,22 @@ Jeon et al., "Genie: Show Me the Data for Quantization", CVPR 2023, arXiv 2212.0
 
 For every batch a fresh GeneratorNetwork and fresh latents N(0, 1) are optimized together; the network shares what
 images have in common, its upsampling makes neighboring pixels alike. picture_loss pulls mean and deviation of each
-image's channels to those of normalized pictures. Swing convolution: while images are made, the input of every strided
-convolution of the teacher is moved by a random -1, 0 or 1 pixels along each axis, the gap filled by reflection, so that
-a stride gives every pixel a gradient and leaves no checkerboard.
+image's channels to those of a picture (``looks: diverse``: to a brightness, a tint and a contrast of its own, drawn
+once as they differ between photographs; ``alike``, the paper's: to those of the average one, which leaves nothing
+between images for the statistics of the first layers). Swing convolution: while images are made, the input of every
+strided convolution of the teacher is moved by a random -1, 0 or 1 pixels along each axis, the gap filled by reflection,
+so that a stride gives every pixel a gradient and leaves no checkerboard.
 
-Differences from the paper: an image's own looks; bn_loss is normalized by the running deviation per channel and
-averaged over layers (:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`), picture_loss by the pictures'
-deviation, averaged over channels and counted like one more layer; the latents' step follows a cosine (the paper's
-shrinks on a plateau, which needs the loss on the host); 300 iterations, the recipe has 4000 (``iterations=4000``);
-convolutions that read maps of one size can share their move (``swing: shared``), so that a block's branch and its
-shortcut see the same image; above 64 pixels the network is convolutional throughout, from a map of as many latents for
-each 32x32 pixels, because the paper's first layer grows with the image (103 million weights at 224 pixels); any size;
-pixels can be kept legal, in every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR
-2025).
+Differences from the paper: an image's own looks; 16 channels instead of 128, which are worth more and cost less
+(docs/generation.md: what a narrow network cannot draw, it cannot match statistics with); bn_loss is normalized by the
+running deviation per channel and averaged over layers (:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`),
+picture_loss by the pictures' deviation, averaged over channels and counted like one more layer; the latents' step
+follows a cosine (the paper's shrinks on a plateau, which needs the loss on the host); 300 iterations, the recipe has
+4000 (``iterations=4000``); convolutions that read maps of one size can share their move (``swing: shared``), so that a
+block's branch and its shortcut see the same image; above 64 pixels the network is convolutional throughout, from a map
+of as many latents for each 32x32 pixels, because the paper's first layer grows with the image (103 million weights at
+224 pixels); any size; pixels can be kept legal, in every step; SynQ's ``low_pass`` on the finished images as an option
+(Kim et al., ICLR 2025).
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Genie(Generator):
     network_learning_rate: PositiveFloat = 0.01  # first step of Adam on the GeneratorNetwork
     network_decay: Fraction = 0.95  # factor on that step after every 100 iterations
     num_latents: PositiveInt = 256  # numbers that an image is made from; above 64 pixels: each 32x32 pixels of it
-    num_channels: Annotated[int, Bound(at_least=4)] = 128  # of the GeneratorNetwork's widest layers
+    num_channels: Annotated[int, Bound(at_least=4)] = 16  # of the GeneratorNetwork's widest layers; the paper: 128
     image_weight: NonNegativeFloat = 1.0  # weight of each image's own mean and deviation; 1: that of a batch norm
     looks: Literal["diverse", "alike"] = "diverse"  # these are an image's own, or the same for all
     swing: Literal["independent", "shared", "none"] = "independent"  # moves drawn a layer, a map size, or not at all
