@@ -368,6 +368,9 @@ def _of_algorithm(
 @torch.no_grad()
 def _of_more_held_out(teacher: Teacher, student: Student, dataset: SyntheticDataset, num_samples: int) -> Cost:
     """What a look takes longer at the held-out samples of ``num_samples`` than at those of ``dataset``."""
+    more = num_samples / len(dataset) - 1
+    if more <= 0:
+        return Cost()
     held_out = dataset.samples(dataset.split()[1]).to(teacher.device)
 
     def look() -> None:
@@ -375,7 +378,7 @@ def _of_more_held_out(teacher: Teacher, student: Student, dataset: SyntheticData
         student(held_out)
 
     look()
-    return timed(look, teacher.device).times(max(0.0, num_samples / len(dataset) - 1))
+    return timed(look, teacher.device).times(more)
 
 
 # ------------------------------------------------------------------------------------------------ counting

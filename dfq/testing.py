@@ -80,6 +80,21 @@ class _Language(nn.Module):
         return self.head(x + self.hidden(nn.functional.pad(x, (0, 0, 1, -1))).relu())
 
 
+def tiny_network() -> nn.Sequential:
+    """Two convolutions with batch norm and ReLU, one of each kind, and a classifier; random weights."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 10),
+    )
+
+
 def tiny_teacher(kind: str = "batch norm", seed: int = 0) -> Teacher:
     """A network of a few hundred weights: ``batch norm``, ``attention`` (images [N, 3, 8, 8]) or ``tokens``."""
     with torch.random.fork_rng(devices=[]):
@@ -88,17 +103,7 @@ def tiny_teacher(kind: str = "batch norm", seed: int = 0) -> Teacher:
             return Teacher(_Language(), "language_modeling", TokenSpec(30, 12), name="tiny")
         if kind == "attention":
             return Teacher(TinyTransformer(), "classification", SPEC, name="tiny")
-        module = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 12, 3, stride=2),
-            nn.BatchNorm2d(12),
-            nn.ReLU(inplace=True),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(12, 10),
-        )
+        module = tiny_network()
         norms = [m for m in module if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0

@@ -79,6 +79,35 @@ def batch_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
     return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
+def fit(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    labels: Tensor,
+    epochs: int,
+    label_smoothing: float,
+    rng: torch.Generator,
+) -> None:
+    """Train on images [N, 1, H, W] in 0..1, augmented, in an order drawn anew each epoch, one cycle of the step."""
+    rate, steps = optimizer.param_groups[0]["lr"], epochs * (len(x) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+    net.train()
+    for epoch in range(epochs):
+        total = 0.0
+        for batch in torch.randperm(len(x), generator=rng).split(BATCH_SIZE):
+            if len(batch) < BATCH_SIZE:
+                continue  # the rest comes in another epoch: the order is drawn anew
+            logits = net(normalize(augment(x[batch], rng)))
+            loss = F.cross_entropy(logits, labels[batch], label_smoothing=label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach()) * len(batch) / len(x)
+        if epoch % 10 == 9:
+            print(f"epoch {epoch + 1} of {epochs}: loss {total:.3f}", flush=True)
+
+
 def train(x: Tensor, labels: Tensor, seed: int) -> DigitsNet:
     """A network trained on images [N, 1, 8, 8] in 0..1 for a fixed number of epochs, in eval mode."""
     torch.manual_seed(seed)  # initial weights
@@ -89,20 +118,7 @@ def train(x: Tensor, labels: Tensor, seed: int) -> DigitsNet:
         # under one scale per tensor, and digits are too easy a task to grow them from equal ones.
         nn.init.uniform_(norm.weight, 0.05, 1.0)
     optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * (len(x) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1, cycle_momentum=False)
-    net.train()
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(x), generator=rng)
-        for batch in order.split(BATCH_SIZE):
-            if len(batch) < BATCH_SIZE:
-                continue  # the rest comes in another epoch: the order is drawn anew
-            logits = net(normalize(augment(x[batch], rng)))
-            loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    fit(net, optimizer, x, labels, EPOCHS, LABEL_SMOOTHING, rng)
     settle_batch_norm(net, x)
     return net.eval()
 

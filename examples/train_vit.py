@@ -16,12 +16,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
-from train_digits import NUM_TRAIN, SEED, as_batch, augment, load_images, normalize, split, top1, write
+from train_digits import NUM_TRAIN, SEED, as_batch, fit, load_images, split, top1, write
 
 SIZE, PATCH = 24, 4  # pixels
 WIDTH, DEPTH, HEADS = 64, 4, 4
 EPOCHS = 60
-BATCH_SIZE = 50
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
@@ -54,23 +53,7 @@ def train(x: Tensor, labels: Tensor, epochs: int, seed: int) -> VisionTransforme
     rng = torch.Generator().manual_seed(seed)  # order of the images, augmentation
     net = network()
     optimizer = torch.optim.AdamW(net.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = epochs * (len(x) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.1, cycle_momentum=False)
-    net.train()
-    for epoch in range(epochs):
-        total = 0.0
-        for batch in torch.randperm(len(x), generator=rng).split(BATCH_SIZE):
-            if len(batch) < BATCH_SIZE:
-                continue  # the rest comes in another epoch: the order is drawn anew
-            logits = net(normalize(augment(x[batch], rng)))
-            loss = F.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach()) * len(batch) / len(x)
-        if epoch % 10 == 9:
-            print(f"epoch {epoch + 1} of {epochs}: loss {total:.3f}", flush=True)
+    fit(net, optimizer, x, labels, epochs, LABEL_SMOOTHING, rng)
     return net.eval()
 
 

@@ -12,16 +12,15 @@ between images for the statistics of the first layers). Swing convolution: while
 strided convolution of the teacher is moved by a random -1, 0 or 1 pixels along each axis, the gap filled by reflection,
 so that a stride gives every pixel a gradient and leaves no checkerboard.
 
-Differences from the paper: an image's own looks; 16 channels instead of 128, which are worth more and cost less
-(docs/generation.md: what a narrow network cannot draw, it cannot match statistics with); bn_loss is normalized by the
-running deviation per channel and averaged over layers (:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`),
-picture_loss by the pictures' deviation, averaged over channels and counted like one more layer; the latents' step
-follows a cosine (the paper's shrinks on a plateau, which needs the loss on the host); 300 iterations, the recipe has
-4000 (``iterations=4000``); convolutions that read maps of one size can share their move (``swing: shared``), so that a
-block's branch and its shortcut see the same image; above 64 pixels the network is convolutional throughout, from a map
-of as many latents for each 32x32 pixels, because the paper's first layer grows with the image (103 million weights at
-224 pixels); any size; pixels can be kept legal, in every step; SynQ's ``low_pass`` on the finished images as an option
-(Kim et al., ICLR 2025).
+Differences from the paper: an image's own looks; 16 channels instead of 128, whose images are worth more and cost less
+(docs/generation.md); bn_loss is normalized by the running deviation per channel and averaged over layers
+(:func:`dfq.losses.batch_norm_statistics.batch_norm_distance`), picture_loss by the pictures' deviation, averaged over
+channels and counted like one more layer; the latents' step follows a cosine (the paper's shrinks on a plateau, which
+needs the loss on the host); 300 iterations, the recipe has 4000 (``iterations=4000``); convolutions that read maps of
+one size can share their move (``swing: shared``), so that a block's branch and its shortcut see the same image; above
+64 pixels the network is convolutional throughout, from a map of as many latents for each 32x32 pixels, because the
+paper's first layer grows with the image (103 million weights at 224 pixels); any size; pixels can be kept legal, in
+every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR 2025).
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import nn
 from dfq.dataset import SyntheticDataset
 from dfq.settings import resolve
 from dfq.teacher import InputSpec, Teacher, TokenSpec
+from dfq.testing import SPEC, tiny_network
 
-SPEC = InputSpec((3, 8, 8), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
 NUM_CLASSES = 10
 
 
@@ -29,20 +29,6 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return x + self.bn2(self.pointwise(self.relu(self.bn1(self.depthwise(x)))))
-
-
-def plain() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3, stride=2),
-        nn.BatchNorm2d(12),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(12, NUM_CLASSES),
-    )
 
 
 def residual() -> nn.Module:
@@ -74,7 +60,7 @@ def bare() -> nn.Module:
     )
 
 
-NETS = {"plain": plain, "residual": residual, "mlp": mlp, "bare": bare}
+NETS = {"plain": tiny_network, "residual": residual, "mlp": mlp, "bare": bare}
 
 
 def settle(module: nn.Module, size=SPEC.size, seed: int = 0, num_samples: int = 128) -> torch.Tensor:

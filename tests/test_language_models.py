@@ -125,6 +125,18 @@ def per_token(x, num_bits, dim):
     return (torch.clamp(torch.round(x / scale) + zero, 0, 2**num_bits - 1) - zero) * scale
 
 
+@torch.no_grad()
+def assert_attends_as(own, path, attention, ids, difference):
+    """A student's module as the float network with its weights and an attention function of that name, not without."""
+    other = huggingface.load(path, length=16)
+    for name, parameter in other.module.named_parameters():
+        parameter.copy_(dict(own.named_parameters())[name])
+    other.module.config._attn_implementation = attention
+    torch.testing.assert_close(own(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
+    other.module.config._attn_implementation = "sdpa"
+    assert (own(ids).logits - other(ids).logits).abs().max() > difference
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "gemma", "phi"])
 def test_keys_and_values_are_rounded_token_by_token(name, attention, folder, make_dataset, monkeypatch):
@@ -142,15 +154,7 @@ def test_keys_and_values_are_rounded_token_by_token(name, attention, folder, mak
         "rounded", lambda module, q, k, v, *rest, **options:
         plain(module, q, per_token(k, 4, -1), per_token(v, 4, -1), *rest, **options)
     )  # fmt: skip
-    other = huggingface.load(folder(name), length=16)
-    own = student.module
-    with torch.no_grad():
-        for key, parameter in other.module.named_parameters():
-            parameter.copy_(dict(own.named_parameters())[key])
-        other.module.config._attn_implementation = "rounded"
-        torch.testing.assert_close(own(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
-        other.module.config._attn_implementation = "sdpa"
-        assert (own(ids).logits - other(ids).logits).abs().max() > 1e-2
+    assert_attends_as(student.module, folder(name), "rounded", ids, 1e-2)
 
 
 def one_query_after_the_other(plain, size, num_bits):
@@ -188,15 +192,7 @@ def test_keys_are_rounded_channel_by_channel_over_groups_of_tokens(attention, fo
     ids = teacher.example(3)[:, :14]
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     ALL_ATTENTION_FUNCTIONS.register("in_turn", one_query_after_the_other(plain, 4, 2))
-    other = huggingface.load(folder("llama"), length=16)
-    own = student.module
-    with torch.no_grad():
-        for name, parameter in other.module.named_parameters():
-            parameter.copy_(dict(own.named_parameters())[name])
-        other.module.config._attn_implementation = "in_turn"
-        torch.testing.assert_close(own(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-4)
-        other.module.config._attn_implementation = "sdpa"
-        assert (own(ids).logits - other(ids).logits).abs().max() > 2e-3
+    assert_attends_as(student.module, folder("llama"), "in_turn", ids, 2e-3)
 
 
 def test_generate_with_keys_per_channel_and_values_per_group(folder, make_dataset):

@@ -7,6 +7,7 @@ import torch
 
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
+from dfq.generators import _memory
 from dfq.generators._memory import LARGEST_BATCH, TENSORS, batch_bytes, fitting_batch_size, peak_bytes
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.genie import Genie
@@ -62,6 +63,14 @@ def test_steps_do_not_count_and_small_batches_are_taken_as_they_are(make_teacher
     assert fitting_batch_size(auto, teacher) == 5
     assert fitting_batch_size(replace(auto, memory_bytes=10**12), teacher) == LARGEST_BATCH
     assert fitting_batch_size(Gaussian(batch_size="auto"), teacher) == LARGEST_BATCH
+
+
+def test_few_samples_are_counted_where_they_tell_all(make_teacher, monkeypatch):
+    """What is counted on many samples leaves memory in pieces that the batches cannot use."""
+    counted, count = [], _memory.batch_bytes
+    monkeypatch.setattr(_memory, "batch_bytes", lambda *given: (counted.append(given[2]), count(*given))[1])
+    auto = ZeroQ(batch_size="auto", memory_bytes=round(count(ZeroQ(), make_teacher("plain"), 250) / TENSORS))
+    assert fitting_batch_size(auto, make_teacher("plain")) in (240, 248) and max(counted) <= 32
 
 
 def test_too_little_memory_for_one_sample_is_said(make_teacher):
