@@ -62,6 +62,8 @@ def run(processes: int, words: list[str]) -> tuple[float, float, str]:
         ]  # fmt: skip
         while not all((Path(scratch) / f"ready_{rank}").exists() for rank in range(processes)):
             if any(process.poll() for process in started):
+                for process in started:
+                    process.kill()
                 sys.exit("a process has failed")
             time.sleep(0.05)
         (Path(scratch) / "go").touch()

@@ -429,12 +429,13 @@ def _generate(config: Mapping[str, Any]) -> None:
 def _in_processes(config: Mapping[str, Any]) -> None:
     """``dfq generate processes=N``: the same command line as each of N ranks; ends when all have."""
     count = config["processes"]
-    words = [word for word in shlex.split(config["command"])[2:] if not word.startswith("processes=")]
+    words = [word for word in shlex.split(config["command"])[2:] if not word.lstrip("+").startswith("processes=")]
     threads = max(1, (os.cpu_count() or 1) // count)
     running = []
     for rank in range(count):
         folder = f"hydra.run.dir={Path(config['output_dir']) / f'rank_{rank}'}"
-        line = [sys.executable, "-m", "dfq", "generate", *words, f"rank={rank}", f"world_size={count}", folder]
+        own = ["processes=1", f"rank={rank}", f"world_size={count}", folder]  # processes: an experiment may set it
+        line = [sys.executable, "-m", "dfq", "generate", *words, *own]
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(rank)}
         running.append(subprocess.Popen(line, env=environment))
     try:

@@ -537,6 +537,17 @@ def _run(
         raise failures[0]
 
 
+def _check_processes(launcher: str, trainer: Any) -> None:
+    """A UserError for jobs one after the other that share training: the others of one process serve its first job."""
+    given = trainer or {}
+    shares = given.get("strategy") in ("ddp", "fsdp") and given.get("devices", 1) * given.get("num_nodes", 1) > 1
+    if shares and launcher.endswith("BasicLauncher"):
+        raise UserError(
+            f"got --multirun and trainer.strategy={trainer.strategy} in one process for all jobs",
+            "trainer=ddp_spawn; or a process for each job: hydra/launcher=joblib | submitit_local | submitit_slurm",
+        )
+
+
 def _job(command: str, words: list[str], request: checks.Request, swept: set[str], composed: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -549,6 +560,7 @@ def _job(command: str, words: list[str], request: checks.Request, swept: set[str
         mine = [_read_override(command, word) for word in words]
         values = [f"{override.key}={override.value}" for override in mine if override.key in swept]
         print(f"job {run.job.num}: {' '.join(values)}", flush=True)
+        _check_processes(run.launcher._target_, composed.get("trainer"))
         with read_write(run):  # type: ignore[arg-type]  # declared as the dataclass that the node stands for
             run.run.dir = output_dir  # where a process that Lightning starts for this job is told to work
     sys.argv = [sys.argv[0], command, *words]  # so does such a process learn which command it belongs to

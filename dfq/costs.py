@@ -194,7 +194,7 @@ def of_generation(
             # Of two ranks, so that nobody looks at the quality of what is not whole.
             pipeline.generate(shorter, shrunk, 2 * batches * size, 0, path, 0, 2)
 
-        return replace(Cost(memory_bytes=peak_bytes(work)), seconds=0) if counted else timed(work, teacher.device)
+        return Cost(memory_bytes=peak_bytes(work)) if counted else timed(work, teacher.device)
 
     small, larger, full = ({name: values[i] for name, values in settings.items()} for i in range(3))
     first = trial(False, batch, 1, small)  # prepares kernels

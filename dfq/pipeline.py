@@ -275,6 +275,11 @@ def run(experiment: Experiment) -> dict[str, Any]:
     nothing but an empty report.
     """
     e, start = experiment, time.perf_counter()
+    if (processes := from_environment()[1]) not in (1, e.training.world_size):
+        raise UserError(
+            f"got a launcher of {processes} processes and a trainer of {e.training.world_size}",
+            "trainer=ddp trainer.devices=N (trainer.num_nodes=M) for all of them; dfq generate under any launcher",
+        )
     task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
     dataset = _generate(e, e.generator, e.dataset_dir)

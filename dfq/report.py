@@ -658,7 +658,7 @@ def _closing_lines(report: Mapping[str, Any], details: Mapping[str, Any], report
         measured = f"; measured: {format_number(100 * truth, 1)} %" if truth is not None else ""
         lines.insert(0, ("estimate", f"{estimate} of the teacher's accuracy lost{measured}"))
     quality = details["quality"]
-    if student and quality and quality["verdict"] == "poor" and not estimate:
+    if student and quality and quality["verdict"] == "poor" and teacher["task"] == "classification":
         lines.insert(0, ("estimate", "none: what a student does on poor samples says little about real ones"))
     if quality and quality["verdict"] in ("doubtful", "poor"):
         lines.append(("data", f"{quality['verdict']}: {'; '.join(quality['reasons'])}"))

@@ -31,7 +31,7 @@ def note(swept: Collection[str]) -> Callable[..., None]:
         shown = {key.rpartition("@")[2]: value for key, value in values.items()}
         content = {
             "job": run.job.num,
-            "values": {key: value for key, value in shown.items() if key in swept} or {},
+            "values": {key: value for key, value in shown.items() if key in swept},
             "result": result if isinstance(result, int | float) else None,
             "seconds": round(time.time() - start, 1),
             "error": "" if error is None else " ".join(str(error).split()) or type(error).__name__,

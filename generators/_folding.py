@@ -46,7 +46,7 @@ def folded_batch_norms(teacher: Teacher) -> Iterator[dict[nn.Module, Affine]]:
             if "weight" not in layer._parameters or "forward" in vars(norm):
                 continue
             together = fold(layer, norm)
-            deviation = together.gain.abs() * (norm.running_var.double().cpu() + norm.eps).sqrt()
+            deviation = together.gain.abs() * (norm.running_var.cpu().double() + norm.eps).sqrt()
             if not bool((together.bias.abs() <= LARGEST_OFFSET * deviation).all()) or not bool((deviation > 0).all()):
                 continue
             weight = together.weight.to(layer.weight)

@@ -150,8 +150,8 @@ class ZeroQ(Generator):
         turns = _Turns(sizes)
         class_targets = (self.class_weight, self.label_smoothing, self.min_confidence, self.difficulty)
         classes = class_penalty(teacher, num_samples, rng, *class_targets, shown=lambda: turns.rows)
-        penalty = together(classes, *self._penalties(spec))
         mean, std = (values.view(-1, 1, 1).to(teacher.device) for values in picture_statistics(spec))
+        penalty = together(classes, *self._penalties(std))
         slack = None
         if self.slack > 0:
             seen = white_noise((sizes[0], *spec.size), rng).to(teacher.device) * std + mean
@@ -202,13 +202,12 @@ class ZeroQ(Generator):
         blur = gaussian_blur((spec.size[1], spec.size[2]), sigma, teacher.device)
         return finish(blur(found) * std + mean, spec, self.low_pass, self.clip)
 
-    def _penalties(self, spec: InputSpec) -> Iterator[Penalty]:
+    def _penalties(self, std: Tensor) -> Iterator[Penalty]:
         """Those that look at nothing but images and outputs."""
         if self.stretch_weight > 0:
             yield lambda _images, outputs: -self.stretch_weight * mean_log_range(outputs, "the statistics alone")
         if self.variation_weight > 0:
-            std = picture_statistics(spec)[1].view(-1, 1, 1)
-            yield lambda images, _outputs: self.variation_weight * total_variation(images / std.to(images.device))
+            yield lambda images, _outputs: self.variation_weight * total_variation(images / std)
 
 
 class _Turns:

@@ -323,3 +323,13 @@ def test_a_folder_that_never_got_a_sample_serves_other_settings(tmp_path):
     teacher = dfq.load_teacher("digits", device="cpu")
     SyntheticDataset.create(tmp_path / "data", {"generator": "killed before its first sample"}, {"pixels": False})
     assert len(dfq.generate(teacher, "gaussian", num_samples=8, dataset_dir=tmp_path / "data")) == 8
+
+
+def test_a_launcher_of_others_than_train_is_refused(monkeypatch, capsys):
+    """Each would train on its own, all in one folder, and the first would wait for the others' noise."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", *QUICK]) == 2
+    assert "got a launcher of 2 processes and a trainer of 1; allowed: trainer=ddp trainer.devices=N" in (
+        capsys.readouterr().err
+    )

@@ -39,6 +39,14 @@ def table():
         return list(csv.DictReader(file))
 
 
+def test_jobs_one_after_the_other_do_not_share_training(api, capsys):
+    """Lightning's other processes serve the first of them: the second would wait for a day."""
+    assert main(["run", "-m", "seed=0,1", "trainer=ddp"]) == 2
+    assert "got --multirun and trainer.strategy=ddp in one process for all jobs; allowed: trainer=ddp_spawn; or" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_sweep_ends_with_a_table_of_its_runs(api, capsys):
     assert main(["run", "-m", "seed=0,1", "generator.iterations=5,7"]) == 0
     rows = table()

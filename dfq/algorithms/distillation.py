@@ -84,6 +84,10 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.tokens import TokenDistillationModule
 
         self._check(teacher)
+        if self.zeroth_order and training.world_size > 1:  # nothing goes backward, so nothing would be averaged
+            raise UserError(
+                f"got algorithm.zeroth_order=true and {training.world_size} processes", "trainer=single", "one process"
+            )
         features = {name: name for name in self._places(teacher) if _is_of_samples(teacher, name)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
@@ -130,12 +134,13 @@ class Distillation(DistillationSettings, Algorithm):
             if found["distillation"]["held_out_loss"] < loss_before:
                 state = found["state_dict"]
         state = load_safetensors(given) if state is None else state
-        wait_for_all()  # behind this, rank 0 may remove what was read
-        given.unlink()
         prefix = "student_module."
         student.module.load_state_dict(
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         )
+        state = found = None  # mapped, and read only now
+        wait_for_all()  # behind this, rank 0 may remove what was read
+        given.unlink()
         for network in (student.module, teacher.module):
             network.to(teacher.device)
         _merge_low_rank(student)

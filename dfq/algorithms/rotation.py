@@ -21,6 +21,7 @@ inference for any network (not those of heads, and none online).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class Rotation(Algorithm):
         untied = rotate(work.student.module, work.teacher, torch.Generator().manual_seed(work.seed))
         work.student.surgery.rewrites += [(name, "untied") for name in untied]
         work.student.surgery.rotated = True
+        for name in untied:  # its weight is another one now, and so are its values' ends
+            if (layer := work.student.layers.get(name)) is not None:
+                layer.weight_quantizer = copy.deepcopy(layer.weight_quantizer)
         work.calibrate(work.images(self.num_calibration_samples))
 
 

@@ -104,6 +104,7 @@ def exact_bits(student: Student) -> dict[str, float]:
         width = log2(3) if scheme.grid == "ternary" else scheme.num_bits
         bits["codes"] += layer.weight.numel() * width
         bits["scales"] += quantizer.scale.numel() * SCALE_BITS[scheme.scale_format]
+        bits["scales"] += 32 * (scheme.scale_format == "e4m3")  # which are small beside one of the tensor's
         if not scheme.symmetric:
             bits["zero_points"] += quantizer.scale.numel() * (32 if scheme.has_float_zero_point else scheme.num_bits)
     own = {id(part): part for part in student.module.modules() if isinstance(part, Quantizer)}

@@ -11,7 +11,7 @@ there may be more of them than the detector's ``decode`` gives, which keeps as m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from dfq.errors import UserError
 from dfq.exporters._artifact import batches_of
 from dfq.exporters._integer import Flat
 from dfq.exporters._runtime import run, session
+from dfq.hooks import evaluation_mode
 from dfq.student import Student
 from dfq.tasks.detection import shared_score
-from dfq.teacher import AnyInputSpec
+from dfq.teacher import AnyInputSpec, Teacher
 
 PLACES = ("all_boxes", "all_scores")
 FOUND = ("boxes", "scores", "labels", "image")
@@ -54,6 +55,17 @@ class Places(Flat):
         boxes = found.boxes.clamp(0, 1)
         there = (boxes[..., 2:] > boxes[..., :2]).all(-1, keepdim=True)  # what lies outside has no area left
         return boxes, (found.scores * there).mT.contiguous()
+
+
+def places_of(network: Student | Teacher) -> Callable[[Tensor], Any]:
+    """:class:`Places` of a network on its device, whatever device its images come on."""
+    places = Places(network.module)
+
+    def found(images: Tensor) -> Any:
+        with evaluation_mode(network.module):
+            return places(images.to(network.device, copy=True))
+
+    return found
 
 
 def append_suppression(model: Any, detector: nn.Module, spec: AnyInputSpec) -> None:

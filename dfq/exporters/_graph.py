@@ -34,8 +34,12 @@ def serialize(
     _pool_means(model.graph)
     for name, group_size in (low_bits or {}).items():
         _take_four_bits(model.graph, f"{STATE}{name}{OWN_CODES}".replace("..", "."), group_size)
-    if matmul_nbits:
-        to_matmul_nbits(model)
+    if matmul_nbits and not to_matmul_nbits(model):
+        raise UserError(
+            "got exporter.matmul_nbits=true and a network without a product of matrices with 4-bit weights",
+            "linear layers with weights in groups of 16, 32, 64, 128, ...",
+            "set exporter.matmul_nbits=false",
+        )
     _separate_weights(model.graph)
     _shorten(model)
     model.producer_name, model.producer_version = "dfq", dfq.__version__

@@ -82,8 +82,9 @@ class CompressedTensors:
             )
         config = network.configuration(student, "compressed_tensors")
         settings, packed = quantization_config(student)
-        key_value, scales = key_value_scheme(student)
-        if key_value is not None and settings is not None:
+        # Readers look for grids of the cache beside those of weights.
+        key_value, scales = (None, {}) if settings is None else key_value_scheme(student)
+        if settings is not None and key_value is not None:
             settings["kv_cache_scheme"] = key_value
         dtype = getattr(torch, self.dtype)
         state = {
@@ -99,8 +100,7 @@ class CompressedTensors:
                 for name in stacked_experts(part, lambda _, layer: layer.weight):
                     del state[f"{owner}.{name}"]
             state = network.as_published(student, state) | packed_experts(student, experts, dtype)
-        if key_value is not None and settings is not None:
-            state |= {name: tensor.to(dtype) for name, tensor in scales.items()}
+        state |= {name: tensor.to(dtype) for name, tensor in scales.items()}
         config |= {"dtype": self.dtype} | ({} if settings is None else {"quantization_config": settings})
         config.pop("torch_dtype", None)
         content = save_safetensors(state, metadata={"format": "pt", **artifact.provenance(student)})
@@ -111,7 +111,8 @@ class CompressedTensors:
         found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
         if not all(getattr(student.scheme, part).is_float for part in ("key_value", "key", "attention")):
-            found["key_value"] = "not stored: no reader has such a grid" if key_value is None else key_value
+            why = "no weight has a grid" if settings is None else "no reader has such a grid"
+            found["key_value"] = f"not stored: {why}" if key_value is None else key_value
         return artifact.write(path, content, self, student, found)
 
 

@@ -32,6 +32,7 @@ import copy
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -121,16 +122,18 @@ class OnnxQDQ:
                 "use scheme=w4a16_g32",
             )
         float_content = None if teacher is None else export_float(teacher, opset, self.decode)
+        wanted: Callable[[Tensor], Any] = student
+        reference: Callable[[Tensor], Any] | None = teacher
         if detector is None:
             content = serialize(model, provenance, low_bits, self.matmul_nbits)
-            compared, wanted, reference = content, student, teacher
+            compared = content
         else:  # how many boxes there are decides the shapes, so that what they are chosen from is compared
             whole = copy.deepcopy(model)
             detections.append_suppression(whole, detector, spec)
             content = serialize(whole, provenance, low_bits, self.matmul_nbits)
             compared = serialize(model, provenance, low_bits, self.matmul_nbits)
-            wanted = detections.Places(student.module)
-            reference = None if teacher is None else detections.Places(teacher.module)
+            wanted = detections.places_of(student)
+            reference = None if teacher is None else detections.places_of(teacher)
         measured = parity(wanted, compared, images, options, reference)
         integer = integer_report(content, images[:1], options)
         if detector is not None:

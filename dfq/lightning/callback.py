@@ -308,7 +308,7 @@ class QuantizationCallback(Callback):
 
     def _calibrate(self, trainer: Any, pl_module: Any) -> None:
         """From a dataset or a dataloader."""
-        student = self.student(pl_module)
+        student, self._chosen_at = self.student(pl_module), trainer.global_step
         if isinstance(self.dataset, SyntheticDataset):
             images = calibration_images(self.dataset, self.settings.num_calibration_samples)
         else:
@@ -319,7 +319,7 @@ class QuantizationCallback(Callback):
 
     def _started(self, trainer: Any, pl_module: Any) -> None:
         """Grids are there: the same in every process, and in averages of weights."""
-        student, self._chosen_at = self.student(pl_module), trainer.global_step
+        student = self.student(pl_module)
         if trainer.world_size > 1:
             mine = _grids(student.module)
             theirs = trainer.strategy.broadcast([tensor.detach().cpu() for tensor in mine.values()], src=0)
@@ -358,7 +358,7 @@ class QuantizationCallback(Callback):
             if is_frozen and self._held is None:
                 self._held = [(tensor, tensor.detach().clone()) for tensor in _grids(student.module).values()]
             if s.refresh_steps and not is_frozen and step % s.refresh_steps == 0 and step != self._chosen_at:
-                self._ranges, self._num_wanted = Ranges(student, *self.quantizers), 1
+                self._ranges, self._num_wanted, self._chosen_at = Ranges(student, *self.quantizers), 1, step
         elif step >= s.start_step and self.dataset is not None:
             self._calibrate(trainer, pl_module)
         elif step >= s.start_step and self._ranges is None:

@@ -320,5 +320,5 @@ def chunked_divergence(
         follows = None if labels is None else labels[part]
         loss, agreed, entropy = checkpoint(of_chunk, student[part], scales[part], follows, *theirs, use_reentrant=False)
         total, same, ntp = total + loss, same + agreed, ntp + entropy
-    num_labels = 1 if labels is None else max(int((labels != NO_LABEL).sum()), 1)
+    num_labels = 1 if labels is None else (labels != NO_LABEL).sum().clamp(min=1)
     return total / len(student) * temperature**2, same / len(student), ntp / num_labels

@@ -27,6 +27,7 @@ from dfq.lightning.augmentation import augment
 from dfq.lightning.distillation import DistillationModule
 from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.looks import Looks, Patience
+from dfq.lightning.trainer import Training
 from dfq.modules import stage_ends
 from dfq.pipeline import quantize
 from dfq.quantizers.mse import MSE
@@ -194,6 +195,13 @@ def test_the_bar_is_off_the_terminal_when_training_fails(shared, tmp_path, monke
         run(teacher, dataset, tmp_path / "a")
     assert "distill" in [bar.tasks[0].description for bar in bars]
     assert not [bar.tasks[0].description for bar in bars if bar.live.is_started]
+
+
+def test_training_without_gradients_takes_one_process(shared, tmp_path):
+    teacher, dataset, _ = shared
+    algorithm = resolve("algorithm", "distillation", **SHORT, zeroth_order=True)
+    with pytest.raises(UserError, match=r"got algorithm\.zeroth_order=true and 2 processes; allowed: trainer=single"):
+        quantize(teacher, dataset, W3A3, algorithm, QUANTIZER, QUANTIZER, 0, tmp_path / "a", Training("ddp_spawn", 2))
 
 
 class Stop(Callback):

@@ -14,7 +14,6 @@ from dfq.generators.zeroq import ZeroQ
 from dfq.hooks import forward_hooks
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.settings import resolve
-from dfq.teacher import InputSpec
 
 QUICK = ZeroQ(iterations=30)
 
@@ -123,16 +122,15 @@ def test_difficult_images_count_more(difficulty, make_teacher):
 
 def test_penalties_of_outputs_and_pixels():
     images, outputs = noise(4, 3, 6, 5), noise(4, 10, seed=1).requires_grad_()
-    spec = InputSpec((3, 6, 5), (0.5,) * 3, (0.25,) * 3)
-    penalty = together(None, *ZeroQ(stretch_weight=0.3, variation_weight=0.2)._penalties(spec))
+    penalty = together(None, *ZeroQ(stretch_weight=0.3, variation_weight=0.2)._penalties(torch.ones(3, 1, 1)))
     x, y = images.double().numpy(), outputs.detach().double().numpy()
     wanted = 0.2 * (np.abs(np.diff(x, axis=2)).mean() + np.abs(np.diff(x, axis=3)).mean())
     wanted -= 0.3 * np.log(y.max(1) - y.min(1)).mean()
     assert float(penalty(images, outputs).detach()) == pytest.approx(wanted, rel=1e-5)
-    unit = InputSpec((3, 6, 5), (0.0,) * 3, (1.0,) * 3)  # pixels from 0 to 1: pictures deviate by a quarter of that
-    smooth = together(None, *ZeroQ(variation_weight=0.2)._penalties(unit))
+    quarter = torch.full((3, 1, 1), 0.25)  # what pictures deviate by where pixels go from 0 to 1
+    smooth = together(None, *ZeroQ(variation_weight=0.2)._penalties(quarter))
     assert float(smooth(images, outputs)) == pytest.approx(4 * (wanted + 0.3 * np.log(y.max(1) - y.min(1)).mean()))
-    assert together(None, *ZeroQ()._penalties(spec)) is None
+    assert together(None, *ZeroQ()._penalties(quarter)) is None
 
 
 def test_stretching_drives_outputs_apart(make_teacher):

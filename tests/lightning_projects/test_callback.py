@@ -210,11 +210,11 @@ def test_ranges_are_chosen_anew_until_freeze_step():
             with torch.no_grad():
                 self.network[0].weight.mul_(2)
 
-    module, scales = Growing("bare"), Scales()
-    fit(module, QuantizationCallback("w4a4", loader(), refresh_steps=2, freeze_step=6), scales, epochs=3)
-    first = torch.stack([seen[:1] for seen in scales.seen]).flatten()
-    changes = (first[1:] != first[:-1]).nonzero().flatten().tolist()
-    assert changes == [2, 4]  # seen when the next one begins; not after 6
+    for every, wanted in ((2, [2, 4]), (1, [1, 2, 3, 4, 5])):  # seen when the next one begins; not after 6
+        module, scales = Growing("bare"), Scales()
+        fit(module, QuantizationCallback("w4a4", loader(), refresh_steps=every, freeze_step=6), scales, epochs=3)
+        first = torch.stack([seen[:1] for seen in scales.seen]).flatten()
+        assert (first[1:] != first[:-1]).nonzero().flatten().tolist() == wanted
 
 
 # ------------------------------------------------------------------------------------------------ distillation
