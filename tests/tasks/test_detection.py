@@ -129,7 +129,7 @@ class Neither(Detector):
         (None, "got a Sequential for task=detection, a network of none of the families detr, fcos, rcnn, retinanet, "
          "ssd, ultralytics; allowed: teacher.adapter=package.module:Adapter; derive a class from dfq.Detector; "
          "examples/fastestdet.py is one"),
-        ("conftest:plain", "got teacher.adapter=conftest:plain, which is no adapter; "
+        ("conftest:residual", "got teacher.adapter=conftest:residual, which is no adapter; "
          "allowed: a class derived from dfq.Detector"),
         ("tiny_detectors:Cell", "got teacher.adapter=tiny_detectors:Cell, and tiny_detectors has no Cell; "
          "did you mean 'Cells'?"),
