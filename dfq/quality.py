@@ -41,6 +41,7 @@ from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 MOST_SAMPLES = 256  # looked at, whatever the size of the dataset: a share of them is known to 3 points or so
+NOISE = 64  # images of it, for the distance of noise: it is so far that more of them change its third digit
 CALIBRATED_ON = 128  # samples, for the cheap student, and as many held out at most
 CHEAP = Scheme(TensorScheme(8, True, "per_channel"), TensorScheme(4))
 
@@ -218,7 +219,8 @@ def _distances(teacher: Teacher, images: Tensor) -> tuple[dict[str, float | None
     if not teacher.batch_norms:
         return {}, None
     found = batch_norm_match(teacher, images)
-    noise = batch_norm_match(teacher, teacher.input_spec.example(len(images), batch_rng(0, -1)))
+    num_noise = min(len(images), NOISE)
+    noise = batch_norm_match(teacher, teacher.input_spec.example(num_noise, batch_rng(0, -1)))
     shares = [value / noise[name] for name, value in found.items() if math.isfinite(value) and noise[name] > 0]
     return {name: _finite(value) for name, value in found.items()}, _finite(median(shares)) if shares else None
 
@@ -234,7 +236,8 @@ def _objects(teacher: Teacher, labels: list[Tensor]) -> list[int] | None:
 def _agreement(teacher: Teacher, images: Tensor, held_out: Tensor) -> float | None:
     try:
         student = Student.from_teacher(teacher, CHEAP)
-        calibrate(student, images, resolve("quantizer", "mse"), resolve("quantizer", "mse"))
+        # At 8 bits there is nothing to clip, and the search would take longer than all other measures of a large network.
+        calibrate(student, images, resolve("quantizer", "min_max"), resolve("quantizer", "mse"))
     except UserError:  # a network that can't be quantized; who asks for a student of it is told why
         return None
     student.freeze()
