@@ -236,7 +236,7 @@ def _objects(teacher: Teacher, labels: list[Tensor]) -> list[int] | None:
 def _agreement(teacher: Teacher, images: Tensor, held_out: Tensor) -> float | None:
     try:
         student = Student.from_teacher(teacher, CHEAP)
-        # At 8 bits there is nothing to clip, and the search would take longer than all other measures of a large network.
+        # Nothing is clipped at 8 bits, and of a large network the search would take longer than all other measures.
         calibrate(student, images, resolve("quantizer", "min_max"), resolve("quantizer", "mse"))
     except UserError:  # a network that can't be quantized; who asks for a student of it is told why
         return None

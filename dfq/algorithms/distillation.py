@@ -49,7 +49,7 @@ from dfq.dataset import samples_of
 from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import LowRank, repeated_blocks, stage_ends, weight_layers
-from dfq.quantizers.lsq import learn_step
+from dfq.quantizers.lsq import learn_steps
 from dfq.settings import PositiveInt
 from dfq.student import Student, build_network
 from dfq.tasks._task import task_of
@@ -200,12 +200,7 @@ class Distillation(DistillationSettings, Algorithm):
             _add_low_rank(student, self.low_rank, seed)
         if self.gradient == "straight_through":
             return
-        offset, stable = self.gradient == "lsq_plus", self.gradient == "stable"
-        for name, quantizer in student.activation_quantizers.items():
-            learn_step(quantizer, elements[name], offset, stable)
-        for quantizer, layer in {layer.weight_quantizer: layer for layer in student.layers.values()}.items():
-            if quantizer.has_qparams:
-                learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
+        learn_steps(student, self.gradient, elements)
 
 
 def _is_of_samples(teacher: Teacher, name: str) -> bool:

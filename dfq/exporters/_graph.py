@@ -10,10 +10,10 @@ import numpy as np
 
 import dfq
 from dfq.errors import UserError
-from dfq.exporters._nbits import to_matmul_nbits
+from dfq.exporters._nbits import INT4, UINT4, to_matmul_nbits
 from dfq.student import CODES
 
-UINT8, INT8, UINT4, INT4 = 2, 3, 21, 22  # onnx.TensorProto.DataType, without an import of onnx
+UINT8, INT8 = 2, 3  # onnx.TensorProto.DataType, without an import of onnx
 INTEGERS = (UINT8, INT8, UINT4, INT4)
 STATE = "network."  # what names of the network's tensors start with
 OWN_CODES = ".weight_quantizer.codes"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-UINT4, INT4 = 21, 22  # onnx.TensorProto.DataType
+UINT4, INT4 = 21, 22  # onnx.TensorProto.DataType, without an import of onnx
 SMALLEST_BLOCK = 16
 DOMAIN = "com.microsoft"
 

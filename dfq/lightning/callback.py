@@ -40,7 +40,6 @@ from dfq.lightning.quantized import (
     find_network,
     float_network,
     keep_float,
-    learn_steps,
     network_of,
     quantize_in_place,
     records,
@@ -48,6 +47,7 @@ from dfq.lightning.quantized import (
 )
 from dfq.losses.distillation import kl_divergence, relative_mse
 from dfq.modules import Quantizer
+from dfq.quantizers.lsq import learn_steps
 from dfq.scheme import MixedScheme, Scheme
 from dfq.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_value, load, resolve
 from dfq.sites import map_tensors

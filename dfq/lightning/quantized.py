@@ -27,7 +27,6 @@ from dfq.errors import UserError, did_you_mean
 from dfq.hooks import Dataflow, forward_hooks, record_dataflow
 from dfq.lightning.packages import PACKAGES
 from dfq.modules import Quantizer, weight_layers
-from dfq.quantizers.lsq import learn_step
 from dfq.scheme import Scheme
 from dfq.student import Student, Surgery
 from dfq.teacher import InputSpec, hash_tensors
@@ -206,16 +205,6 @@ def elements_per_sample(student: Student, example: Tensor) -> dict[str, int]:
     with torch.no_grad(), forward_hooks(student.activation_quantizers.items(), before=look):
         student(example[:1])
     return found
-
-
-def learn_steps(student: Student, gradient: str, elements: dict[str, int] | None = None) -> None:
-    """Make the steps parameters (see :func:`~dfq.quantizers.lsq.learn_step`); ``elements`` share one, if it matters."""
-    offset, stable = gradient == "lsq_plus", gradient == "stable"
-    for name, quantizer in student.activation_quantizers.items():
-        learn_step(quantizer, (elements or {}).get(name, 1), offset, stable)
-    for quantizer, layer in {layer.weight_quantizer: layer for layer in student.layers.values()}.items():
-        if quantizer.has_qparams:
-            learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
 
 
 def student_of(module: nn.Module, attribute: str | None = None) -> Student:

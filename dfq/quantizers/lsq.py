@@ -12,6 +12,7 @@ quantizer's range keep it (:func:`learn_step`); LSQ+'s offset is -scale * zero_p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from dfq.modules import Quantizer
 from dfq.quantization import choose_qparams, shifted_scale
 from dfq.quantizers._observation import Observation
 from dfq.scheme import FLOAT_FORMATS, TensorScheme
+from dfq.student import Student
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ def learn_step(
     quantizer.gradient_scale = (max(num_elements, 1) * _positive_levels(quantizer.scheme)) ** -0.5
     quantizer.stable = stable
     return [getattr(quantizer, name) for name in names]
+
+
+def learn_steps(student: Student, gradient: str, elements: Mapping[str, int] | None = None) -> None:
+    """Make all steps of a student trainable; ``gradient``: lsq, lsq_plus or stable.
+
+    Args:
+        elements: name of an activation quantizer → elements that it rounds in a sample; None: where it does not matter.
+    """
+    offset, stable = gradient == "lsq_plus", gradient == "stable"
+    for name, quantizer in student.activation_quantizers.items():
+        learn_step(quantizer, 1 if elements is None else elements[name], offset, stable)
+    for quantizer, layer in {layer.weight_quantizer: layer for layer in student.layers.values()}.items():
+        if quantizer.has_qparams:
+            learn_step(quantizer, layer.weight.numel() // quantizer.scale.numel(), offset, stable)
 
 
 def _positive_levels(scheme: TensorScheme) -> float:
