@@ -161,6 +161,15 @@ def of_generation(
     Args:
         folder: empty, for what is made.
     """
+    if parts := getattr(generator, "generators", ()):  # of a mixture: each makes its share, one after the other
+        share = math.ceil(num_samples / len(parts))
+        found = []
+        for index, part in enumerate(parts):
+            size = math.ceil(batch_size / len(parts))
+            size = size if part.batch_size == "auto" else min(size, part.batch_size)
+            (folder / f"part_{index}").mkdir(parents=True)
+            found.append(of_generation(teacher, part, share, size, folder / f"part_{index}", world_size))
+        return sum((cost for cost, _ in found), start=Cost()), found[0][1]
     each = forward_seconds(teacher)
     batch = _count(FORWARDS * each, min(2, batch_size), batch_size)
     steps = _has(generator, STEPS)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -70,6 +70,11 @@ class Generator:
     def recorded(self, teacher: Teacher) -> dict[str, Any]:
         """What decides the samples beside settings and weights: hashes of files that are read."""
         return {}
+
+    def with_known(self, settings: Mapping[str, Any]) -> Generator:
+        """The same generator with those of the ``settings`` that it has."""
+        known = {field.name for field in fields(self)}
+        return replace(self, **{key: value for key, value in settings.items() if key in known})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -60,9 +59,7 @@ def fitting_batch_size(generator: Generator, teacher: Teacher) -> int:
 
 def batch_bytes(generator: Generator, teacher: Teacher, num_samples: int) -> int:
     """The most bytes of tensors alive at once while ``num_samples`` are made; the network's are not counted."""
-    known = {field.name for field in fields(generator)}
-    counted = {key: value for key, value in COUNTED.items() if key in known}
-    generator = replace(generator, **counted)  # type: ignore[arg-type]
+    generator = generator.with_known(COUNTED)
     return peak_bytes(lambda: generator.sample(teacher, num_samples, batch_rng(0, 0), lambda amount, note="": None))
 
 
