@@ -14,9 +14,10 @@ comes. Which sub-modules those are follows from the dataflow, never from class n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +189,23 @@ class Arguments:
     kwargs: dict[str, Any]
 
     def with_activation(self, x: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """With ``x`` in the place of the first tensor."""
+        """With ``x`` in the place of the first tensor, and as many rows as it has of what all samples share."""
         first = self.activation
-        args, kwargs = map_tensors(lambda value: x if value is first else value, (self.args, self.kwargs))
+
+        def replaced(value: Tensor) -> Tensor:
+            if value is first:
+                return x
+            return value[:1].expand(len(x), *value.shape[1:]) if len(x) != len(first) and id(value) in alike else value
+
+        alike = self._alike
+        args, kwargs = map_tensors(replaced, (self.args, self.kwargs))
         return args, kwargs
+
+    @cached_property
+    def _alike(self) -> set[int]:
+        """Identities of tensors with a row a sample that are all alike: masks and positions of eager attention."""
+        count, others = len(self.activation), tensors_in([*self.args, *self.kwargs.values()])
+        return {id(t) for t in others if t.dim() > 1 and len(t) == count and bool((t == t[:1]).all())}
 
     @property
     def activation(self) -> Tensor:
@@ -270,34 +284,91 @@ class Captured:
     token_weights: Tensor | None = None
 
 
-def capture(
-    student: nn.Module,
-    reference: nn.Module,
-    block: Block,
-    images: Tensor,
-    batch_size: int,
-    folder: Path,
-    limit_bytes: int = 2**31,
-) -> Captured:
-    """Inputs and outputs of one block for ``images`` [N, ...], in bounded memory.
+class Captures:
+    """Inputs and outputs of one block after the other, in bounded memory.
+
+    A block gets what the one before it gives, where nothing lies between them. Then that one runs once more and not
+    the whole network up to here, and all blocks together cost a few forwards and not half a one each. Whether it is so
+    is seen in the first batch, to the bit, in both networks.
 
     Args:
         student, reference: the network with quantizers, and the same module tree that computes in float.
-        folder: for what does not fit into ``limit_bytes`` a tensor; the caller removes it.
+        images: [N, ...], of which ``batch_size`` run at a time.
+        folder: for what does not fit into ``limit_bytes`` a tensor; removed where the context ends.
     """
-    device = next(student.parameters()).device
-    stores: dict[str, Tensor] = {}
-    arguments: Arguments | None = None
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].to(device)
-        mine = call_arguments(student, block.modules[0], batch)
-        theirs = call_arguments(reference, block.modules[0], batch)
-        with torch.no_grad():
-            outputs = run_block(reference, block, theirs.activation, theirs)
-        for key, value in (("inputs", mine.activation), ("float_inputs", theirs.activation), ("outputs", outputs)):
-            if key not in stores:
-                stores[key] = allocate((len(images), *value.shape[1:]), value, limit_bytes, folder, key)
-            stores[key][start : start + len(batch)].copy_(value)
-        arguments = arguments or mine
-    assert arguments is not None
-    return Captured(block, arguments, stores["inputs"], stores["float_inputs"], stores["outputs"])
+
+    def __init__(
+        self,
+        student: nn.Module,
+        reference: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        folder: Path,
+        limit_bytes: int = 2**31,
+    ):
+        self.student, self.reference, self.images = student, reference, images
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self.batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
+        self.device = next(student.parameters()).device
+        self.before: Captured | None = None
+        self.count = 0
+
+    def __enter__(self) -> Captures:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.before = None
+        self._remove(keep=())
+
+    @torch.no_grad()
+    def of(self, block: Block) -> Captured:
+        """What ``block`` gets and should give, with the student as it is now."""
+        before, images = self.before, self.images[self.batches[0]].to(self.device)
+        mine, theirs = (call_arguments(network, block.modules[0], images) for network in (self.student, self.reference))
+        keep = [f"{key}_{self.count}" for key in ("inputs", "float", "outputs")]
+        if before is not None and self._follows(before, mine.activation, theirs.activation):
+            inputs = self._store(keep[0], self._given(self.student, before.block, before.inputs, before.arguments))
+            float_inputs = before.float_outputs
+            keep.append(f"outputs_{self.count - 1}")
+        else:
+            inputs, float_inputs = (
+                self._store(key, self._reached(network, block, first))
+                for key, network, first in ((keep[0], self.student, mine), (keep[1], self.reference, theirs))
+            )
+        outputs = self._store(keep[2], self._given(self.reference, block, float_inputs, theirs))
+        self.before = Captured(block, mine, inputs, float_inputs, outputs)
+        self.count += 1
+        self._remove(keep)
+        return self.before
+
+    def _follows(self, before: Captured, mine: Tensor, theirs: Tensor) -> bool:
+        """Whether these, of the first batch, are what the block before has given."""
+        given = next(self._given(self.student, before.block, before.inputs, before.arguments))
+        wanted = before.float_outputs[self.batches[0]].to(self.device)
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in ((given, mine), (wanted, theirs)))
+
+    def _given(self, network: nn.Module, block: Block, inputs: Tensor, arguments: Arguments) -> Iterator[Tensor]:
+        """What ``block`` makes of each batch; a copy of it, since some networks write into their input."""
+        for batch in self.batches:
+            yield run_block(network, block, inputs[batch].to(self.device, copy=True), arguments)
+
+    def _reached(self, network: nn.Module, block: Block, first: Arguments) -> Iterator[Tensor]:
+        """What arrives at ``block`` in each batch."""
+        yield first.activation
+        for batch in self.batches[1:]:
+            yield call_arguments(network, block.modules[0], self.images[batch].to(self.device)).activation
+
+    def _store(self, name: str, batches: Iterable[Tensor]) -> Tensor:
+        found: Tensor | None = None
+        for batch, value in zip(self.batches, batches, strict=True):
+            if found is None:
+                shape = (len(self.images), *value.shape[1:])
+                found = allocate(shape, value, self.limit_bytes, self.folder, name)
+            found[batch].copy_(value)
+        assert found is not None
+        return found
+
+    def _remove(self, keep: Collection[str]) -> None:
+        for file in self.folder.glob("*.activations"):
+            if file.stem not in keep:
+                file.unlink()

@@ -8,7 +8,8 @@ from conftest import NETS, as_teacher
 from torch import nn
 from torch.nn import functional as F
 
-from dfq.blocks import Block, call_arguments, capture, find_blocks, layer_inputs, run_block
+from dfq import blocks
+from dfq.blocks import Block, Captures, call_arguments, find_blocks, layer_inputs, run_block
 from dfq.hooks import record_dataflow
 from dfq.modules import weight_layers
 from dfq.scheme import Scheme, TensorScheme
@@ -176,6 +177,35 @@ def test_a_block_takes_keyword_and_other_arguments():
         assert torch.equal(run_block(net, blocks[0], x, arguments), net.inner(None, hidden=x, factor=2.0))
 
 
+def test_what_is_the_same_for_all_samples_gets_as_many_rows_as_the_activation():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x, mask, own):
+            assert mask.shape == (len(x), 8)  # as some networks insist
+            return self.layer(x) * mask + own.sum()
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = Masked(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = x.mean((1, 2))
+            return self.head(self.inner(x, torch.arange(8.0).expand(len(x), 8), torch.ones(3)))
+
+    net = Outer().eval()
+    block = Block(("inner",), ("inner.layer",))
+    arguments = call_arguments(net, "inner", IMAGES)
+    for count in (1, 3, 9, len(IMAGES)):
+        x = torch.randn(count, 8)
+        with torch.no_grad():
+            wanted = net.inner(x, torch.arange(8.0).expand(count, 8), torch.ones(3))
+            assert torch.equal(run_block(net, block, x, arguments), wanted)
+
+
 @pytest.mark.parametrize("limit", [2**31, 100])
 def test_captured_tensors_are_those_of_a_whole_forward_in_memory_or_in_a_file(limit, tmp_path):
     net = Net().eval()
@@ -184,7 +214,7 @@ def test_captured_tensors_are_those_of_a_whole_forward_in_memory_or_in_a_file(li
         net.stem.weight.mul_(1.5)  # as if it were quantized
     block = blocks_of(net)[1]
     assert block == Block(("stage1.0",), ("stage1.0.conv1", "stage1.0.conv2"))
-    found = capture(net, reference, block, IMAGES, 4, tmp_path, limit)  # 6 samples: the last batch is shorter
+    found = Captures(net, reference, IMAGES, 4, tmp_path, limit).of(block)  # 6 samples: the last batch is shorter
     for network, inputs in ((net, found.inputs), (reference, found.float_inputs)):
         with layer_inputs(network, ["stage1.0"]) as seen, torch.no_grad():
             network(IMAGES)
@@ -192,3 +222,40 @@ def test_captured_tensors_are_those_of_a_whole_forward_in_memory_or_in_a_file(li
     torch.testing.assert_close(found.float_outputs, reference.stage1[0](found.float_inputs).detach())
     assert not torch.allclose(found.inputs, found.float_inputs)
     assert len(list(tmp_path.glob("*.activations"))) == (0 if limit > 1000 else 3)
+
+
+@pytest.mark.parametrize("limit", [2**31, 100])
+@pytest.mark.parametrize("make", [Net, UNet, *NETS.values()], ids=lambda make: make.__name__)
+def test_a_block_gets_what_the_one_before_gave(make, limit, tmp_path, monkeypatch):
+    """To the bit what a whole forward brings, whatever was done to the blocks before; and fewer of these run."""
+    student = as_teacher(make()).module
+    reference, found = copy.deepcopy(student), blocks_of(student)
+    reached, real = [], call_arguments
+    with Captures(student, reference, IMAGES, 2, tmp_path / "one_by_one", limit) as captures, torch.no_grad():
+        for block in found:
+            monkeypatch.setattr(blocks, "call_arguments", lambda *given: reached.append(given[1]) or real(*given))
+            one = captures.of(block)
+            monkeypatch.undo()
+            alone = Captures(student, reference, IMAGES, 2, tmp_path / "alone", limit).of(block)
+            for key in ("inputs", "float_inputs", "float_outputs"):
+                assert torch.equal(getattr(one, key), getattr(alone, key)), (block.name, key)
+            assert len(list((tmp_path / "one_by_one").glob("*.activations"))) <= (0 if limit > 1000 else 4)
+            for name in block.layers:  # as if they were quantized
+                student.get_submodule(name).weight.mul_(1.5)
+    assert not list((tmp_path / "one_by_one").glob("*.activations"))
+    if make is Net:
+        once, each_batch = 2, 6  # of three batches, in two networks
+        follow = {"stage1.1", "stage2.0", "stage2.1", "depthwise.0"}
+        assert {name: reached.count(name) for name in reached} == {
+            block.modules[0]: once if block.modules[0] in follow else each_batch for block in found
+        }
+
+
+def test_a_block_that_writes_into_its_input_leaves_what_was_captured(tmp_path):
+    net = nn.Sequential(conv(3, 4), nn.Sequential(nn.ReLU(inplace=True), conv(4, 4)), conv(4, 2)).eval()
+    with Captures(net, copy.deepcopy(net), IMAGES, 4, tmp_path) as captures, torch.no_grad():
+        for block, inputs in zip(blocks_of(net), (IMAGES, net[0](IMAGES), net[1](net[0](IMAGES))), strict=True):
+            found = captures.of(block)
+            torch.testing.assert_close(found.inputs, inputs)
+            torch.testing.assert_close(found.float_inputs, inputs)
+            assert float(inputs.min()) < 0

@@ -45,7 +45,7 @@ from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import remember_bias_correction
 from dfq.algorithms._reconstruction import float_copy
 from dfq.algorithms._token_weights import Kind, token_weights
-from dfq.blocks import Arguments, Block, Captured, capture, find_blocks, run_block
+from dfq.blocks import Arguments, Block, Captured, Captures, find_blocks, run_block
 from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
 from dfq.modules import QuantizedLayer
 from dfq.progress import progress_bar
@@ -344,22 +344,19 @@ class LayerwiseRounding(Algorithm):
         flow = record_dataflow(reference, work.teacher.example())
         wanted = solvable(student, flow)
         rng = torch.Generator().manual_seed(work.seed)
-        with progress_bar(type(self).__name__, len(wanted), "layers") as advance:
+        captures = Captures(student.module, reference, images, self.batch_size, work_dir, self.memory_bytes)
+        with captures, progress_bar(type(self).__name__, len(wanted), "layers") as advance:
             for block in find_blocks(reference, flow, student.layers):
                 names = [name for name in block.layers if name in wanted]
                 if not names:
                     continue
-                captured = capture(
-                    student.module, reference, block, images, self.batch_size, work_dir, self.memory_bytes
-                )
+                captured = captures.of(block)
                 captured.token_weights = token_weights(
                     reference, captured, self.token_weights, self.smallest_token_weight, self.batch_size
                 )
                 for name in names:
                     self._round(student, reference, captured, name, rng)
                     advance(1)
-                for file in work_dir.glob("*.activations"):
-                    file.unlink()
 
     def _round(
         self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._equalization import float_network
-from dfq.blocks import Block, Captured, capture, find_blocks, run_block
+from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
 from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
@@ -115,21 +115,18 @@ class BlockFitting(Algorithm):
         layout = to_fast_layout([student.module, reference], teacher.example())
         if images.dim() == 4:
             images = images.contiguous(memory_format=layout)
-        with progress_bar("reconstruct", len(blocks) * self.iterations, "steps") as advance:
+        captures = Captures(student.module, reference, images, 4 * self.batch_size, work_dir, self.memory_bytes)
+        with captures, progress_bar("reconstruct", len(blocks) * self.iterations, "steps") as advance:
             for index, block in enumerate(blocks):
                 if done.has(index):
                     advance(self.iterations)
                     continue
                 rng = torch.Generator().manual_seed(seed * 100_003 + index)
-                captured = capture(
-                    student.module, reference, block, images, 4 * self.batch_size, work_dir, self.memory_bytes
-                )
+                captured = captures.of(block)
                 weights = self.weights(reference, teacher, block, images, rng)
                 limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
                 done.save(index, student)
-                for file in work_dir.glob("*.activations"):
-                    file.unlink()
         self.finish(work, reference, images, elements, deadline - time.perf_counter())
         student.module.to(memory_format=torch.contiguous_format)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfq.algorithms import _reconstruction
 from dfq.algorithms._reconstruction import SoftQuantizer, _Fit, float_copy
 from dfq.algorithms.reconstruction import Reconstruction
+from dfq.blocks import Captures
 from dfq.modules import Quantizer
 from dfq.pipeline import quantize
 from dfq.scheme import Scheme, TensorScheme
@@ -182,15 +182,15 @@ def test_activations_beyond_the_memory_limit_change_nothing(parts):
 def test_a_killed_run_goes_on_with_the_block_it_was_at(parts, monkeypatch):
     teacher, dataset, work_dir = parts
     whole = made(teacher, dataset, work_dir=work_dir / "whole").freeze()
-    captured, real = [], _reconstruction.capture
+    captured, real = [], Captures.of
 
-    def kill(student, reference, block, *rest):
+    def kill(self, block):
         captured.append(block.name)
         if len(captured) == 3:
             raise KeyboardInterrupt
-        return real(student, reference, block, *rest)
+        return real(self, block)
 
-    monkeypatch.setattr(_reconstruction, "capture", kill)
+    monkeypatch.setattr(Captures, "of", kill)
     with pytest.raises(KeyboardInterrupt):
         made(teacher, dataset, work_dir=work_dir / "killed")
     assert captured[:2] != captured[1:]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import dfq
 from dfq.algorithms._hessian import Moments
 from dfq.algorithms._token_weights import token_weights
-from dfq.blocks import capture, find_blocks
+from dfq.blocks import Captures, find_blocks
 from dfq.hooks import record_dataflow
 from dfq.sites import attention_probabilities
 from dfq.student import Student
@@ -60,7 +60,7 @@ def test_weighted_moments():
 def captured_block(teacher, ids, tmp_path):  # noqa: F811
     student = Student.from_teacher(teacher, W2)
     block = find_blocks(student.module, record_dataflow(student.module, teacher.example()), student.layers)[1]
-    return capture(student.module, teacher.module, block, ids, 4, tmp_path)
+    return Captures(student.module, teacher.module, ids, 4, tmp_path).of(block)
 
 
 def test_tokens_count_what_attention_gives_them(teacher, dataset, tmp_path):  # noqa: F811
