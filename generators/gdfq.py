@@ -57,7 +57,7 @@ class GDFQ(Generator):
     train_batch_size: Annotated[int, Bound(at_least=2)] = 64  # images in each of them
     learning_rate: PositiveFloat = 0.005  # first step of Adam; it falls to zero along a cosine
     num_latents: PositiveInt = 256  # random numbers that an image is made from; above 64 pixels: each 32x32 of it
-    num_channels: Annotated[int, Bound(at_least=4)] = 128  # of the network's widest layers
+    num_channels: Annotated[int, Bound(at_least=4)] = 16  # of the network's widest layers
     class_weight: NonNegativeFloat = 0.1  # weight of the classes; the mean over batch norms has 1
     superposed: Fraction = 0.0  # share of images between classes (Qimera)
     num_superposed: Annotated[int, Bound(at_least=2)] = 2  # classes that such an image lies between
