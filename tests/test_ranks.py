@@ -18,6 +18,7 @@ from dfq.dataset import HOST, QUALITY, SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators.gaussian import Gaussian
 from dfq.generators.gdfq import GDFQ
+from dfq.generators.mixture import Mixture
 from dfq.generators.self_generation import SelfGeneration
 from dfq.generators.zeroq import ZeroQ
 from dfq.pipeline import generate
@@ -41,8 +42,12 @@ def no_more(*_):
     raise AssertionError("a batch was made again")
 
 
-@pytest.mark.parametrize("generator", [ZEROQ, GDFQ_], ids=lambda generator: type(generator).__name__)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "generator",
+    [ZEROQ, GDFQ_, Mixture(batch_size=4, parts=(ZEROQ, GDFQ_))],
+    ids=lambda generator: type(generator).__name__,
+)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_in_a_folder_each_merged(generator, world_size, teacher, tmp_path, monkeypatch):
     whole = generate(teacher, generator, SAMPLES, 3, tmp_path / "whole")
     parts = [tmp_path / f"rank{rank}" for rank in range(world_size)]
