@@ -1,8 +1,9 @@
-"""Images of several generators in one dataset: what one of them gets wrong in all of its images, another does not.
+"""Images of several generators in one dataset, for networks of which nobody knows yet what suits them.
 
-Every generator leaves marks of its own: pixels moved one by one end smoother than photographs are, what comes out of a
-generator network shares its shapes. Students fit whatever all their images have in common. Block reconstruction with
-128 images of ``zeroq`` and 128 of ``genie`` is better than with 256 of either (docs/generation.md).
+Every generator leaves marks of its own in all of its images: pixels moved one by one end smoother than photographs are,
+what comes out of a generator network shares its shapes; and students fit whatever their images have in common. Which
+marks matter depends on the network: ``zeroq`` is better for ResNet-20, ``genie`` for FD-MobileNet, and half of each is
+as good as the better one there and close to it here (docs/generation.md).
 
 Not from a paper that we know of.
 """
