@@ -50,6 +50,11 @@ SCHEMES = {
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
     "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),
 }
+RECONSTRUCTION = {
+    "_target_": "dfq.algorithms.reconstruction.Reconstruction",
+    "iterations": 1500,
+    "num_samples": 1024,
+}
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 DISTILL = {"algorithm": "distillation", **DISTILLATION}
@@ -67,6 +72,7 @@ METHODS = {
     "distillation": DISTILL,
     "tsld": {**DISTILL, "token_tau": 10.0},
     "off": {**DISTILL, "feature_loss": "cosine", "feature_places": "blocks"},
+    "reconstruction": {"algorithm": "sequence", "steps": ["neuqi", RECONSTRUCTION]},
     "block_ap": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP]},
     "block_ap_e2e_qp": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP, "e2e_qp"]},
     "block_ap_distillation": {
