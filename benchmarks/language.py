@@ -50,11 +50,7 @@ SCHEMES = {
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
     "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),
 }
-RECONSTRUCTION = {
-    "_target_": "dfq.algorithms.reconstruction.Reconstruction",
-    "iterations": 1500,
-    "num_samples": 1024,
-}
+RECONSTRUCTION = {"_target_": "dfq.algorithms.reconstruction.Reconstruction", "iterations": 1500}  # of 1,024 samples
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 DISTILL = {"algorithm": "distillation", **DISTILLATION}

@@ -195,9 +195,9 @@ class Arguments:
         def replaced(value: Tensor) -> Tensor:
             if value is first:
                 return x
-            return value[:1].expand(len(x), *value.shape[1:]) if len(x) != len(first) and id(value) in alike else value
+            shared = len(x) != len(first) and id(value) in self._alike
+            return value[:1].expand(len(x), *value.shape[1:]) if shared else value
 
-        alike = self._alike
         args, kwargs = map_tensors(replaced, (self.args, self.kwargs))
         return args, kwargs
 

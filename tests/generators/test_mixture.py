@@ -19,10 +19,9 @@ from dfq.testing import TinyTransformer
 
 @dataclass(frozen=True)
 class Constant(Generator):
-    """Images of one value; notes the sizes that it is asked for."""
+    """Images of one value; notes in :data:`CALLS` how many it is asked for."""
 
     value: float = 0.0
-    sizes: tuple = ()
 
     def sample(self, teacher, num_samples, rng, advance):
         CALLS.append((self.value, num_samples))
