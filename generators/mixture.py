@@ -2,8 +2,8 @@
 
 Every generator leaves marks of its own in all of its images: pixels moved one by one end smoother than photographs are,
 what comes out of a generator network shares its shapes; and students fit whatever their images have in common. Which
-marks matter depends on the network: ``zeroq`` is better for ResNet-20, ``genie`` for FD-MobileNet at 4 bits. Half of each
-is as good as ``zeroq`` for the one, and a little behind ``genie`` for the other (docs/generation.md).
+marks matter depends on the network: ``zeroq`` is better for ResNet-20, ``genie`` for FD-MobileNet at 4 bits. Half of
+each is as good as ``zeroq`` for the one, and a little behind ``genie`` for the other (docs/generation.md).
 
 Not from a paper that we know of.
 """
