@@ -15,7 +15,7 @@ from dfq.teacher import Teacher
 
 # Ids that stand for no text: bytes of byte fallback, and places that were kept free for later.
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-UNUSED = re.compile(r"[<\[(|]*\s*(unused|reserved|extra_id|special|pad|placeholder)[\w ]*\d*[|\])>]*", re.IGNORECASE)
+UNUSED = re.compile(r"[<\[(|]+\s*(unused|reserved|extra_id|special|pad|placeholder)[\w ]*[|\])>]+", re.IGNORECASE)
 
 
 def folder_of(teacher: Teacher) -> str | None:

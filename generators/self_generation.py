@@ -8,7 +8,9 @@ tokens drawn from the model's own distribution::
 First tokens to choose from: each id once in turn, in an order shuffled by the seed (``uniform``); evenly spaced ones
 (``stepped``); those of some scripts only (Norm Tweaking, Li et al., AAAI 2024, arXiv 2309.02784: ``scripts``); none
 but the beginning of a text (Williams et al., NAACL 2025, arXiv 2410.17170: ``begin``); the user's own prompts, in a
-chat template or not. A list of temperatures is a mixture: each sample has one of them.
+chat template or not. In a template of which only the beginning is given, the network writes the user's words too; where
+they end, what the template has up to the answer follows, and behind the answer another conversation. A list of
+temperatures is a mixture: each sample has one of them.
 
 Sample i depends on (seed, i) alone, not on what it is computed with. Rows of a batch have their own random numbers, and
 begin side by side: nothing is padded on the left. Sums in a larger batch round differently, so where a token is decided
@@ -58,7 +60,9 @@ class SelfGeneration(Independent):
     first: Literal["uniform", "stepped", "begin", "prompts"] = "uniform"  # what a sample begins with
     scripts: tuple[str, ...] = ()  # of first tokens, such as [LATIN,CJK]; empty: all
     prompts: str | None = None  # .txt (one a line) or .jsonl ({"text": ...} | {"messages": [...]}); with first=prompts
-    chat: bool = False  # put prompts into the tokenizer's chat template; with first=begin: up to the user's words
+    chat: bool = (
+        False  # in the tokenizer's chat template: prompts, or with first=begin words of a user it writes itself
+    )
     thinking: bool | None = None  # handed to the chat template as enable_thinking; null: the template's own default
     begin: bool = True  # the beginning-of-text token comes first, if there is one
     greedy_tokens: tuple[NonNegativeInt, ...] = (2, 3, 4)  # likeliest tokens before drawing starts, one of the list
@@ -161,6 +165,8 @@ class _Beginnings:
     again: list[int]  # what begins another text in the same sample
     ends: frozenset[int]
     padding: int
+    asks: bool = False  # rows are followed by words of a user
+    answer: list[int] | None = None  # what stands between those and an answer; None: another text has neither
 
 
 def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator) -> _Beginnings:
@@ -173,6 +179,7 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
             "a causal language model (task=language_modeling), or generator=random_tokens",
         )
     tokenizer = find_tokenizer(teacher, settings.tokenizer, "generator.tokenizer")
+    answer: list[int] | None = None
     begin = special_id(teacher, tokenizer, "bos_token_id") if settings.begin else None
     start = [] if begin is None else [begin]
     if tokenizer is None and (settings.scripts or settings.chat or settings.first == "prompts"):
@@ -189,7 +196,7 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
                 f"got generator.first=begin and {teacher.name}, which has no beginning-of-text token",
                 "generator.first=uniform | stepped for such a network",
             )
-        rows = [_chat_prefix(settings, tokenizer)] if settings.chat else [start]
+        rows = [start]
     else:
         ids = list(range(spec.vocab_size))
         if tokenizer is not None:
@@ -204,6 +211,16 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
         else:
             order = [i * _stride(len(ids)) % len(ids) for i in range(len(ids))]
         rows = [[*start, ids[i]] for i in order]
+    again = start
+    if settings.chat:
+        again, answer = _conversation(settings, tokenizer)
+        rows = [again] if settings.first == "begin" else rows
+    if not all(rows):
+        raise UserError(
+            f"got generator.first={settings.first} and {teacher.name}, and a beginning of no tokens: an empty prompt "
+            "or template, and no beginning-of-text token",
+            "at least one token to go on from",
+        )
     longest = max(map(len, rows))
     if longest >= spec.length:
         raise UserError(
@@ -215,7 +232,8 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
     padding = special_id(teacher, tokenizer, "pad_token_id")
     if padding is None or not 0 <= padding < spec.vocab_size:
         padding = min(ends, default=0)
-    return _Beginnings(rows, [token for token in start if token not in ends], ends, padding)
+    again = again if settings.chat else [token for token in again if token not in ends]
+    return _Beginnings(rows, again, ends, padding, settings.first == "begin" and settings.chat, answer)
 
 
 def _stride(count: int) -> int:
@@ -242,10 +260,22 @@ def read_prompts(path: str | None) -> list[Any]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            found.append(entry["messages"] if "messages" in entry else entry["text"])
+            prompt = entry["messages"] if "messages" in entry else entry["text"]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"got generator.prompts={path}, whose line {number} has no text", what) from None
+        if not (_are_messages(prompt) if "messages" in entry else isinstance(prompt, str)):
+            raise UserError(
+                f"got generator.prompts={path}, whose line {number} has {str(prompt)[:50]!r} for text or messages",
+                'a string for text, [{"role": ..., "content": ...}, ...] for messages',
+            )
+        found.append(prompt)
     return found
+
+
+def _are_messages(prompt: Any) -> bool:
+    """At least one, each of somebody; what else is in them is between them and the template."""
+    is_list = isinstance(prompt, list) and bool(prompt)
+    return is_list and all(isinstance(entry, dict) and isinstance(entry.get("role"), str) for entry in prompt)
 
 
 def _prompt_ids(settings: SelfGeneration, tokenizer: Any, start: list[int], prompt: Any) -> list[int]:
@@ -256,11 +286,18 @@ def _prompt_ids(settings: SelfGeneration, tokenizer: Any, start: list[int], prom
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _chat_prefix(settings: SelfGeneration, tokenizer: Any) -> list[int]:
-    """The chat template up to where the user's words begin: the network writes those too."""
+def _conversation(settings: SelfGeneration, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The chat template up to where the user's words begin, and from where they end to where an answer begins."""
     mark = "\u2063words of the user\u2063"
-    text = _templated(settings, tokenizer, [{"role": "user", "content": mark}], add_generation_prompt=False)
-    return tokenizer(text.partition(mark)[0], add_special_tokens=False)["input_ids"]
+    text = _templated(settings, tokenizer, [{"role": "user", "content": mark}], add_generation_prompt=True)
+    before, found, behind = text.partition(mark)
+    if not found:
+        raise UserError(
+            "got generator.chat=true and a tokenizer whose chat template leaves the user's words out",
+            "generator.chat=false for such a one",
+        )
+    before_ids, behind_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))
+    return before_ids, behind_ids
 
 
 def _templated(settings: SelfGeneration, tokenizer: Any, messages: Any, add_generation_prompt: bool) -> str:
@@ -292,6 +329,7 @@ class _Text:
     likelihood: float = 0.0  # summed over the tokens that the network chose
     chosen: list[int] = field(default_factory=list)  # their places
     forced: list[int] = field(default_factory=list)  # what comes next, whatever the network says
+    asks: bool = False  # the words are a user's, an answer follows
     ended: bool = False
 
 
@@ -347,6 +385,7 @@ class _Writer:
             temperature=s.temperature[int(numbers[1] * len(s.temperature))],
             numbers=numbers[2:],
             ids=torch.full((self.length,), self.beginnings.padding),
+            asks=self.beginnings.asks,
         )
 
     def _choose(self, logits: Tensor, texts: list[_Text], ids: Tensor, place: int) -> list[int]:
@@ -376,19 +415,29 @@ class _Writer:
             text.likelihood += likelihoods[row]
             text.chosen.append(place)
             if chosen[row] in self.beginnings.ends:
-                self._end(text, place)
+                self._end(text, place, chosen[row])
+            elif text.asks and self._answers(ids[row, :place], chosen[row]):
+                text.asks = False
         return chosen
 
     def _decide(self, logits: Tensor, numbers: Tensor, temperatures: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
         s = self.settings
         return decide(logits, numbers, temperatures, greedy, s.top_k, s.top_p, s.min_p)
 
-    def _end(self, text: _Text, place: int) -> None:
-        """The network has said that its text is over."""
-        if self.settings.at_end == "pad":
+    def _end(self, text: _Text, place: int, token: int) -> None:
+        """The network has said with ``token`` that its text, or the words of its user, are over."""
+        if not text.asks and self.settings.at_end == "pad":
             text.ended, text.num_tokens = True, place + 1
-        else:
-            text.forced = list(self.beginnings.again)
+            return
+        answer = self.beginnings.answer
+        forced = answer if text.asks and answer is not None else self.beginnings.again
+        text.forced = list(forced[1:] if forced[:1] == [token] else forced)
+        text.asks = not text.asks and answer is not None
+
+    def _answers(self, ids: Tensor, token: int) -> bool:
+        """With ``token`` behind ids [t] the network has written what stands between a user's words and an answer."""
+        answer = self.beginnings.answer or [-1]
+        return answer[-1] == token and ids[len(ids) + 1 - len(answer) :].tolist() == answer[:-1]
 
     @torch.no_grad()
     def _likelihood(self, text: _Text) -> float:

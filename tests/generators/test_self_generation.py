@@ -210,8 +210,126 @@ def test_prompts_and_chats(llama, named, tmp_path):
     plain = _beginnings(generator, llama, dataset_rng(0)).rows
     thinking = _beginnings(SelfGeneration(**settings, thinking=True), llama, dataset_rng(0)).rows
     assert len(plain) == 2 and all(len(b) >= len(a) for a, b in zip(plain, thinking, strict=True))
-    prefix = _beginnings(SelfGeneration(tokenizer=named, first="begin", chat=True), llama, dataset_rng(0)).rows
-    assert len(prefix) == 1
+
+
+CHAT = "{% for m in messages %}<s> ▁w0 {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}▁w1 ▁w2"
+CHAT += "{% if enable_thinking is defined and not enable_thinking %} ▁w3{% endif %}{% endif %}"
+
+
+@pytest.fixture
+def chatty(llama, tmp_path):
+    """``chatty(template)``: settings of a tokenizer whose words ▁w0 to ▁w60 are the ids from 3 on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    def settings(template, **others):
+        words = ["<unk>", "<s>", "</s>", *(f"▁w{i}" for i in range(61))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+        fast.chat_template = template
+        fast.save_pretrained(tmp_path / "chatty")
+        return {"tokenizer": str(tmp_path / "chatty"), "chat": True, "max_repetition": 1.0, **others}
+
+    return settings
+
+
+def turns_of(ids, prefix, answer, starts_in_answer=False):
+    """How many words of users and answers there are in a row, if it is put together as the template has it."""
+    ids, count, place, asks = list(ids), 0, 0 if starts_in_answer else len(prefix), not starts_in_answer
+    assert ids[:place] == prefix[:place]
+    while place < len(ids):
+        end = next((i for i in range(place, len(ids)) if ids[i] == 2), len(ids))
+        own = next((i for i in range(place, end) if asks and ids[i + 1 - len(answer) : i + 1] == answer), None)
+        place = end + 1 if own is None else own + 1
+        follows = ([] if own is not None else answer[answer[0] == 2 :]) if asks else prefix
+        seen = ids[place : place + len(follows)]
+        assert seen == follows[: len(seen)], (ids, place)
+        place, count, asks = place + len(follows), count + 1, not asks
+    return count
+
+
+def test_conversations_that_the_network_writes_both_sides_of(llama, chatty):
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 120), name="llama")
+    settings = chatty(CHAT, first="begin")
+    whole = made(wide, range(12), **settings)
+    counts = [turns_of(row, [1, 3], [2, 4, 5]) for row in whole["input_ids"].tolist()]
+    assert max(counts) >= 4 and (whole["num_tokens"] == 120).all()
+    quiet = made(wide, range(12), **settings, thinking=False)["input_ids"].tolist()
+    assert max(turns_of(row, [1, 3], [2, 4, 5, 6]) for row in quiet) >= 4
+    padded = made(wide, range(12), **settings, at_end="pad")
+    for row, part, count in zip(whole["input_ids"], padded["input_ids"].tolist(), padded["num_tokens"], strict=True):
+        assert part[:count] == row[:count].tolist()
+        assert count == 120 or turns_of(part[:count], [1, 3], [2, 4, 5]) == 2, "an answer, and the text is over"
+    assert int(padded["num_tokens"].min()) < 120
+
+
+def test_users_words_that_end_without_a_token_for_it(llama, chatty):
+    """As between [INST] and [/INST]: the network writes the mark itself, or ends and it is written for it."""
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 120), name="llama")
+    template = "{% for m in messages %}<s> ▁w0 {{ m['content'] }} ▁w9{% endfor %}"
+    rows = made(wide, range(16), **chatty(template, first="begin"))["input_ids"].tolist()
+    assert max(turns_of(row, [1, 3], [12]) for row in rows) >= 4
+    assert any(12 in row and 2 not in row[: row.index(12)] for row in rows), "one wrote the mark itself"
+
+
+def test_behind_an_answer_to_a_prompt_another_conversation_begins(llama, chatty, tmp_path):
+    (tmp_path / "p.txt").write_text("▁w7 ▁w8\n")
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 120), name="llama")
+    settings = chatty(CHAT, first="prompts", prompts=str(tmp_path / "p.txt"))
+    for row in made(wide, range(8), **settings)["input_ids"].tolist():
+        assert row[:7] == [1, 3, 10, 11, 2, 4, 5]
+        turns_of(row[7:], [1, 3], [2, 4, 5], starts_in_answer=True)
+
+
+def test_templates_without_the_users_words(llama, chatty):
+    for template, told in (("▁w0", "leaves the user's words out"), ("{{ messages[0]['content'] }}", "no tokens")):
+        with pytest.raises(UserError, match=told):
+            made(llama, [0], **chatty(template, first="begin"))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": 5}', '{"text": null}', '{"messages": []}', '{"messages": ["a"]}', '{"messages": "a"}',
+             '{"messages": [{"content": "a"}]}', '{"messages": {"role": "user"}}']
+)  # fmt: skip
+def test_prompts_that_are_neither_text_nor_messages(line, llama, named, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "▁a"}\n' + line)
+    with pytest.raises(UserError) as error:
+        made(llama, range(2), tokenizer=named, first="prompts", prompts=str(path))
+    assert str(error.value).startswith(f"got generator.prompts={path}, whose line 2 has ")
+    assert str(error.value).endswith(
+        ' for text or messages; allowed: a string for text, [{"role": ..., "content": ...}, ...] for messages'
+    )
+
+
+def test_an_empty_prompt(llama, named, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": ""}')
+    settings = {"tokenizer": named, "first": "prompts", "prompts": str(tmp_path / "p.jsonl")}
+    assert made(llama, [0], **settings)["input_ids"][0, 0] == 1
+    with pytest.raises(UserError, match="a beginning of no tokens: an empty prompt or template, and no beginning-of-t"):
+        made(llama, [0], **settings, begin=False)
+
+
+def test_plain_words_are_no_free_places(llama, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    from dfq.tokenizer import ordinary_ids
+
+    words = ["special", "padding", "reserved", "pad", "Placeholder"]
+    words += [
+        "<pad>",
+        "[unused12]",
+        "<|reserved_special_token_7|>",
+        "<extra_id_0>",
+        "<special_3>",
+        "[PAD]",
+        "<unused9>",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="special"))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert ordinary_ids(fast, len(words)) == [0, 1, 2, 3, 4]
 
 
 def test_texts_that_end(llama):
