@@ -180,6 +180,18 @@ class Tokens:
 
     kind: ClassVar[str] = "token ids"
 
+    def for_teacher(self, teacher: Teacher) -> Tokens:
+        """A UserError for rows that are longer than the network has positions."""
+        most = getattr(getattr(teacher.module, "config", None), "max_position_embeddings", None)
+        longest = max(map(len, self._rows(self.path)), default=0)
+        if most is not None and longest > most:
+            raise UserError(
+                f"got {self.path} with a row of {longest} tokens and {teacher.name}, which has {most} positions",
+                f"rows of at most {most} tokens",
+                f"give evaluation.length={most}",
+            )
+        return self
+
     @property
     def num_samples(self) -> int:
         return len(self._rows(self.path))
@@ -234,7 +246,9 @@ class Text(Tokens):
                 "evaluation=tokens, or evaluation.tokenizer=FOLDER",
             )
         length = self.length or teacher.input_spec.size[0]
-        return replace(self, tokenizer=name, length=length)
+        found = replace(self, tokenizer=name, length=length)
+        Tokens.for_teacher(found, teacher)
+        return found
 
     def _rows(self, path: str) -> list[Tensor]:
         if self.tokenizer is None:

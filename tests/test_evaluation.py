@@ -10,6 +10,7 @@ from conftest import NETS, SPEC, settle
 from PIL import Image
 from torch import nn
 
+import dfq
 from dfq.calibration import calibrate
 from dfq.errors import UserError
 from dfq.evaluation import Arrays, ImageFolder, NoEvaluation, batch_norm_match, fidelity, measure
@@ -17,7 +18,7 @@ from dfq.quantizers.min_max import MinMax
 from dfq.scheme import Scheme, TensorScheme
 from dfq.student import Student
 from dfq.tasks.classification import Classification
-from dfq.teacher import InputSpec, Teacher
+from dfq.teacher import InputSpec, Teacher, TokenSpec
 
 TASK = Classification()
 
@@ -268,3 +269,18 @@ def settle_statistics(net):
         net.train()(images)
     net.eval()
     return images
+
+
+def test_rows_longer_than_a_network_has_positions(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    teacher = Teacher(transformers.GPT2LMHeadModel(config), "language_modeling", TokenSpec(64, 16), name="gpt2")
+    path = tmp_path / "rows.npz"
+    np.savez(path, input_ids=np.zeros((2, 40), np.int64))
+    with pytest.raises(UserError) as error:
+        dfq.evaluate(teacher, None, "tokens", path=str(path))
+    assert str(error.value) == (
+        f"got {path} with a row of 40 tokens and gpt2, which has 32 positions; allowed: rows of at most 32 tokens; "
+        "give evaluation.length=32"
+    )
+    assert dfq.evaluate(teacher, None, "tokens", path=str(path), length=32)["teacher"]["perplexity"] > 1
