@@ -294,6 +294,13 @@ class SoftQuantizer(nn.Module):
         return self._weight(torch.where(self.logits >= 0, torch.inf, -torch.inf))
 
 
+def magnitude(parameter: Tensor, beside: Tensor | None = None) -> Tensor:
+    """What a rate is in units of, []: the mean magnitude of what is trained; of what is zero throughout, that of what
+    it stands ``beside``; where that is zero or missing, 1, as that of a gain mostly is."""
+    sizes = [tensor.detach().abs().mean() for tensor in (parameter, beside) if tensor is not None]
+    return next((size for size in sizes if size > 0), torch.ones_like(sizes[0]))
+
+
 class Trainable:
     """What is trained of some layers: in place while the context is open, rounded and frozen where it ends.
 
@@ -325,7 +332,7 @@ class Trainable:
             for layer in self.layers:
                 if layer.bias is not None:
                     layer.bias.requires_grad_(True)
-                    groups.append(self.group(layer.bias, self.bias_lr, layer.bias.detach().abs().mean()))
+                    groups.append(self.group(layer.bias, self.bias_lr, magnitude(layer.bias, layer.weight)))
         self.smallest = {quantizer: quantizer.scale.detach() * 1e-2 for quantizer in self.activations}
         return groups
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dfq.algorithms._reconstruction import BlockFitting, Trainable
+from dfq.algorithms._reconstruction import BlockFitting, Trainable, magnitude
 from dfq.blocks import Block
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.quantizers.lsq import learn_step
@@ -96,7 +96,7 @@ class _Parameters(Trainable):
         if s.bias_lr > 0:
             for parameter in self.others:
                 parameter.requires_grad_(True)
-                groups.append(self.group(parameter, s.bias_lr, parameter.detach().abs().mean()))
+                groups.append(self.group(parameter, s.bias_lr, magnitude(parameter)))
         return groups
 
     def __exit__(self, *error: Any) -> None:

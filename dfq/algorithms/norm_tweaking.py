@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dfq.algorithms._reconstruction import BlockFitting, Trainable
+from dfq.algorithms._reconstruction import BlockFitting, Trainable, magnitude
 from dfq.blocks import Block
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.settings import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -70,7 +70,7 @@ class _Norms(Trainable):
         groups = super().__enter__()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-            groups.append(self.group(parameter, self.lr, parameter.detach().abs().mean()))
+            groups.append(self.group(parameter, self.lr, magnitude(parameter)))
         return groups
 
     def __exit__(self, *error: Any) -> None:

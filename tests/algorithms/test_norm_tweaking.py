@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_block_ap import W2, dataset, run, teacher  # noqa: F401  (fixtures)
 
+from dfq.algorithms._reconstruction import magnitude
 from dfq.algorithms.norm_tweaking import NormTweaking
 from dfq.settings import resolve
 from dfq.student import Student
@@ -51,3 +52,25 @@ def test_wrong_settings():
 
     with pytest.raises(UserError, match=r"got algorithm\.norm_lr=0; allowed: a number > 0"):
         resolve("algorithm", "norm_tweaking", norm_lr=0)
+
+
+@pytest.mark.parametrize("name", ["norm_tweaking", "block_ap"])
+def test_gains_that_are_zero_throughout_are_trained(name, teacher, dataset, tmp_path):  # noqa: F811
+    """Gemma's gains are what is added to one; a rate in units of their own magnitude would be none."""
+    from tiny_language import TEXT, random_teacher, transformers
+
+    config = transformers.GemmaConfig(**TEXT, num_key_value_heads=2, head_dim=8)
+    gemma = random_teacher(config, length=16, norms=False)
+    student = Student.from_teacher(gemma, W2)
+    run(resolve("algorithm", "round_to_nearest"), student, gemma, dataset, tmp_path / "a")
+    gain = student.module.get_parameter("model.layers.0.input_layernorm.weight")
+    assert not gain.any()
+    run(resolve("algorithm", name, iterations=3, batch_size=4), student, gemma, dataset, tmp_path / "b")
+    assert gain.all()
+    assert 0 < float(gain.detach().abs().max()) < 0.1
+
+
+def test_units_of_rates():
+    zero, two = torch.zeros(3), torch.tensor([-1.0, 3.0])
+    found = [float(magnitude(*tensors)) for tensors in ((two, zero), (zero, two), (zero,), (zero, zero))]
+    assert found == [2.0, 2.0, 1.0, 1.0]
