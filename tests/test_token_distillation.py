@@ -406,5 +406,5 @@ def test_attention_is_not_in_a_cache(tmp_path):
     teacher = attending()
     dataset = generate(teacher, SelfGeneration(cache_teacher=8, max_repetition=1.0), 32, 0, tmp_path / "d")
     assert message((teacher, dataset), attention_output_weight=1.0).endswith(
-        "what attention does is not stored; generate with generator.cache_teacher=null"
+        "what attention does is not stored; generate with generator.cache_teacher=0"
     )

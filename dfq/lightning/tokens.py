@@ -92,7 +92,7 @@ class TokenDistillationModule(DistillationModule):
             raise UserError(
                 "got algorithm.attention_map_weight or attention_output_weight and a dataset with the teacher's cache",
                 "a dataset without it: what attention does is not stored",
-                "generate with generator.cache_teacher=null",
+                "generate with generator.cache_teacher=0",
             )
         with (
             capture_outputs(self.student_module, list(self.features) if wants_features else []) as got,
