@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from dfq.dataset import write_atomic
 from dfq.errors import UserError
+from dfq.exporters import _artifact as artifact
 from dfq.modules import QuantizedLayer, Quantizer
+from dfq.scheme import OPERANDS
 from dfq.sites import FUSED_ATTENTION, HOLDER, SITE, site_quantizer
 from dfq.student import Student
 from dfq.surgery import stacked_experts
@@ -20,10 +23,16 @@ from dfq.teacher import Teacher
 OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", "correction", HOLDER)  # sub-modules that dfq has added
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json", "chat_template*")
 COPIED = (*TOKENIZER, "generation_config.json", "spiece.model", "sentencepiece*.model")
+# What of these is looked for on the hub, which has no patterns.
+ON_HUB = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json"),
+    *("merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json", "spiece.model"),
+)
+NO_TOKENIZER = "not stored: the teacher came without one, or its folder can't be read from here"
 
 
-def configuration(student: Student, exporter: str) -> dict[str, Any]:
-    """config.json of the network as transformers reads it."""
+def configuration(student: Student, exporter: str) -> tuple[dict[str, Any], Path | None]:
+    """config.json of the network as transformers reads it, and the folder that it came from."""
     if student.surgery.corrections:
         raise UserError(
             f"got exporter={exporter} and a student with low-rank corrections (algorithm=lqer)",
@@ -37,10 +46,11 @@ def configuration(student: Student, exporter: str) -> dict[str, Any]:
             "exporter=onnx_qdq | pt2 for such a network",
         )
     folder = source_folder(student)
-    changed = {"tie_word_embeddings": False} if untied(student) else {}
-    if folder is not None:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")) | changed
-    return {**config.to_dict(), "use_cache": True, "architectures": [architecture(student.module)], **changed}
+    if folder is None:
+        found = {**config.to_dict(), "use_cache": True, "architectures": [architecture(student.module)]}
+    else:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found | ({"tie_word_embeddings": False} if untied(student) else {}), folder
 
 
 def architecture(module: nn.Module) -> str:
@@ -49,19 +59,41 @@ def architecture(module: nn.Module) -> str:
 
 
 def source_folder(student: Student) -> Path | None:
-    """Where the teacher came from, if it is a folder here."""
-    names = [(student.teacher.get("config") or {}).get("name"), getattr(student.module.config, "_name_or_path", None)]
-    return next((Path(name) for name in names if name and (Path(name) / "config.json").is_file()), None)
+    """The folder that the teacher came from; for one of the hub, that of its files here, with those of its tokenizer
+    fetched where they lack; None: it was made in memory, or is out of reach."""
+    config = student.teacher.get("config") or {}
+    both = ((config.get("name"), config.get("revision")), (student.module.config._name_or_path, None))
+    names = [(name, revision) for name, revision in both if name]
+    folders = (Path(name) for name, _ in names)
+    here = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    return here or next(filter(None, (_from_hub(name, revision) for name, revision in names)), None)
 
 
-def travelling(student: Student) -> dict[str, bytes]:
+def _from_hub(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    found = None
+    for file in ("config.json", *ON_HUB):
+        # Nearly any error: no such network, no such file in it, no connection, a name that is none.
+        with contextlib.suppress(Exception), artifact.silence():
+            found = Path(hf_hub_download(name, file, revision=revision)).parent
+        if found is None:  # not even config.json
+            return None
+    return found
+
+
+def travelling(student: Student, folder: Path | None) -> dict[str, bytes]:
     """Files of tokenizer and generation settings that go with the network, by name."""
-    folder = source_folder(student)
     if folder is None:
         generation = getattr(student.module, "generation_config", None)
         return {} if generation is None else {"generation_config.json": generation.to_json_string().encode()}
     found = {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
     return {file.name: file.read_bytes() for file in sorted(found)}
+
+
+def rounds_attention(student: Student) -> bool:
+    """Operands of attention's products are rounded: keys, values, queries, probabilities."""
+    return not all(getattr(student.scheme, part).is_float for part in OPERANDS)
 
 
 def write_beside(path: Path, files: dict[str, bytes]) -> None:
@@ -174,3 +206,32 @@ def weight_grid(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a Linear's weight, [O, G]: one column for a channel, one entry in all for a tensor."""
     scale, zero_point = (t.detach().cpu() for t in (layer.weight_quantizer.scale, layer.weight_quantizer.zero_point))
     return (scale.view(len(scale), -1), zero_point.view(len(scale), -1)) if scale.dim() else (scale.view(1), zero_point)
+
+
+@torch.no_grad()
+def parity(student: Student, folder: Path, ids: Tensor, teacher: Teacher | None, **options: Any) -> dict[str, Any]:
+    """What transformers loads from ``folder`` against the student: logits of ids [N, T]."""
+    import transformers
+
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with artifact.silence():
+            auto = getattr(transformers, "AutoModelForCausalLM")  # noqa: B009
+            loaded = auto.from_pretrained(folder, **options).eval()
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    compared, quantization = artifact.Comparison(), artifact.Comparison()
+    for batch in artifact.batches_of(ids):
+        wanted = [student(batch).logits.float().cpu()]
+        compared.add(wanted, [loaded(batch).logits.float()])
+        if teacher is not None:
+            quantization.add(artifact.outputs_of(teacher, batch)[:1], wanted)
+    return {
+        "runtime": f"transformers {transformers.__version__}",
+        "num_samples": len(ids),
+        "argmax_agreement": compared.agreement,
+        "max_abs_error": compared.largest,
+        "relative_error": compared.relative_error,
+        "quantization_error": quantization.relative_error if teacher is not None else None,
+    }

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
 from dfq.exporters import _transformers as network
-from dfq.exporters._artifact import Comparison, batches_of, outputs_of
 from dfq.scheme import TensorScheme
 from dfq.student import Student
 from dfq.surgery import stacked_experts
@@ -80,7 +79,7 @@ class CompressedTensors:
                 f"DIR/{FILE}, the name that transformers looks for",
                 f"give {path.parent / FILE}",
             )
-        config = network.configuration(student, "compressed_tensors")
+        config, folder = network.configuration(student, "compressed_tensors")
         settings, packed = quantization_config(student)
         # Readers look for grids of the cache beside those of weights.
         key_value, scales = (None, {}) if settings is None else key_value_scheme(student)
@@ -104,13 +103,15 @@ class CompressedTensors:
         config |= {"dtype": self.dtype} | ({} if settings is None else {"quantization_config": settings})
         config.pop("torch_dtype", None)
         content = save_safetensors(state, metadata={"format": "pt", **artifact.provenance(student)})
-        files = {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **network.travelling(student)}
-        network.write_beside(path, files)
+        files = network.travelling(student, folder)
+        network.write_beside(path, {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **files})
         artifact.write(path, content, self, student, {"parity": None, "latency_ms": None})
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
         found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
-        if not all(getattr(student.scheme, part).is_float for part in ("key_value", "key", "attention")):
+        if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
+            found["tokenizer"] = network.NO_TOKENIZER
+        if network.rounds_attention(student):
             why = "no weight has a grid" if settings is None else "no reader has such a grid"
             found["key_value"] = f"not stored: {why}" if key_value is None else key_value
         return artifact.write(path, content, self, student, found)
@@ -299,33 +300,9 @@ def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ parity
 
 
-@torch.no_grad()
 def parity(student: Student, path: Path, ids: Tensor, teacher: Teacher | None) -> dict[str, Any]:
     """The folder in transformers against the student; of that nothing where compressed-tensors is not installed."""
     needs_reader = "quantization_config" in json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     if needs_reader and importlib.util.find_spec("compressed_tensors") is None:
         return {"runtime": None, "note": "compressed-tensors is not installed here: the folder was not loaded again"}
-    import transformers
-
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with artifact.silence():
-            loaded = getattr(transformers, "AutoModelForCausalLM").from_pretrained(path.parent).eval()  # noqa: B009
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-    compared, quantization = Comparison(), Comparison()
-    for batch in batches_of(ids):
-        wanted = [student(batch).logits.float().cpu()]
-        compared.add(wanted, [loaded(batch).logits.float()])
-        if teacher is not None:
-            quantization.add(outputs_of(teacher, batch)[:1], wanted)
-    reference = quantization.relative_error if teacher is not None else None
-    return {
-        "runtime": f"transformers {transformers.__version__}",
-        "num_samples": len(ids),
-        "argmax_agreement": compared.agreement,
-        "max_abs_error": compared.largest,
-        "relative_error": compared.relative_error,
-        "quantization_error": reference,
-    }
+    return network.parity(student, path.parent, ids, teacher)

@@ -14,11 +14,13 @@ its own. The vocabulary is written from ``tokenizer.json`` where the teacher cam
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +39,8 @@ ALIGNMENT = 32
 F32, Q4_0, Q8_0, TQ2_0 = 0, 2, 8, 35  # numbers of tensor types
 BLOCKS = {Q4_0: (32, 18), Q8_0: (32, 34), TQ2_0: (256, 66)}  # weights and bytes of a block
 FILE_TYPES = {Q4_0: 2, Q8_0: 7, TQ2_0: 37}
-UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9  # of values of metadata
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # of values of metadata
+FORMS = {UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?"}
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type → GGUF's
 NAMES = {  # sub-module of a layer → its name in GGUF
     "input_layernorm": "attn_norm",
@@ -53,6 +56,21 @@ NAMES = {  # sub-module of a layer → its name in GGUF
     "mlp.down_proj": "ffn_down",
 }
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+# How a byte-level tokenizer.json splits text, and whether whole words pass by its merges → what llama.cpp calls it.
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+CASES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+)
+PRE_TOKENIZERS = {
+    (True, WORDS + "{1,3}" + REST): "llama-bpe",
+    (False, WORDS + "{1,3}" + REST): "smaug-bpe",
+    (False, WORDS + REST): "qwen2",
+    (True, CASES + REST.replace("[\\r\\n]*", r"[\r\n/]*", 1)): "tekken",
+    (False, "bytes"): "gpt-2",
+    (False, "digits", "bytes"): "smollm",
+}
 
 
 @dataclass(frozen=True)
@@ -71,14 +89,16 @@ class GGUF:
         Args:
             path: the file, usually ``*.gguf``.
             teacher: the float network, for modules of it that the student has rewritten.
-            images: not used: the file is read again and compared weight by weight.
+            images: ids [N, T] to compare student and file on in transformers, where gguf and accelerate are installed;
+                default: a few random ones. Weights are compared one by one without them.
 
         Returns:
             what ``path``.json holds.
         """
         path = Path(path)
         artifact.check(student, path)
-        config = network.configuration(student, "gguf")
+        published, folder = network.configuration(student, "gguf")
+        config = {**student.module.config.to_dict(), **published}
         kind = config.get("model_type")
         if kind not in ARCHITECTURES:
             raise UserError(
@@ -86,11 +106,16 @@ class GGUF:
                 " | ".join(ARCHITECTURES),
                 "exporter=compressed_tensors takes others",
             )
-        stored = dict(_stored(student, config, teacher))
-        content = serialize(_metadata(student, config, stored), stored)
-        return artifact.write(
-            path, content, self, student, {"parity": _parity(student, config, content), "latency_ms": None}
-        )
+        stored = dict(_stored(student, config, teacher)) | _scaled_frequencies(student, config)
+        vocabulary, tokenizer = _vocabulary(folder, config)
+        content = serialize(_metadata(student, config, stored) | vocabulary, stored)
+        found: dict[str, Any] = {"parity": None, "latency_ms": None, "tokenizer": tokenizer}
+        if network.rounds_attention(student):
+            found["key_value"] = "not stored: the format has no such grid"
+        artifact.write(path, content, self, student, found)
+        images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
+        found["parity"] = _weights(student, config, content) | _logits(student, path, images, teacher)
+        return artifact.write(path, content, self, student, found)
 
 
 @dataclass(frozen=True)
@@ -215,14 +240,13 @@ def _value(kind: int, value: Any) -> bytes:
     if kind == ARRAY:
         inner, items = value
         return struct.pack("<IQ", inner, len(items)) + b"".join(_value(inner, item) for item in items)
-    return struct.pack({UINT32: "<I", INT32: "<i", FLOAT32: "<f"}[kind], value)
+    return struct.pack(f"<{FORMS[kind]}", value)
 
 
 def _metadata(student: Student, config: dict[str, Any], stored: dict[str, Stored]) -> dict[str, tuple[int, Any]]:
     name = ARCHITECTURES[config["model_type"]]
     heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
+    head_dim = _head_dim(config)
     kinds = [tensor.kind for tensor in stored.values() if tensor.kind != F32]
     found: dict[str, tuple[int, Any]] = {
         "general.architecture": (STRING, name),
@@ -239,22 +263,77 @@ def _metadata(student: Student, config: dict[str, Any], stored: dict[str, Stored
         f"{name}.attention.value_length": (UINT32, head_dim),
         f"{name}.attention.layer_norm_rms_epsilon": (FLOAT32, config.get("rms_norm_eps", 1e-6)),
         f"{name}.rope.dimension_count": (UINT32, head_dim),
-        f"{name}.rope.freq_base": (FLOAT32, rope),
+        f"{name}.rope.freq_base": (FLOAT32, student.module.config.rope_parameters["rope_theta"]),
         f"{name}.vocab_size": (UINT32, config["vocab_size"]),
     }
-    found |= {f"dfq.{key}": (STRING, str(value)) for key, value in artifact.provenance(student).items()}
-    return found | _vocabulary(student, config)
+    found |= {f"{name}.rope.scaling.{key}": value for key, value in _scaling(student).items()}
+    return found | {f"dfq.{key}": (STRING, str(value)) for key, value in artifact.provenance(student).items()}
 
 
-def _vocabulary(student: Student, config: dict[str, Any]) -> dict[str, tuple[int, Any]]:
-    """Tokens, their kinds and merges, from tokenizer.json; empty where there is none of byte-pair encoding."""
-    folder = network.source_folder(student)
-    if folder is None or not (folder / "tokenizer.json").exists():
+def _head_dim(config: dict[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _scaling(student: Student) -> dict[str, tuple[int, Any]]:
+    """How the rotary embedding's positions are scaled for longer texts, where a factor or two say it (linear, YaRN)."""
+    rope = student.module.config.rope_parameters
+    kind = rope["rope_type"]
+    if kind in ("default", "llama3"):
         return {}
-    read = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if kind == "linear":
+        return {"type": (STRING, kind), "factor": (FLOAT32, rope["factor"])}
+    # llama.cpp reads no other bounds of the ramp for these networks, and rounds them outwards.
+    own = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
+    other = [f"{key}={rope[key]}" for key, value in own.items() if rope.get(key) not in (None, value)]
+    if kind != "yarn" or other:
+        raise UserError(
+            f"got exporter=gguf and {student.teacher['name']} with {' and '.join([f'rope_type={kind}', *other])}",
+            "default | linear | yarn with its usual bounds | llama3 (in networks of type llama and mistral)",
+            "exporter=compressed_tensors takes others",
+        )
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    # llama.cpp multiplies by the paper's factor of attention itself; what is stored comes on top.
+    _, attention = ROPE_INIT_FUNCTIONS[kind](student.module.config, torch.device("cpu"))
+    return {
+        "type": (STRING, kind),
+        "factor": (FLOAT32, rope["factor"]),
+        "original_context_length": (UINT32, rope["original_max_position_embeddings"]),
+        "attn_factor": (FLOAT32, attention / (0.1 * log(rope["factor"]) + 1)),
+    }
+
+
+def _scaled_frequencies(student: Student, config: dict[str, Any]) -> dict[str, Stored]:
+    """What llama.cpp divides each frequency of the rotary embedding by, for those that are scaled one by one."""
+    rope = student.module.config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return {}
+    if ARCHITECTURES[config["model_type"]] != "llama":
+        raise UserError(
+            f"got exporter=gguf and {student.teacher['name']} of type {config['model_type']} with rope_type=llama3",
+            "llama3 in networks of type llama and mistral, alone of which llama.cpp reads frequencies",
+            "exporter=compressed_tensors takes others",
+        )
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](student.module.config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** -(torch.arange(0, 2 * len(scaled), 2, dtype=torch.float64) / (2 * len(scaled)))
+    factors = (plain / scaled.double()).float().numpy()
+    return {"rope_freqs.weight": Stored(F32, factors.shape, factors.tobytes())}
+
+
+def _vocabulary(folder: Path | None, config: dict[str, Any]) -> tuple[dict[str, tuple[int, Any]], str]:
+    """Tokens, their kinds and merges, and the chat template, and in words what was written."""
+    nothing = {"tokenizer.ggml.model": (STRING, "none")}  # without it llama.cpp refuses the file
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return nothing, network.NO_TOKENIZER.replace("one", "a tokenizer.json", 1)
+    read, settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), _settings(folder)
     model = read.get("model", {})
     if model.get("type") != "BPE":
-        return {}
+        return (
+            nothing,
+            f"not stored: tokenizers of type BPE alone are, its tokenizer.json is of {model.get('type')}",
+        )
     added = {token["id"]: token for token in read.get("added_tokens", [])}
     by_id = {index: token for token, index in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
     size = config["vocab_size"]
@@ -277,15 +356,71 @@ def _vocabulary(student: Student, config: dict[str, Any]) -> dict[str, tuple[int
     if falls_back:  # as sentencepiece has it: what is merged first scores highest
         rank = {pair.replace(" ", ""): -float(i) for i, pair in reversed(list(enumerate(pairs)))}
         found["tokenizer.ggml.scores"] = (ARRAY, (FLOAT32, [rank.get(token, 0.0) for token in tokens]))
+        prepends = any(part.get("type") == "Prepend" for part in _parts(read, "normalizer"))
+        spaces = [part for part in _parts(read, "pre_tokenizer") if part.get("type") == "Metaspace"]
+        prepends |= any(part.get("prepend_scheme", "always") != "never" for part in spaces)
+        found["tokenizer.ggml.add_space_prefix"] = (BOOL, prepends)
+        words = "byte-pair encoding as sentencepiece has it"
     else:
-        found["tokenizer.ggml.pre"] = (STRING, "default")
+        name = _pre_tokenizer(read)
+        found["tokenizer.ggml.pre"] = (STRING, name or "default")
         found["tokenizer.ggml.merges"] = (ARRAY, (STRING, pairs))
-    for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        value = config.get(key)
+        words = (
+            f"byte-pair encoding, text split as in {name}"
+            if name
+            else (
+                "byte-pair encoding; how it splits text has no name in llama.cpp that is known here: other tokens there"
+            )
+        )
+    ids = {token: index for index, token in by_id.items()}
+    templates = [part["single"] for part in _parts(read, "post_processor") if part.get("type") == "TemplateProcessing"]
+    for name, key, place in (("bos", "bos", 0), ("eos", "eos", -1), ("padding", "pad", None)):
+        value = ids.get(settings.get(f"{key}_token"), config.get(f"{key}_token_id"))
         value = value[0] if isinstance(value, list) else value
         if value is not None:
             found[f"tokenizer.ggml.{name}_token_id"] = (UINT32, value)
+        if place is not None:
+            added_there = [ids.get(single[place].get("SpecialToken", {}).get("id")) for single in templates]
+            adds = settings.get(f"add_{key}_token", value is not None and value in added_there)
+            found[f"tokenizer.ggml.add_{key}_token"] = (BOOL, bool(adds))
+    if settings.get("chat_template"):
+        found["tokenizer.chat_template"] = (STRING, settings["chat_template"])
+    return found, words
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, special tokens by their text, the chat template from where it lies."""
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = {key: value.get("content", value) if isinstance(value, dict) else value for key, value in found.items()}
+    template = found.get("chat_template")
+    if isinstance(template, list):
+        found["chat_template"] = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        found["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return found
+
+
+def _parts(read: dict[str, Any], section: str) -> list[dict[str, Any]]:
+    """The steps of a section of tokenizer.json, which has one or a sequence of them."""
+    whole = read.get(section) or {}
+    return next((whole[key] for key in ("normalizers", "pretokenizers", "processors") if key in whole), [whole])
+
+
+def _pre_tokenizer(read: dict[str, Any]) -> str | None:
+    """What llama.cpp calls the way in which a byte-level tokenizer.json splits text."""
+    steps: list[Any] = []
+    for part in _parts(read, "pre_tokenizer"):
+        kind = part.get("type")
+        if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+            steps.append(part["pattern"].get("Regex"))
+        elif kind == "Digits" and part.get("individual_digits"):
+            steps.append("digits")
+        elif kind == "ByteLevel" and not part.get("add_prefix_space"):
+            steps += ["bytes"] if part.get("use_regex", True) else []
+        else:
+            steps.append(None)
+    return PRE_TOKENIZERS.get((bool(read["model"].get("ignore_merges")), *steps))
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -313,7 +448,7 @@ def read_weights(content: bytes) -> dict[str, np.ndarray]:
         if kind == ARRAY:
             inner, count = take("I"), take("Q")
             return [value(inner) for _ in range(count)]
-        return take({UINT32: "I", INT32: "i", FLOAT32: "f"}[kind])
+        return take(FORMS[kind])
 
     magic, version, num_tensors, num_values = take("4sIQQ")
     assert (magic, version) == (b"GGUF", 3)
@@ -347,11 +482,31 @@ def read_weights(content: bytes) -> dict[str, np.ndarray]:
     return found
 
 
-def _parity(student: Student, config: dict[str, Any], content: bytes) -> dict[str, Any]:
+def _weights(student: Student, config: dict[str, Any], content: bytes) -> dict[str, Any]:
     """The file's weights against the student's."""
     found, largest = read_weights(content), 0.0
     for name, layer in student.layers.items():
         if f"{_name(name)}.weight" in found:
             wanted = _in_order(layer.weight.detach().cpu().float(), name, config).numpy()
             largest = max(largest, float(np.abs(found[f"{_name(name)}.weight"] - wanted).max()))
-    return {"runtime": "dfq's own reader", "num_layers": len(student.layers), "max_abs_error_of_weights": largest}
+    return {"num_layers": len(student.layers), "max_abs_error_of_weights": largest}
+
+
+def _logits(student: Student, path: Path, ids: Tensor, teacher: Teacher | None) -> dict[str, Any]:
+    """The file in transformers against the student; of that nothing where its readers are not installed."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"runtime": None, "note": f"{' and '.join(missing)} not installed here: the file was not loaded again"}
+    import transformers
+
+    source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    config, own = transformers.AutoConfig.from_pretrained(path.parent, **source), student.module.config
+    keys = ("rope_parameters", "head_dim")
+    other = [key for key in keys if getattr(own, key, None) != getattr(config, key, None)]
+    for key in other:
+        setattr(config, key, getattr(own, key))
+    found = network.parity(student, path.parent, ids, teacher, config=config, dtype=torch.float32, **source)
+    if other:
+        named = " and ".join(other)
+        found["warning"] = f"gguf_file= of transformers does not read {named}: set it in a config and give that too"
+    return found
