@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Clock, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._equalization import float_network
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
@@ -100,6 +100,7 @@ class BlockFitting(Algorithm):
 
     def run(self, work: Work) -> None:
         """Fit the student block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
+        clock = Clock(self.time_limit_s)
         student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
         images = work.images(self.num_samples)
         reference = float_reference(student, teacher)
@@ -108,10 +109,9 @@ class BlockFitting(Algorithm):
         student.module.requires_grad_(False)
         flow = record_dataflow(reference, teacher.example())
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
-        done = _Done(work_dir)
+        done, looking_s = _Done(work_dir), 0.0  # seconds from one block's fit to the next one's
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
-        deadline = time.perf_counter() + (self.time_limit_s or math.inf)
         layout = to_fast_layout([student.module, reference], teacher.example())
         if images.dim() == 4:
             images = images.contiguous(memory_format=layout)
@@ -121,13 +121,18 @@ class BlockFitting(Algorithm):
                 if done.has(index):
                     advance(self.iterations)
                     continue
+                if clock.left_s <= looking_s:  # blocks that are left keep nearest rounding
+                    break
+                began = time.perf_counter()
                 rng = torch.Generator().manual_seed(seed * 100_003 + index)
                 captured = captures.of(block)
                 weights = self.weights(reference, teacher, block, images, rng)
-                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
+                looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
+                limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
                 done.save(index, student)
-        self.finish(work, reference, images, elements, deadline - time.perf_counter())
+        if clock.left_s > 0:
+            self.finish(work, reference, images, elements, clock.left_s)
         student.module.to(memory_format=torch.contiguous_format)
 
 

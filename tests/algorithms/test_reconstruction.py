@@ -1,6 +1,7 @@
 """Block reconstruction: its equations, what is trained and what is not, and a run that is killed and goes on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,15 +200,54 @@ def test_a_killed_run_goes_on_with_the_block_it_was_at(parts, monkeypatch):
     assert resumed.sha256 == whole.sha256
 
 
-def test_the_time_limit_ends_a_run_with_all_roundings_decided(parts):
-    import time
+@pytest.fixture
+def now(monkeypatch):
+    """The time that these modules see, in a list."""
+    seconds = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    for name in ("_base", "_reconstruction"):
+        monkeypatch.setattr(f"dfq.algorithms.{name}.time", clock)
+    return seconds
 
+
+def test_the_time_limit_ends_a_run_with_all_roundings_decided(parts, now, monkeypatch):
     teacher, dataset, work_dir = parts
-    start = time.perf_counter()
-    found = made(teacher, dataset, work_dir=work_dir, iterations=10**6, time_limit_s=2.0)
-    assert time.perf_counter() - start < 10
+    loss, steps = _Fit._loss, []
+
+    def slow(self, done):
+        now[0] += 0.01
+        steps.append(done)
+        return loss(self, done)
+
+    monkeypatch.setattr(_Fit, "_loss", slow)
+    found = made(teacher, dataset, work_dir=work_dir, iterations=10**6, time_limit_s=2.0, finish_iterations=1)
+    assert len(steps) in range(148, 154) and max(steps) > 0.95  # a quarter is for what comes behind the three blocks
     images = dataset.tensors()["images"]
     assert error(found.freeze(), teacher, images) < error(nearest(teacher, dataset), teacher, images)
+
+
+def test_the_time_limit_counts_what_lies_between_blocks(parts, now, monkeypatch):
+    teacher, dataset, work_dir = parts
+    fitted = []
+
+    class Slow(Captures):
+        def of(self, block):
+            now[0] += 10
+            return super().of(block)
+
+    def fit(self, limit_s, _):
+        now[0] += limit_s
+        fitted.append(limit_s)
+
+    monkeypatch.setattr("dfq.algorithms._reconstruction.Captures", Slow)
+    monkeypatch.setattr(_Fit, "run", fit)
+    made(teacher, dataset, work_dir=work_dir / "a", time_limit_s=60.0, finish_iterations=0)
+    assert now[0] == pytest.approx(60) and fitted == pytest.approx([10, 10, 10])
+    now[0] = 0.0
+    fitted.clear()
+    found = made(teacher, dataset, work_dir=work_dir / "b", time_limit_s=15.0)
+    assert now[0] <= 15 and len(fitted) == 1  # the others keep nearest rounding, and nothing is trained at the end
+    assert torch.isfinite(found.freeze()(teacher.example())).all()
 
 
 def test_sensitivities_are_squared_gradients_of_the_log_likelihood(parts):
