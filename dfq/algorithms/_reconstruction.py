@@ -42,6 +42,8 @@ from dfq.progress import progress_bar
 from dfq.quantization import (
     broadcast,
     from_groups,
+    round_scale,
+    scale_through,
     soft_quantize,
     soft_rounding,
     soft_rounding_logits,
@@ -258,8 +260,9 @@ class SoftQuantizer(nn.Module):
         values = self._grouped(weight.detach())
         self.base = torch.floor(values / scale)
         self.logits = nn.Parameter(soft_rounding_logits(values, scale))
-        self.step = nn.Parameter(scale.clone(), requires_grad=learn_step)
-        self.zero_point, self.smallest = zero_point, scale * 1e-2
+        # A power of two stays: with B fixed its next one would double all weights.
+        self.step = nn.Parameter(scale.clone(), requires_grad=learn_step and self.scheme.scale_format != "e8m0")
+        self.zero_point, self.smallest = zero_point, round_scale(scale * 1e-2, self.scheme)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         size = self.scheme.group_size
@@ -274,12 +277,16 @@ class SoftQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """As :class:`~dfq.modules.Quantizer` has it: a layer's integer bias asks for it."""
-        scale = torch.maximum(self.step, self.smallest)
+        scale = self._rounded_step
         return scale[..., 0] if self.scheme.group_size is not None else scale.flatten() if scale.dim() else scale
 
+    @property
+    def _rounded_step(self) -> Tensor:
+        """As it is stored in the end."""
+        return torch.maximum(scale_through(self.step, self.scheme), self.smallest)
+
     def _weight(self, logits: Tensor) -> Tensor:
-        step = torch.maximum(self.step, self.smallest)
-        found = soft_quantize(self.base, step, self.zero_point, self.scheme, logits)
+        found = soft_quantize(self.base, self._rounded_step, self.zero_point, self.scheme, logits)
         return found if self.scheme.group_size is None else from_groups(found, self.axis or 0, self.shape)
 
     def forward(self, _weight: Tensor) -> Tensor:
@@ -388,7 +395,7 @@ class _Roundings(Trainable):
                 groups.append({"params": [soft.logits], "lr": s.rounding_lr, "decays": False})
             else:
                 soft.decide()
-            if s.weight_step_lr > 0:
+            if soft.step.requires_grad:
                 groups.append(self.group(soft.step, s.weight_step_lr, soft.step.detach().abs()))
         return groups + super().__enter__()
 

@@ -124,9 +124,10 @@ class _Climb:
         is_better = found.kl < self.figures.kl or self.best is self.work.student
         gain = (found.agreement - self.figures.agreement) / (took_s / 60)
         loss = "" if found.drop is None else f", loses about {100 * found.drop:.1f} %"
+        best, since_s = " (best so far)" if is_better else "", time.perf_counter() - self.start
         say(
-            f"auto: {name} {took_s:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}{loss}"
-            f"{' (best so far)' if is_better else ''}, {time.perf_counter() - self.start:.0f} s of {self.budget_s:.0f} s"
+            f"auto: {name} {took_s:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}{loss}{best}, "
+            f"{since_s:.0f} s of {self.budget_s:.0f} s"
         )
         if is_better:
             self.best, self.figures = candidate, found

@@ -1,7 +1,7 @@
 """auto and sequence: which rung is kept, what the clock allows, what is printed; steps that go on from each other."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar

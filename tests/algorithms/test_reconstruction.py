@@ -117,6 +117,21 @@ def test_roundings_are_decided_and_the_student_is_saved_bit_for_bit(parts, tmp_p
     assert torch.equal(Student.load(student.save(tmp_path / "s"), teacher)(images), kept)
 
 
+@pytest.mark.parametrize("scale_format", ["e8m0", "float16"])
+def test_what_was_learned_is_what_scales_of_a_format_of_their_own_store(scale_format, parts):
+    teacher, dataset, work_dir = parts
+    weight = TensorScheme(4, True, "per_channel", scale_format=scale_format)
+    scheme = Scheme(weight, TensorScheme(8, True, scale_format=scale_format))
+    start = nearest(teacher, dataset, scheme)
+    found = made(teacher, dataset, scheme, work_dir=work_dir, finish_iterations=60)
+    for name, layer in found.layers.items():
+        torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=1e-6, atol=0)
+        same = torch.equal(layer.weight_quantizer.scale, start.layers[name].weight_quantizer.scale)
+        assert same is (scale_format == "e8m0")  # with fixed codes the next power of two would double all weights
+    images = dataset.tensors()["images"]
+    assert error(found.freeze(), teacher, images) < 0.8 * error(start, teacher, images)
+
+
 def test_what_a_method_does_not_train_stays(parts):
     teacher, dataset, work_dir = parts
     start, found = nearest(teacher, dataset), made(teacher, dataset, name="adaround", work_dir=work_dir)
