@@ -652,7 +652,7 @@ def _check_finite(teacher: Teacher, generator: Generator, index: int, rows: Mapp
         values = rows.get(name)
         if values is not None and not bool(values.isfinite().all()):
             raise UserError(
-                f"got {name} that are not finite in batch {index} from generator={_label(generator)} and {teacher.name}",
+                f"got {name} that are not finite in batch {index} of generator={_label(generator)} on {teacher.name}",
                 "finite numbers",
                 "look for NaN in the network's weights and running statistics, or lower the generator's learning rate",
             )

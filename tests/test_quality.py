@@ -183,7 +183,7 @@ def test_samples_that_are_not_finite_are_not_stored(make_teacher, tmp_path):
     first = generate(teacher, ZeroQ(iterations=2, batch_size=16), 16, 0, tmp_path / "d")
     teacher.batch_norms[next(iter(teacher.batch_norms))].running_var[0] = float("nan")
     for folder, num_samples, batch in ((tmp_path / "d", 32, 1), (tmp_path / "e", 16, 0)):
-        with pytest.raises(UserError, match=f"got images that are not finite in batch {batch} from generator=zeroq"):
+        with pytest.raises(UserError, match=f"got images that are not finite in batch {batch} of generator=zeroq"):
             generate(teacher, ZeroQ(iterations=2, batch_size=16), num_samples, 0, folder)
     assert len(SyntheticDataset(tmp_path / "d")) == len(first) == 16 and not (tmp_path / "e").exists()
 
