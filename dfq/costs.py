@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfq import pipeline, quality
+from dfq.algorithms._base import is_timed
 from dfq.algorithms.auto import Auto, seconds_of
 from dfq.algorithms.sequence import Sequence
 from dfq.dataset import SyntheticDataset, samples_of
@@ -148,6 +149,11 @@ def _count(seconds_each: float, least: int, most: int, trial_s: float = TRIAL_S)
 def _has(method: Any, names: tuple[str, ...]) -> list[str]:
     known = {field.name for field in fields(method)}
     return [name for name in names if name in known]
+
+
+def _trains(algorithm: Any) -> bool:
+    """Whether it takes steps: what stops by the clock without them rounds."""
+    return is_timed(algorithm) and bool(_has(algorithm, STEPS))
 
 
 # ------------------------------------------------------------------------------------------------ generation
@@ -300,7 +306,7 @@ def _of_algorithm(
     teacher: Teacher, dataset: SyntheticDataset, num_samples: int, scheme: Scheme, algorithm: Any, *quantizers: Any
 ) -> tuple[Cost, Student]:
     each, kept, last = forward_seconds(teacher), len(dataset.split()[0]), Student.from_teacher(teacher, scheme)
-    trains = bool(_has(algorithm, ("time_limit_s",)))
+    trains = _trains(algorithm)
     full_batch = min(getattr(algorithm, "batch_size", 1), max(1, round(0.9 * num_samples)))
     batch = min(_count(FORWARDS * each, 2, full_batch), kept)
     settings: dict[str, tuple[int, int, float]] = {}  # small, larger, full
@@ -496,7 +502,7 @@ def counted_quantization(counts: Counts, machine: Machine, algorithm: Any, num_s
     for step in steps:
         kept = min(max((getattr(step, name) for name in _has(step, SAMPLES)), default=num_samples), num_samples)
         work, alive, parts = 2 * kept * counts.macs, 4 * counts.activation_bytes, 2
-        if _has(step, ("time_limit_s",)):
+        if _trains(step):
             trained = sum(getattr(step, name) for name in _has(step, STEPS)) * step.batch_size
             work += 4 * trained * counts.macs
             looks = 0.1 * num_samples * (getattr(step, "checks", 0) + 1)

@@ -50,8 +50,8 @@ def _dataset(dataset: SyntheticDataset) -> Table:
         )
     dataset.verify()
     settings = dataset.manifest["settings"]
-    generator = settings["generator"]
-    options = ", ".join(f"{key}={value}" for key, value in generator.items() if key != "_target_")
+    generator = settings.get("generator", {})
+    method, options = generator.get("_target_", "?"), ", ".join(f"{k}={v}" for k, v in generator.items() if k[0] != "_")
     first = dataset[0]
     rows = {
         "folder": dataset.path,
@@ -59,8 +59,8 @@ def _dataset(dataset: SyntheticDataset) -> Table:
         "tensors": ", ".join(
             f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in first.items()
         ),
-        "generator": f"{generator['_target_']} ({options})" if options else generator["_target_"],
-        "teacher": f"{dataset.provenance.get('teacher', '?')} (sha256 {settings['teacher_sha256'][:12]})",
+        "generator": f"{method} ({options})" if options else method,
+        "teacher": f"{dataset.provenance.get('teacher', '?')} (sha256 {settings.get('teacher_sha256', '?')[:12]})",
         "seed": settings.get("seed", "none"),
         "made": f"{dataset.manifest['created']} in {dataset.seconds:.1f} s with dfq {dataset.manifest['dfq_version']}",
         "real data read": _what_was_read(dataset.provenance),

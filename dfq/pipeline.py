@@ -38,7 +38,7 @@ from dfq.ranks import from_environment
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
-from dfq.tasks._outputs import moved, to_store
+from dfq.tasks._outputs import LOGITS, moved, to_store
 from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
@@ -129,6 +129,7 @@ def generate(
                     made = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
                     told(batch_size - told.amount)  # a generator need not tell how far it is
                     rows = {name: values[: sizes[index]] for name, values in _stored(teacher, task, made).items()}
+                _check_finite(teacher, generator, index, rows)
                 dataset.write_shard(index, rows, time.perf_counter() - start)
                 start = time.perf_counter()
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
@@ -643,6 +644,18 @@ def _stored(teacher: Teacher, task: Any, made: Tensor | Mapping[str, Any]) -> di
     if hasattr(task, "annotate") and "boxes" not in found:
         found |= task.annotate(outputs, images.shape[-2:])
     return found
+
+
+def _check_finite(teacher: Teacher, generator: Generator, index: int, rows: Mapping[str, Any]) -> None:
+    """A UserError where samples, or what the teacher says to them, are no finite numbers."""
+    for name in ("images", LOGITS):
+        values = rows.get(name)
+        if values is not None and not bool(values.isfinite().all()):
+            raise UserError(
+                f"got {name} that are not finite in batch {index} of generator={_label(generator)} on {teacher.name}",
+                "finite numbers",
+                "look for NaN in the network's weights and running statistics, or lower the generator's learning rate",
+            )
 
 
 class _Told:

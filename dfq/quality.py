@@ -3,7 +3,7 @@
 - statistic distance: of each batch norm's inputs to its running statistics; against that of Gaussian noise, since what
   is far depends on the network.
 - class histogram: what the teacher says to the samples, and its entropy as a share of the largest that is possible.
-- duplicates: share of samples that an earlier one all but equals.
+- duplicates: share of samples that an earlier one all but equals, or would if it were as bright.
 - deviation, and the share of the variance that lies between images (their means a channel differ), because steps of
   activations learned from images that are all equally bright clip real ones.
 - spectrum: the exponent with which power falls with frequency; about -3 in photographs as networks are shown them (the
@@ -82,6 +82,7 @@ class Quality:
         between_images: share of the variance of a channel that lies between the images' means.
         spectrum: exponent of power over frequency.
         agreement: of the cheap student with the teacher.
+        num_not_finite: samples with a pixel, or an answer of the teacher's, that is no finite number.
     """
 
     num_samples: int
@@ -97,6 +98,7 @@ class Quality:
     between_images: float | None
     spectrum: float | None
     agreement: float | None
+    num_not_finite: int = 0
 
     @property
     def statistic_distance(self) -> float | None:
@@ -151,7 +153,13 @@ def measure(
         between_images=between_images(seen) if pictures else None,
         spectrum=spectrum(seen) if pictures else None,
         agreement=_agreement(teacher, spread(images, CALIBRATED_ON), spread(held_out, CALIBRATED_ON)),
+        num_not_finite=max(_not_finite(seen), 0 if logits is None else _not_finite(logits)),
     )
+
+
+def _not_finite(values: Tensor) -> int:
+    """Rows of ``values`` [N, ...] with a number that is not finite."""
+    return int((~values.isfinite()).flatten(1).any(1).sum())
 
 
 def spread(samples: Tensor, most: int) -> Tensor:
@@ -177,11 +185,21 @@ def duplicates(samples: Tensor) -> float:
     if not samples.is_floating_point():
         return 1 - len(samples.flatten(1).unique(dim=0)) / len(samples)
     small = F.adaptive_avg_pool2d(samples, [min(n, SEEN_AT) for n in samples.shape[-2:]]).flatten(1).double()
-    small = small - small.mean(0)  # else a common offset would drown the differences
-    squares = small.square().sum(1)
-    apart = (squares[:, None] + squares - 2 * small @ small.T).clamp(min=0)
+    apart = _squared_distances(small)
     near = apart <= NEAR * apart.mean() + 1e-9
+    # Where all are copies with a little noise, they are as far from each other as others are: of images that share
+    # nothing the mean is twice what varies within one.
+    shapes = small.unflatten(1, (samples.shape[1], -1))
+    shapes = (shapes - shapes.mean(-1, keepdim=True)).flatten(1)
+    near |= _squared_distances(shapes) < NEAR * 2 * shapes.square().sum(1).mean()
     return float(near.tril(-1).any(1).double().mean())
+
+
+def _squared_distances(rows: Tensor) -> Tensor:
+    """Of each of ``rows`` [N, D] to each [N, N]."""
+    rows = rows - rows.mean(0)  # else a common offset would drown the differences
+    squares = rows.square().sum(1)
+    return (squares[:, None] + squares - 2 * rows @ rows.T).clamp(min=0)
 
 
 def between_images(images: Tensor) -> float | None:
@@ -267,6 +285,8 @@ def verdict(quality: Quality) -> tuple[str, list[str]]:
             rising = limits[0] < limits[1]
             found.append((sum((value > limit) if rising else (value < limit) for limit in limits), fault, merit))
 
+    if q.num_not_finite:
+        found.append((2, f"not finite: NaN or infinity in {q.num_not_finite} samples or what is said of them", ""))
     if q.distance_to_noise is not None:
         share = f"{100 * q.distance_to_noise:.0f} % of the distance of Gaussian noise to the batch norms' statistics"
         judge(q.distance_to_noise, DISTANCE_TO_NOISE, f"{share}: images that the network was not trained on", share)

@@ -58,7 +58,8 @@ class PixelGenerator(Generator):
             return self.variation_weight * total_variation(images / std) + sum(terms)
 
         def move(start: Tensor, first: int, last: int) -> Tensor:
-            pixels, shift = start.requires_grad_(), round(self.shift * start.shape[-2] / spec.size[1])
+            pixels, (height, width) = start.requires_grad_(), start.shape[-2:]
+            shift = min(round(self.shift * height / spec.size[1]), min(height, width) - 1)
             optimizer = torch.optim.Adam([pixels], lr=self.learning_rate, betas=(0.5, 0.9))
             optimize(
                 teacher,

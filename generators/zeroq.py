@@ -162,7 +162,8 @@ class ZeroQ(Generator):
         def descend(start: Tensor, first: int, last: int) -> Tensor:
             height, width = start.shape[-2:]
             scale = height / spec.size[1]
-            blur, shift = gaussian_blur((height, width), scale * sigma, teacher.device), round(scale * self.shift)
+            blur = gaussian_blur((height, width), scale * sigma, teacher.device)
+            shift = min(round(scale * self.shift), min(height, width) - 1)
             whole = len(sizes) == 1
             parts = [part.requires_grad_() for part in ([start] if whole else map(torch.clone, start.split(sizes)))]
             best = [_Best(part) for part in parts] if self.keep_best else []

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from dfq import quality
 from dfq import report as reports
-from dfq.dataset import QUALITY
+from dfq.dataset import QUALITY, SyntheticDataset
+from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators._filters import gaussian_blur, pink_noise
 from dfq.generators.gaussian import Gaussian
@@ -110,6 +111,19 @@ def test_copies_are_found_and_alike_ones_are_not(size):
     assert quality.duplicates(x[:1]) == 0
 
 
+@pytest.mark.parametrize("size", [(3, 8, 8), (1, 40, 70)])
+def test_a_collapse_is_found_in_noise_and_at_any_brightness(size):
+    copies = images(1, size).expand(64, *size) + 0.01 * images(64, size, 1)
+    assert quality.duplicates(copies) == pytest.approx(63 / 64)
+    assert quality.duplicates(copies + 0.5 * images(64, (size[0], 1, 1), 2)) == pytest.approx(63 / 64)
+    # A large part that all share, as strokes at the same places, makes none of them a copy.
+    assert quality.duplicates(images(1, size) + 0.3 * images(64, size, 1)) == 0
+
+
+def test_images_of_one_color_are_told_apart_by_it():
+    assert quality.duplicates(images(64, (3, 1, 1), 2).expand(64, 3, 8, 8)) < 0.2
+
+
 def test_copies_among_token_ids():
     ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 2, 3], [1, 2, 3]])
     assert quality.duplicates(ids) == 0.5
@@ -151,6 +165,27 @@ def test_a_network_without_batch_norm_is_judged_by_the_rest_and_that_is_said(mak
     )
     found = dataclasses.replace(GOOD, statistic_distances={}, distance_to_noise=None)
     assert quality.verdict(found)[0] == "good" and "no batch norm" in quality.verdict(found)[1][-1]
+
+
+def test_what_is_not_finite_is_said_first(make_teacher):
+    teacher = make_teacher("plain")
+    x = settle(bare(), SPEC.size, seed=1, num_samples=64)
+    x[5, 1, 2, 3] = float("nan")
+    with torch.no_grad():
+        logits = teacher(x)
+    for stored in (logits, None):
+        word, reasons = quality.verdict(quality.measure(teacher, x, stored, x[:8]))
+        assert word == "poor" and reasons[0].startswith("not finite: NaN or infinity in 1 samples")
+
+
+def test_samples_that_are_not_finite_are_not_stored(make_teacher, tmp_path):
+    teacher = make_teacher("plain")
+    first = generate(teacher, ZeroQ(iterations=2, batch_size=16), 16, 0, tmp_path / "d")
+    teacher.batch_norms[next(iter(teacher.batch_norms))].running_var[0] = float("nan")
+    for folder, num_samples, batch in ((tmp_path / "d", 32, 1), (tmp_path / "e", 16, 0)):
+        with pytest.raises(UserError, match=f"got images that are not finite in batch {batch} of generator=zeroq"):
+            generate(teacher, ZeroQ(iterations=2, batch_size=16), num_samples, 0, folder)
+    assert len(SyntheticDataset(tmp_path / "d")) == len(first) == 16 and not (tmp_path / "e").exists()
 
 
 def test_a_network_that_cannot_be_quantized_has_no_agreement():
@@ -262,6 +297,15 @@ def test_inspect_answers_without_the_teacher(make_teacher, tmp_path):
     assert f"{stored['statistic_distance']:.4f} on average of 2 batch norms" in lines["statistic distance"]
     assert "0.0 % of 58 samples" in lines["duplicates"]
     assert "says what the teacher says on" in lines["cheap student"]
+
+
+def test_inspect_of_a_folder_whose_settings_say_little(make_teacher, tmp_path):
+    generate(make_teacher("plain"), Gaussian(batch_size=32), 32, 0, tmp_path / "d")
+    file = tmp_path / "d" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps({**manifest, "settings": {}}))
+    lines = {line[:20].strip(): line.split()[1:] for line in shown(tmp_path / "d").splitlines()}
+    assert lines["generator"] == ["?"] and lines["teacher"] == ["plain", "(sha256", "?)"]
 
 
 def test_of_token_ids_only_copies_are_told(make_dataset):

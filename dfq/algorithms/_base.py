@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,3 +98,36 @@ class Algorithm:
 
     def run(self, work: Work) -> None:
         raise NotImplementedError
+
+
+def is_timed(algorithm: Any) -> bool:
+    """Whether an algorithm stops by the clock if it is told to."""
+    return any(field.name == "time_limit_s" for field in fields(algorithm))
+
+
+def within(algorithm: Any, limit_s: float) -> Any:
+    """The algorithm with at most ``limit_s`` seconds; as it is where it has no clock."""
+    if not is_timed(algorithm):
+        return algorithm
+    return replace(algorithm, time_limit_s=min(max(limit_s, 1e-3), algorithm.time_limit_s or math.inf))
+
+
+class Clock:
+    """Says whether there is time for another piece of work, one as long as the longest before it."""
+
+    def __init__(self, limit_s: float | None):
+        self.end = time.perf_counter() + (limit_s or math.inf)
+        self.began: float | None = None
+        self.longest = 0.0
+
+    @property
+    def left_s(self) -> float:
+        return self.end - time.perf_counter()
+
+    def allows_another(self) -> bool:
+        """To be asked before each piece; what lies between two calls is one."""
+        now = time.perf_counter()
+        if self.began is not None:
+            self.longest = max(self.longest, now - self.began)
+        self.began = now
+        return self.longest < self.left_s

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Clock, Work
 from dfq.algorithms._bias_correction import remember_bias_correction
 from dfq.algorithms._reconstruction import float_copy
 from dfq.algorithms._token_weights import Kind, token_weights
@@ -51,7 +51,7 @@ from dfq.modules import QuantizedLayer
 from dfq.progress import progress_bar
 from dfq.quantization import round_to_grid
 from dfq.scheme import TensorScheme
-from dfq.settings import Fraction, NonNegativeFloat, PositiveInt
+from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from dfq.student import Student
 
 PRODUCT_ARGUMENTS = {
@@ -331,6 +331,7 @@ class LayerwiseRounding(Algorithm):
     token_weights: Kind = "none"  # which tokens of text count more in H: those that attention goes to, or large ones
     smallest_token_weight: Fraction = 0.01  # r_min
     memory_bytes: PositiveInt = 2**31  # activations of one tensor kept in memory; more go to a file
+    time_limit_s: PositiveFloat | None = None  # seconds, behind which layers keep nearest rounding; null: no limit
 
     def solve(self, problem: Problem) -> Solution:
         raise NotImplementedError
@@ -338,6 +339,7 @@ class LayerwiseRounding(Algorithm):
     @torch.no_grad()
     def run(self, work: Work) -> None:
         """Round the weights of the student; ``work_dir`` holds activations while a block is looked at."""
+        clock = Clock(self.time_limit_s)
         student, work_dir, images = work.student, work.work_dir, work.images(self.num_samples)
         reference = float_copy(student)
         work.ensure_calibrated(images)
@@ -350,11 +352,15 @@ class LayerwiseRounding(Algorithm):
                 names = [name for name in block.layers if name in wanted]
                 if not names:
                     continue
+                if not clock.allows_another():
+                    return
                 captured = captures.of(block)
                 captured.token_weights = token_weights(
                     reference, captured, self.token_weights, self.smallest_token_weight, self.batch_size
                 )
                 for name in names:
+                    if not clock.allows_another():
+                        return
                     self._round(student, reference, captured, name, rng)
                     advance(1)
 

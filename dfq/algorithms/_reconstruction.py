@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Clock, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._equalization import float_network
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
@@ -42,6 +42,8 @@ from dfq.progress import progress_bar
 from dfq.quantization import (
     broadcast,
     from_groups,
+    round_scale,
+    scale_through,
     soft_quantize,
     soft_rounding,
     soft_rounding_logits,
@@ -100,6 +102,7 @@ class BlockFitting(Algorithm):
 
     def run(self, work: Work) -> None:
         """Fit the student block by block; finished blocks are kept in ``work_dir`` for a resumed run."""
+        clock = Clock(self.time_limit_s)
         student, teacher, seed, work_dir = work.student, work.teacher, work.seed, work.work_dir
         images = work.images(self.num_samples)
         reference = float_reference(student, teacher)
@@ -108,10 +111,9 @@ class BlockFitting(Algorithm):
         student.module.requires_grad_(False)
         flow = record_dataflow(reference, teacher.example())
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
-        done = _Done(work_dir)
+        done, looking_s = _Done(work_dir), 0.0  # seconds from one block's fit to the next one's
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
-        deadline = time.perf_counter() + (self.time_limit_s or math.inf)
         layout = to_fast_layout([student.module, reference], teacher.example())
         if images.dim() == 4:
             images = images.contiguous(memory_format=layout)
@@ -121,13 +123,18 @@ class BlockFitting(Algorithm):
                 if done.has(index):
                     advance(self.iterations)
                     continue
+                if clock.left_s <= looking_s:  # blocks that are left keep nearest rounding
+                    break
+                began = time.perf_counter()
                 rng = torch.Generator().manual_seed(seed * 100_003 + index)
                 captured = captures.of(block)
                 weights = self.weights(reference, teacher, block, images, rng)
-                limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
+                looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
+                limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
                 done.save(index, student)
-        self.finish(work, reference, images, elements, deadline - time.perf_counter())
+        if clock.left_s > 0:
+            self.finish(work, reference, images, elements, clock.left_s)
         student.module.to(memory_format=torch.contiguous_format)
 
 
@@ -253,8 +260,9 @@ class SoftQuantizer(nn.Module):
         values = self._grouped(weight.detach())
         self.base = torch.floor(values / scale)
         self.logits = nn.Parameter(soft_rounding_logits(values, scale))
-        self.step = nn.Parameter(scale.clone(), requires_grad=learn_step)
-        self.zero_point, self.smallest = zero_point, scale * 1e-2
+        # A power of two stays: with B fixed its next one would double all weights.
+        self.step = nn.Parameter(scale.clone(), requires_grad=learn_step and self.scheme.scale_format != "e8m0")
+        self.zero_point, self.smallest = zero_point, round_scale(scale * 1e-2, self.scheme)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         size = self.scheme.group_size
@@ -269,12 +277,16 @@ class SoftQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """As :class:`~dfq.modules.Quantizer` has it: a layer's integer bias asks for it."""
-        scale = torch.maximum(self.step, self.smallest)
+        scale = self._rounded_step
         return scale[..., 0] if self.scheme.group_size is not None else scale.flatten() if scale.dim() else scale
 
+    @property
+    def _rounded_step(self) -> Tensor:
+        """As it is stored in the end."""
+        return torch.maximum(scale_through(self.step, self.scheme), self.smallest)
+
     def _weight(self, logits: Tensor) -> Tensor:
-        step = torch.maximum(self.step, self.smallest)
-        found = soft_quantize(self.base, step, self.zero_point, self.scheme, logits)
+        found = soft_quantize(self.base, self._rounded_step, self.zero_point, self.scheme, logits)
         return found if self.scheme.group_size is None else from_groups(found, self.axis or 0, self.shape)
 
     def forward(self, _weight: Tensor) -> Tensor:
@@ -390,7 +402,7 @@ class _Roundings(Trainable):
                 groups.append({"params": [soft.logits], "lr": s.rounding_lr, "decays": False})
             else:
                 soft.decide()
-            if s.weight_step_lr > 0:
+            if soft.step.requires_grad:
                 groups.append(self.group(soft.step, s.weight_step_lr, soft.step.detach().abs()))
         return groups + super().__enter__()
 

@@ -5,6 +5,10 @@ ends where the budget ends, or where what is left to gain is not worth the time:
 the agreement with the teacher by (1 - agreement) / m a minute at most, and behind one that went on from the best
 student and gained too little another will not do better. One that began anew and failed says nothing about the next.
 
+How much a rung that trains does grows with the budget: it may take ``growth`` times the steps of its settings, on a
+schedule that ends where its time does. Where it was through before that and has gained enough, what is left of its
+time goes to another attempt with ``growth`` times as many.
+
 The time counts from the start of quantization (the dataset is there already). Rungs that stop by the clock do not give
 the same bits twice; a run with a budget is repeatable as far as a clock is.
 """
@@ -15,16 +19,16 @@ import copy
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Work, is_timed, within
 from dfq.dataset import SyntheticDataset, collate, samples_of
 from dfq.errors import UserError
 from dfq.progress import say
-from dfq.settings import Fraction, NonNegativeFloat, resolve
+from dfq.settings import Fraction, NonNegativeFloat, PositiveInt, resolve
 from dfq.student import Student
 from dfq.tasks._outputs import from_store, joined, moved
 from dfq.tasks._task import task_of
@@ -32,6 +36,7 @@ from dfq.teacher import Teacher
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 RESERVE = 0.03  # of the budget: judging and copying at the end
+STEPS = ("iterations", "finish_iterations", "max_steps")  # settings that say how long an algorithm trains
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Auto(Algorithm):
     )
     min_gain: NonNegativeFloat = 0.0005  # agreement with the teacher a minute: below, the ladder ends
     share: Fraction = 0.5  # of the time left that a rung gets if another one that stops by the clock follows
+    growth: PositiveInt = 4  # times as many steps as a rung's settings say, and again that if it pays; 1: as they say
 
     def run(self, work: Work) -> None:
         """Make the student the best one found."""
@@ -56,51 +62,77 @@ class Auto(Algorithm):
                 f"got algorithm=auto and {work.training.world_size} processes, whose clocks differ",
                 "trainer=single, or another algorithm",
             )
-        start, budget = time.perf_counter(), seconds_of(self.budget)
+        climb = _Climb(work, seconds_of(self.budget))
         rungs = [(_name(rung), resolve("algorithm", rung)) for rung in self.rungs]
-        judge = _Judge(work.teacher, work.dataset)
-        base = best = work.student  # base: the best one whose weights have not been rounded yet
-        figures, longest = _Figures(float("inf"), 0.0), 0.0
         for position, (name, rung) in enumerate(rungs):
-            left = start + budget * (1 - RESERVE) - time.perf_counter()
-            if position > 0:
-                others = any(_is_timed(later) for _, later in rungs[position + 1 :])
-                # What has no clock of its own might take longer than anything before it.
-                limit = self._limit(left, figures, others) - judge.seconds if _is_timed(rung) else left - 3 * longest
-                if limit <= 0:
-                    left_s = f"{max(left, 0):.0f} s of {budget:.0f} s"
-                    say(f"auto: {name} skipped, {left_s} are left, agreement {figures.agreement:.4f}")
-                    continue
-                if _is_timed(rung):
-                    rung = replace(rung, time_limit_s=limit)
-            before = time.perf_counter()
-            goes_on = getattr(rung, "goes_on", False)
-            candidate = copy.deepcopy(best if goes_on else base)
-            work.hand_to(rung, candidate, f"{position}_{name}")
-            found = judge(candidate)
-            took = time.perf_counter() - before
-            longest = max(longest, took)
-            is_better, gain = (
-                position == 0 or found.kl < figures.kl,
-                (found.agreement - figures.agreement) / (took / 60),
-            )
-            loss = "" if found.drop is None else f", loses about {100 * found.drop:.1f} %"
-            say(
-                f"auto: {name} {took:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}{loss}"
-                f"{' (best so far)' if is_better else ''}, {time.perf_counter() - start:.0f} s of {budget:.0f} s"
-            )
-            if is_better:
-                best, figures = candidate, found
-                base = candidate if getattr(rung, "weights_stay_float", False) else base
-            if _is_timed(rung) and goes_on and gain < self.min_gain:
+            left_s, trains = climb.left_s, is_timed(rung) and any(hasattr(rung, setting) for setting in STEPS)
+            if is_timed(rung):
+                others = any(is_timed(later) for _, later in rungs[position + 1 :])
+                limit_s = min(left_s * self.share if others else left_s, self._worth_s(climb)) - climb.judge.seconds
+            else:  # it might take longer than anything before it
+                limit_s = left_s - 3 * climb.longest_s
+            if position > 0 and limit_s <= 0:
+                of = f"{max(left_s, 0):.0f} s of {climb.budget_s:.0f} s"
+                say(f"auto: {name} skipped, {of} are left, agreement {climb.figures.agreement:.4f}")
+                continue
+            steps, tries_again = 1, True
+            while tries_again:
+                steps, before = steps * self.growth, climb.figures
+                attempt = within(_stretched(rung, steps) if trains else rung, limit_s)
+                took_s, gain = climb.attempt(name, attempt, f"{position}_{name}_{steps}")
+                limit_s = min(limit_s - took_s, self._worth_s(climb))
+                # One that begins anew does not get further than before in less than twice the time.
+                enough = took_s / self.growth if climb.goes_on(rung) else 2 * took_s
+                paid = climb.figures is not before and gain >= self.min_gain
+                tries_again = trains and self.growth > 1 and paid and limit_s > enough
+            if is_timed(rung) and climb.goes_on(rung) and gain < self.min_gain:
                 say(f"auto: ends, {name} raised the agreement by {max(gain, 0):.5f} a minute")
                 break
-        work.student.become(best)
+        work.student.become(climb.best)
 
-    def _limit(self, left: float, figures: _Figures, others: bool) -> float:
-        """Seconds for a rung that stops by the clock: its share, and no more than what it could gain is worth."""
-        worth = (1 - figures.agreement) / self.min_gain * 60 if self.min_gain > 0 else float("inf")
-        return min(left * self.share if others else left, worth)
+    def _worth_s(self, climb: _Climb) -> float:
+        """Seconds after which no rung could have gained enough."""
+        return (1 - climb.figures.agreement) / self.min_gain * 60 if self.min_gain > 0 else float("inf")
+
+
+class _Climb:
+    """The best student so far, and how long it took."""
+
+    def __init__(self, work: Work, budget_s: float):
+        self.work, self.budget_s, self.start = work, budget_s, time.perf_counter()
+        self.judge = _Judge(work.teacher, work.dataset)
+        self.base = self.best = work.student  # base: the best one whose weights have not been rounded yet
+        self.figures, self.longest_s = _Figures(float("inf"), 0.0), 0.0
+
+    @property
+    def left_s(self) -> float:
+        return self.start + self.budget_s * (1 - RESERVE) - time.perf_counter()
+
+    @staticmethod
+    def goes_on(rung: Any) -> bool:
+        return getattr(rung, "goes_on", False)
+
+    def attempt(self, name: str, rung: Any, folder: str) -> tuple[float, float]:
+        """Have a rung make another student, and keep it if it is better; seconds, and agreement gained a minute."""
+        before = time.perf_counter()
+        candidate = copy.deepcopy(self.best if self.goes_on(rung) else self.base)
+        self.work.hand_to(rung, candidate, folder)
+        found = self.judge(candidate)
+        took_s = time.perf_counter() - before
+        self.longest_s = max(self.longest_s, took_s)
+        # The first one is better than none.
+        is_better = found.kl < self.figures.kl or self.best is self.work.student
+        gain = (found.agreement - self.figures.agreement) / (took_s / 60)
+        loss = "" if found.drop is None else f", loses about {100 * found.drop:.1f} %"
+        best, since_s = " (best so far)" if is_better else "", time.perf_counter() - self.start
+        say(
+            f"auto: {name} {took_s:.0f} s: agreement {found.agreement:.4f}, KL {found.kl:.4f}{loss}{best}, "
+            f"{since_s:.0f} s of {self.budget_s:.0f} s"
+        )
+        if is_better:
+            self.best, self.figures = candidate, found
+            self.base = candidate if getattr(rung, "weights_stay_float", False) else self.base
+        return took_s, gain
 
 
 @dataclass(frozen=True)
@@ -154,5 +186,6 @@ def _name(rung: Any) -> str:
     return str(rung["_target_"]).rpartition(".")[2] if isinstance(rung, Mapping) else type(rung).__name__
 
 
-def _is_timed(rung: Any) -> bool:
-    return any(field.name == "time_limit_s" for field in fields(rung))
+def _stretched(rung: Any, times: int) -> Any:
+    """The rung with ``times`` as many steps as its settings say."""
+    return replace(rung, **{name: getattr(rung, name) * times for name in STEPS if hasattr(rung, name)})

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dfq.algorithms._base import Algorithm, Work
-from dfq.settings import resolve
+from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
+from dfq.settings import PositiveFloat, resolve
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,12 @@ class Sequence(Algorithm):
     """Several algorithms, one after the other."""
 
     steps: tuple[Any, ...] = ("equalization", "bias_correction")  # names, or mappings with _target_ and settings
+    time_limit_s: PositiveFloat | None = None  # seconds, shared by the steps that stop by the clock; null: no limit
 
     def run(self, work: Work) -> None:
         """Run the steps on the student."""
-        for index, algorithm in enumerate([resolve("algorithm", step) for step in self.steps]):
+        clock, steps = Clock(self.time_limit_s), [resolve("algorithm", step) for step in self.steps]
+        for index, algorithm in enumerate(steps):
+            if self.time_limit_s is not None:
+                algorithm = within(algorithm, clock.left_s / max(1, sum(map(is_timed, steps[index:]))))
             work.hand_to(algorithm, work.student, f"step_{index}")

@@ -1,4 +1,4 @@
-"""Classification of images, or of token sequences: outputs are logits [N, num_classes]."""
+"""Classification of images, or of token sequences: outputs are logits [N, num_classes], or one logit [N, 1]."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ class Classification:
     """What a classifier's outputs mean. The one place that knows."""
 
     def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-        """Logits [N, num_classes], differentiable; what is understood, :func:`logits_in` says."""
-        return logits_in(model(images), 2, "logits [N, num_classes] for task=classification")
+        """Logits [N, num_classes], differentiable; what is understood, :func:`logits_in` says.
+
+        One logit z alone [N, 1] is that of the second of two classes: softmax(0, z) = (1 - sigmoid(z), sigmoid(z)).
+        """
+        logits = logits_in(model(images), 2, "logits [N, num_classes] for task=classification")
+        return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
     def num_outputs(self, logits: Tensor) -> int:
         return logits.shape[1]

@@ -3,12 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 
-from dfq.algorithms.auto import Auto, seconds_of
+from dfq.algorithms.auto import Auto, _Figures, seconds_of
 from dfq.algorithms.sequence import Sequence
 from dfq.errors import UserError
 from dfq.pipeline import quantize
@@ -134,6 +135,92 @@ def test_the_time_limit_is_no_longer_than_what_could_be_gained_is_worth(parts):
     run(Auto(budget="10h", rungs=(Rung(), Timed()), min_gain=0.5), parts)
     limits = [entry[1] for entry in Rung.log if entry[0] == "limit"]
     assert all(limit < 120 for limit in limits)  # agreement can rise by 1 at most: two minutes at half a point a minute
+
+
+@dataclass(frozen=True)
+class Training:
+    """A second a step. A student agrees the better the more steps one of these took, until there were ``enough``."""
+
+    max_steps: int = 100
+    time_limit_s: float | None = None
+    enough: int = 10**6
+    goes_on: ClassVar[bool] = True
+    now: ClassVar[float] = 0.0
+
+    def quantize(self, student, *_):
+        steps = min(self.max_steps, int(self.time_limit_s or 0))
+        Rung.log.append((self.max_steps, steps))
+        Training.now += steps
+        student.agreement = min(getattr(student, "agreement", 0.0) + steps / self.enough, 0.9)
+
+
+@dataclass(frozen=True)
+class TrainingAnew(Training):
+    goes_on: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class First:
+    def quantize(self, *_):
+        Training.now += 1
+
+
+@pytest.fixture
+def steps_of(parts, monkeypatch):
+    """What an ``auto`` makes of them by a clock that they alone move: (steps at most, steps) of each, and seconds."""
+
+    def judged(_, student):
+        found = getattr(student, "agreement", 0.0)
+        return _Figures(1 - found, found)
+
+    monkeypatch.setattr("dfq.algorithms.auto._Judge.__call__", judged)
+    monkeypatch.setattr("dfq.algorithms.auto.time", SimpleNamespace(perf_counter=lambda: Training.now))
+
+    def steps(algorithm):
+        Rung.log.clear()
+        before = Training.now
+        run(algorithm, parts)
+        return list(Rung.log), Training.now - before
+
+    return steps
+
+
+def test_a_larger_budget_is_more_steps_on_one_schedule_and_more_attempts_where_these_pay(steps_of):
+    assert steps_of(Auto(budget="1min", rungs=(First(), Training()), min_gain=0.0))[0] == [(400, 57)]
+    # Half of the time to the one that begins anew: not enough for four times its steps, and none is left for more.
+    assert steps_of(Auto(budget=500, rungs=(First(), TrainingAnew(), Training()), min_gain=0.0)) == (
+        [(400, 242), (400, 242)],
+        485,
+    )
+    # Through before its half is over, and again where twice as long is left of it; the last one uses what there is.
+    found, took = steps_of(Auto(budget="2h", rungs=(First(), TrainingAnew(), Training()), min_gain=0.0))
+    assert found == [(400, 400), (1600, 1600), (400, 400), (1600, 1600), (6400, 2983)] and 0.96 * 7200 < took < 7200
+
+
+def test_more_attempts_end_where_they_do_not_pay(steps_of, capsys):
+    rungs = (First(), TrainingAnew(enough=500), Training(enough=500), Training())
+    found, _ = steps_of(Auto(budget="10h", rungs=rungs, min_gain=0.0005))
+    assert found == [(400, 400), (1600, 1600), (6400, 6400), (400, 400)]
+    assert "auto: ends, Training raised the agreement by 0.00000 a minute" in capsys.readouterr().err
+
+
+def test_growth_of_one_leaves_the_steps_of_a_rung_as_they_are(steps_of):
+    assert steps_of(Auto(budget="2h", rungs=(First(), Training()), growth=1))[0] == [(100, 100)]
+
+
+def test_a_limit_of_the_rungs_own_stays_and_the_first_rung_is_held_to_the_clock_too(parts):
+    run(Auto(budget=100, rungs=(Timed(), Timed(time_limit_s=3.0), Timed(time_limit_s=99.0)), min_gain=0.0), parts)
+    first, own, last = [entry[1] for entry in Rung.log if entry[0] == "limit"]
+    assert 40 < first < 49 and own == 3.0 and 80 < last < 97
+
+
+def test_a_sequence_shares_its_time_among_the_steps_that_have_a_clock(parts):
+    run(Auto(budget=100, rungs=(Rung(), Sequence((Rung(), Timed(), Timed(time_limit_s=2.0)))), min_gain=0.0), parts)
+    first, second = [entry[1] for entry in Rung.log if entry[0] == "limit"]
+    assert 40 < first < 49 and second == 2.0
+    Rung.log.clear()
+    run(Sequence((Rung(), Timed())), parts)
+    assert [entry[1] for entry in Rung.log if entry[0] == "limit"] == [None]
 
 
 def test_a_sequence_goes_on_from_the_step_before(parts):

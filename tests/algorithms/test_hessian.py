@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -360,6 +361,29 @@ def test_qep_asks_for_weights_that_are_closer_to_the_float_network(make_teacher,
         with torch.no_grad():
             errors.append(float((student(images) - teacher(images)).square().mean()))
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(("limit_s", "rounded"), [(None, 4), (3.5, 3), (1.5, 1)])
+def test_behind_the_time_limit_layers_keep_nearest_rounding(
+    limit_s, rounded, make_teacher, make_dataset, tmp_path, monkeypatch
+):
+    """A second a layer."""
+    now, problems = [0.0], []
+
+    def solve(self, problem):
+        problems.append(problem)
+        now[0] += 1.0
+        return Solution(torch.zeros_like(problem.weight))
+
+    monkeypatch.setattr("dfq.algorithms._base.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Nearest, "solve", solve)
+    teacher = make_teacher("residual")
+    dataset = make_dataset(teacher, 32)
+    student = run(Nearest(correct_bias=False, time_limit_s=limit_s), teacher, dataset, tmp_path)
+    assert len(problems) == rounded
+    left = run(RoundToNearest(), teacher, dataset, tmp_path).freeze()
+    for position, (mine, its) in enumerate(zip(student.freeze().layers.values(), left.layers.values(), strict=True)):
+        assert not mine.weight.any() if position < rounded else torch.equal(mine.weight, its.weight)
 
 
 def test_chosen_positions_depend_on_the_seed_alone(make_teacher, make_dataset, tmp_path):

@@ -1,6 +1,7 @@
 """Block reconstruction: its equations, what is trained and what is not, and a run that is killed and goes on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,21 @@ def test_roundings_are_decided_and_the_student_is_saved_bit_for_bit(parts, tmp_p
     assert torch.equal(Student.load(student.save(tmp_path / "s"), teacher)(images), kept)
 
 
+@pytest.mark.parametrize("scale_format", ["e8m0", "float16"])
+def test_what_was_learned_is_what_scales_of_a_format_of_their_own_store(scale_format, parts):
+    teacher, dataset, work_dir = parts
+    weight = TensorScheme(4, True, "per_channel", scale_format=scale_format)
+    scheme = Scheme(weight, TensorScheme(8, True, scale_format=scale_format))
+    start = nearest(teacher, dataset, scheme)
+    found = made(teacher, dataset, scheme, work_dir=work_dir, finish_iterations=60)
+    for name, layer in found.layers.items():
+        torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=1e-6, atol=0)
+        same = torch.equal(layer.weight_quantizer.scale, start.layers[name].weight_quantizer.scale)
+        assert same is (scale_format == "e8m0")  # with fixed codes the next power of two would double all weights
+    images = dataset.tensors()["images"]
+    assert error(found.freeze(), teacher, images) < 0.8 * error(start, teacher, images)
+
+
 def test_what_a_method_does_not_train_stays(parts):
     teacher, dataset, work_dir = parts
     start, found = nearest(teacher, dataset), made(teacher, dataset, name="adaround", work_dir=work_dir)
@@ -199,15 +215,54 @@ def test_a_killed_run_goes_on_with_the_block_it_was_at(parts, monkeypatch):
     assert resumed.sha256 == whole.sha256
 
 
-def test_the_time_limit_ends_a_run_with_all_roundings_decided(parts):
-    import time
+@pytest.fixture
+def now(monkeypatch):
+    """The time that these modules see, in a list."""
+    seconds = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+    for name in ("_base", "_reconstruction"):
+        monkeypatch.setattr(f"dfq.algorithms.{name}.time", clock)
+    return seconds
 
+
+def test_the_time_limit_ends_a_run_with_all_roundings_decided(parts, now, monkeypatch):
     teacher, dataset, work_dir = parts
-    start = time.perf_counter()
-    found = made(teacher, dataset, work_dir=work_dir, iterations=10**6, time_limit_s=2.0)
-    assert time.perf_counter() - start < 10
+    loss, steps = _Fit._loss, []
+
+    def slow(self, done):
+        now[0] += 0.01
+        steps.append(done)
+        return loss(self, done)
+
+    monkeypatch.setattr(_Fit, "_loss", slow)
+    found = made(teacher, dataset, work_dir=work_dir, iterations=10**6, time_limit_s=2.0, finish_iterations=1)
+    assert len(steps) in range(148, 154) and max(steps) > 0.95  # a quarter is for what comes behind the three blocks
     images = dataset.tensors()["images"]
     assert error(found.freeze(), teacher, images) < error(nearest(teacher, dataset), teacher, images)
+
+
+def test_the_time_limit_counts_what_lies_between_blocks(parts, now, monkeypatch):
+    teacher, dataset, work_dir = parts
+    fitted = []
+
+    class Slow(Captures):
+        def of(self, block):
+            now[0] += 10
+            return super().of(block)
+
+    def fit(self, limit_s, _):
+        now[0] += limit_s
+        fitted.append(limit_s)
+
+    monkeypatch.setattr("dfq.algorithms._reconstruction.Captures", Slow)
+    monkeypatch.setattr(_Fit, "run", fit)
+    made(teacher, dataset, work_dir=work_dir / "a", time_limit_s=60.0, finish_iterations=0)
+    assert now[0] == pytest.approx(60) and fitted == pytest.approx([10, 10, 10])
+    now[0] = 0.0
+    fitted.clear()
+    found = made(teacher, dataset, work_dir=work_dir / "b", time_limit_s=15.0)
+    assert now[0] <= 15 and len(fitted) == 1  # the others keep nearest rounding, and nothing is trained at the end
+    assert torch.isfinite(found.freeze()(teacher.example())).all()
 
 
 def test_sensitivities_are_squared_gradients_of_the_log_likelihood(parts):

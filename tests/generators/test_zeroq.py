@@ -15,6 +15,7 @@ from dfq.generators._base import batch_rng
 from dfq.generators._filters import diverse_noise, low_pass, pink_noise
 from dfq.generators._optimization import class_penalty
 from dfq.generators.gaussian import Gaussian
+from dfq.generators.spectrum import Spectrum
 from dfq.generators.zeroq import ZeroQ, _Best
 from dfq.settings import resolve
 from dfq.teacher import InputSpec, Teacher
@@ -227,6 +228,10 @@ def test_a_shift_that_no_reflection_can_fill(make_teacher):
         sample(ZeroQ(shift=8), make_teacher("plain"))
     assert str(error.value) == "got generator.shift=8 and images of 8x8 pixels; allowed: a whole number from 0 to 7"
     assert sample(ZeroQ(shift=7, iterations=2), make_teacher("plain")).isfinite().all()
+    # On 4 of 8 pixels half of it would be 4, which is drawn sooner or later.
+    for method in (ZeroQ, Spectrum):
+        images = sample(method(shift=7, iterations=80, coarse_share=0.5), make_teacher("plain"))
+        assert images.isfinite().all()
 
 
 def test_images_of_a_network_that_takes_pixels_start_as_photographs():
