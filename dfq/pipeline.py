@@ -30,7 +30,7 @@ from dfq import mixed_precision, quality
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
-from dfq.generators._base import Generator, Independent, batch_rng, dataset_rng
+from dfq.generators._base import Generator, Independent, Sampler, Source, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
 from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import Advance, progress_bar, say
@@ -117,7 +117,7 @@ def generate(
     done = mine - sum(sizes[index] for index in missing)
     try:
         start = time.perf_counter()  # the first batch pays for what all share
-        sampler = generator.prepare(teacher, dataset_rng(seed)) if missing else generator
+        sampler = _sampler(teacher, generator, dataset, seed) if missing else generator
         with progress_bar(f"generate {_label(generator)}", mine, "samples", completed=done) as advance:
             for index in missing:
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
@@ -614,6 +614,17 @@ def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -
             if recorded is not None:
                 return recorded
     return fitting_batch_size(generator, teacher)
+
+
+def _sampler(teacher: Teacher, generator: Generator, dataset: SyntheticDataset, seed: int) -> Sampler:
+    """What batches are asked of; where it has a network, the one that is stored."""
+    weights = dataset.source()
+    if weights is not None:
+        return generator.restored(teacher, weights)
+    sampler = generator.prepare(teacher, dataset_rng(seed))
+    if isinstance(sampler, Source):
+        dataset.write_source(sampler.network.state_dict())
+    return sampler
 
 
 def _describe_whole(teacher: Teacher, generator: Generator, dataset: SyntheticDataset) -> None:
