@@ -237,7 +237,7 @@ ALL = {
     "zeroq dataset": ("residual", replace(PARTS, difficulty=1.0, class_weight=1.0)),
     "genie": ("plain", Genie(num_channels=8)),
     "gdfq": ("plain", GDFQ(num_channels=8, train_batch_size=8, superposed=0.5)),
-    "deep_inversion": ("plain", DeepInversion(shift=1)),
+    "deep_inversion": ("plain", DeepInversion(shift=1, crop=0.3, jitter=0.2)),
     "spectrum": ("bare", Spectrum(shift=1)),
     "psaq": (None, PSAQ(shift=1)),
 }
