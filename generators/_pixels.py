@@ -16,6 +16,7 @@ from torch import Tensor
 from dfq.generators._base import Generator
 from dfq.generators._filters import augment, check_shift, total_variation
 from dfq.generators._optimization import Penalty, coarse_to_fine, cosine, finish, optimize, picture_statistics
+from dfq.generators._precision import Precision
 from dfq.progress import Advance
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from dfq.teacher import InputSpec, Teacher
@@ -40,6 +41,7 @@ class PixelGenerator(Generator):
     patience: NonNegativeInt = 0  # stop after so many steps that bring less than tolerance; 0: never
     tolerance: Fraction = 0.01  # share of the loss that so many steps have to bring
     compile: bool | Literal["auto"] = False  # each batch's step as one program; auto: on CUDA
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
 
     def descend(
         self,
@@ -79,6 +81,7 @@ class PixelGenerator(Generator):
                 tolerance=self.tolerance,
                 settled=max(0, warmup - first),
                 compiled=self.compile,
+                precision=self.precision,
             )
             return pixels.detach()
 

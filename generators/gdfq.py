@@ -55,6 +55,7 @@ from dfq.generators._optimization import (
     task_and_classes,
     together,
 )
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import batch_norm_distances
 from dfq.progress import Advance, progress_bar
 from dfq.settings import Bound, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -79,6 +80,7 @@ class GDFQ(Generator):
     embedding: Literal["random", "classifier"] = "random"  # first one of a class: noise, or its row of the last layer
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_batch_norm: ClassVar[bool] = True
 
     def prepare(self, teacher: Teacher, rng: torch.Generator) -> ClassSource:
@@ -155,7 +157,7 @@ class GDFQ(Generator):
             return self.class_weight * task.synthesis_loss(logits, targets)
 
         distances, losses = batch_norm_distances(teacher), together(class_loss, penalty)
-        optimize(teacher, distances, make, [schedule], iterations, advance, penalty=losses)
+        optimize(teacher, distances, make, [schedule], iterations, advance, losses, precision=self.precision)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from dfq.generators._filters import drawn_looks, shift_reflecting
 from dfq.generators._needs import check_needs
 from dfq.generators._network import GeneratorNetwork, Kind
 from dfq.generators._optimization import cosine, finish, optimize, picture_distance, picture_statistics
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import batch_norm_distances
 from dfq.hooks import forward_hooks
 from dfq.progress import Advance
@@ -63,6 +64,7 @@ class Genie(Generator):
     swing: Literal["independent", "shared", "none"] = "independent"  # moves drawn a layer, a map size, or not at all
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
@@ -96,7 +98,8 @@ class Genie(Generator):
         ]
         with swing_convolutions(teacher.module, rng, self.swing):
             distances = batch_norm_distances(teacher)
-            optimize(teacher, distances, make, schedules, self.iterations, advance, penalty=picture_loss)
+            precision = self.precision
+            optimize(teacher, distances, make, schedules, self.iterations, advance, picture_loss, precision=precision)
         with torch.no_grad():
             return finish(make(), spec, self.low_pass, self.clip)
 

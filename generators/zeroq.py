@@ -90,6 +90,7 @@ from dfq.generators._optimization import (
     picture_statistics,
     together,
 )
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import SharedMoments, Statistics, batch_norm_distances, noise_slack
 from dfq.progress import Advance
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
@@ -129,6 +130,7 @@ class ZeroQ(Generator):
     patience: NonNegativeInt = 0  # stop after so many steps that bring less than tolerance; 0: never
     tolerance: Fraction = 0.01  # share of the loss that so many steps have to bring
     compile: bool | Literal["auto"] = False  # each batch's step as one program; auto: on CUDA
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
@@ -199,6 +201,7 @@ class ZeroQ(Generator):
                 patience=self.patience * len(sizes),
                 tolerance=self.tolerance,
                 compiled=self.compile if whole else False,
+                precision=self.precision,
             )
             found = [each.images for each in best] or [part.detach() for part in parts]
             return found[0] if whole else torch.cat(found)
