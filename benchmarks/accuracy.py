@@ -3,19 +3,21 @@
     python benchmarks/accuracy.py                        the embedded digits: w4a4, w3a3 and w8a8 by distillation
     python benchmarks/accuracy.py --kit DIR --network resnet20 fdmobilenet
                                                          networks of DIR (resnet20.py, fdmobilenet.py, prepare.py)
-    python benchmarks/accuracy.py --algorithm gptq reconstruction --scheme w4a4 w3a3 --policy edges_8bit --seeds 1
+    python benchmarks/accuracy.py --algorithm gptq reconstruction --generator zeroq genie --scheme w4a4 w3a3 \\
+                                  --policy edges_8bit --seeds 1        every one of them with every other
     python benchmarks/accuracy.py --write FILE.md        and the rows into a table, beside those that are there
     python benchmarks/accuracy.py num_samples=2048       anything else goes to `dfq run`
 
 Every row of a (network, algorithm, scheme) has the same weights, policy, sample count, settings and seed; only the
-images differ. Mean over seeds and the spread (highest minus lowest). Nothing is tuned on what is printed here. Where
-labelled pictures are few, all of them judge the students that saw none, and the real-data row is calibrated on every
-other one and judged on the rest (marked "half").
+images differ, those of each generator and of the references. Mean over seeds and the spread (highest minus lowest).
+Nothing is tuned on what is printed here. Where labelled pictures are few, all of them judge the students that saw none,
+and the real-data row is calibrated on every other one and judged on the rest (marked "half").
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -92,12 +94,20 @@ def rows_of(arguments: list[str], folder: Path, environment: dict[str, str]) -> 
 
 
 def measure(
-    name: str, algorithm: str, scheme: str, options: argparse.Namespace, folder: Path, data: Path, environment: dict
+    name: str,
+    algorithm: str,
+    generator: str,
+    scheme: str,
+    options: argparse.Namespace,
+    folder: Path,
+    data: Path,
+    environment: dict,
 ) -> list[dict]:
     """One row for each kind of data: mean and spread over the seeds."""
     found: dict[str, list[dict]] = {}
     for seed in range(options.seeds):
-        chosen = [f"algorithm={algorithm}", f"scheme={scheme}", f"scheme.policy={options.policy}", f"seed={seed}"]
+        chosen = [f"algorithm={algorithm}", f"generator={generator}", f"scheme={scheme}"]
+        chosen += [f"scheme.policy={options.policy}", f"seed={seed}"]
         for position, arguments in enumerate(NETWORKS[name].runs(data)):
             for row in rows_of([*arguments, *chosen, *options.arguments], folder, environment):
                 label = row["row"] if position == 0 else f"{row['row']}, half"
@@ -158,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", nargs="+", default=["digits"], choices=list(NETWORKS))
     parser.add_argument("--algorithm", nargs="+", default=["distillation"])
+    parser.add_argument("--generator", nargs="+", default=["zeroq"])
     parser.add_argument("--scheme", nargs="+", default=["w4a4", "w3a3", "w8a8"])
     parser.add_argument("--policy", default="all")
     parser.add_argument("--seeds", type=int, default=3)
@@ -179,13 +190,12 @@ def main() -> None:
             data = prepare(kit, folder, environment)
         print("  ".join(COLUMNS))
         for name in options.network:
-            for algorithm in options.algorithm:
-                for scheme in options.scheme:
-                    rows = measure(name, algorithm, scheme, options, folder, data, environment)
-                    for row in rows:
-                        print("  ".join(row[column] for column in COLUMNS), flush=True)
-                    if options.write is not None:
-                        write(options.write, rows)
+            for chosen in itertools.product(options.algorithm, options.generator, options.scheme):
+                rows = measure(name, *chosen, options, folder, data, environment)
+                for row in rows:
+                    print("  ".join(row[column] for column in COLUMNS), flush=True)
+                if options.write is not None:
+                    write(options.write, rows)
 
 
 if __name__ == "__main__":

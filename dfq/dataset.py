@@ -8,6 +8,7 @@
                                    raw.NAME (outputs that have names); of detectors boxes, labels, scores; of text
                                    input_ids, num_tokens, the teacher's largest log-probabilities if asked for
     DIR/shards/000003.json         num_samples, sha256 and seconds of that shard
+    DIR/source.safetensors         weights of a network that all images were drawn from, where there is one (gdfq)
     DIR/quality.json               once it is whole: figures and a verdict, see dfq/quality.py; may be missing
 
 A shard is written to a temporary name and renamed, and counts only once its json is there: a killed run loses at most
@@ -38,7 +39,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import dfq
@@ -47,6 +48,7 @@ from dfq.errors import UserError
 SCHEMA_VERSION = 1
 COUNTS = ".counts"  # behind the name of what has another length in every sample
 QUALITY = "quality.json"
+SOURCE = "source.safetensors"
 HOST = re.sub(r"[^\w]+", "_", socket.gethostname()) or "here"
 ABANDONED_S = 86_400.0  # after which a temporary file of another machine belongs to nobody
 SAMPLES = ("images", "input_ids")  # what a network takes, by its name in a shard
@@ -206,6 +208,12 @@ class SyntheticDataset(torch.utils.data.Dataset):
         )
         self._forget()
 
+    def write_source(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights of the network that all images are drawn from."""
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+        write_atomic(self.path / SOURCE, content)
+        self.note(source_sha256=hashlib.sha256(content).hexdigest())
+
     def adopt(self, other: SyntheticDataset) -> None:
         """Take over the shards of ``other`` that are missing here: a part made elsewhere, with the same settings.
 
@@ -217,6 +225,9 @@ class SyntheticDataset(torch.utils.data.Dataset):
                 f"got {other.path}, made with other settings than {self.path} ({difference})",
                 "parts of one dataset: the same teacher, generator, seed and batch size",
             )
+        weights = other.source()
+        if weights is not None and self.source() is None:
+            self.write_source(weights)
         for shard in other.shards:
             index, count = shard["index"], shard["num_samples"]
             mine = self._entry(index)
@@ -245,7 +256,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def discard_if_empty(self) -> None:
         """Remove the folder again if no sample ever got into it."""
         if not self.shards:
-            for name in ("manifest.json", QUALITY):
+            for name in ("manifest.json", QUALITY, SOURCE):
                 (self.path / name).unlink(missing_ok=True)
             remove_if_empty(self.path)
 
@@ -366,6 +377,19 @@ class SyntheticDataset(torch.utils.data.Dataset):
                 found[places[part]] = values[chosen[part]]
         return self._file(0).get_tensor(name)[:0] if found is None else found
 
+    def source(self) -> dict[str, Tensor] | None:
+        """Weights of the network that all images were drawn from; None: there is none, each batch was made for itself.
+
+        A UserError where it is missing or broken.
+        """
+        wanted, path = self.manifest.get("source_sha256"), self.path / SOURCE
+        if wanted is None:
+            return None
+        if not path.exists() or file_sha256(path) != wanted:
+            what = "whose content does not match its checksum" if path.exists() else "which is missing"
+            raise UserError(f"got {path}, {what}", do="generate the dataset into a new folder")
+        return load_file(path)
+
     def texts(self) -> Iterator[list[int]]:
         """Token ids of each sample, without padding."""
         for sample in self:
@@ -447,6 +471,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
                 f"got {self.path} without {missing.name}: {len(self)} of the {finished} samples that were finished",
                 do="run the same generate command again to repair it",
             )
+        self.source()
 
     def _shard_path(self, index: int, suffix: str = ".safetensors") -> Path:
         return self.path / "shards" / f"{index:06d}{suffix}"

@@ -30,8 +30,9 @@ from dfq import mixed_precision, quality
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
 from dfq.errors import UserError
-from dfq.generators._base import Generator, Independent, batch_rng, dataset_rng
+from dfq.generators._base import Generator, Independent, Sampler, Source, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
+from dfq.generators._precision import faster_precision
 from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import Advance, progress_bar, say
 from dfq.ranks import from_environment
@@ -95,7 +96,7 @@ def generate(
     if not 0 <= rank < world_size:
         raise UserError(f"got rank={rank} and world_size={world_size}", f"rank from 0 to {max(0, world_size - 1)}")
     path, settings = dataset_place(teacher, generator, num_samples, seed, dataset_dir, parts)
-    batch_size = settings["batch_size"]
+    batch_size, generator = settings["batch_size"], as_recorded(generator, settings)
     dataset = SyntheticDataset.create(path, settings, {**DATA_FREE, "teacher": teacher.name})
     if dataset.num_samples > num_samples:
         raise UserError(
@@ -117,7 +118,7 @@ def generate(
     done = mine - sum(sizes[index] for index in missing)
     try:
         start = time.perf_counter()  # the first batch pays for what all share
-        sampler = generator.prepare(teacher, dataset_rng(seed)) if missing else generator
+        sampler = _sampler(teacher, generator, dataset, seed) if missing else generator
         with progress_bar(f"generate {_label(generator)}", mine, "samples", completed=done) as advance:
             for index in missing:
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
@@ -557,6 +558,7 @@ def dataset_place(
 ) -> tuple[Path, dict[str, Any]]:
     """The folder that :func:`generate` fills, and the settings that decide what is in it; nothing is made."""
     _check_kind(teacher, generator, "generator")
+    generator = _with_precision(teacher, generator, dataset_dir, *parts)
     batch_size = min(_batch_size(teacher, generator, dataset_dir, *parts), num_samples)
     config = to_config(generator)
     for key in ("batch_size", "memory_bytes"):
@@ -615,6 +617,34 @@ def _batch_size(teacher: Teacher, generator: Generator, *folders: Path | None) -
             if recorded is not None:
                 return recorded
     return fitting_batch_size(generator, teacher)
+
+
+def _sampler(teacher: Teacher, generator: Generator, dataset: SyntheticDataset, seed: int) -> Sampler:
+    """What batches are asked of; where it has a network, the one that is stored."""
+    weights = dataset.source()
+    if weights is not None:
+        return generator.restored(teacher, weights)
+    sampler = generator.prepare(teacher, dataset_rng(seed))
+    if isinstance(sampler, Source):
+        dataset.write_source(sampler.network.state_dict())
+    return sampler
+
+
+def as_recorded(generator: Generator, settings: Mapping[str, Any]) -> Generator:
+    """The generator with the precision that :func:`dataset_place` has settled on."""
+    if getattr(generator, "precision", None) != "auto":
+        return generator
+    return generator.with_known({"precision": settings["generator"]["precision"]})
+
+
+def _with_precision(teacher: Teacher, generator: Generator, *folders: Path | None) -> Generator:
+    """With ``precision=auto`` that of the dataset in one of the ``folders``, else the faster one."""
+    if getattr(generator, "precision", None) != "auto":
+        return generator
+    for folder in folders:
+        if folder is not None and (folder / "manifest.json").exists():
+            return as_recorded(generator, SyntheticDataset(folder).manifest["settings"])
+    return generator.with_known({"precision": faster_precision(generator, teacher)})
 
 
 def _describe_whole(teacher: Teacher, generator: Generator, dataset: SyntheticDataset) -> None:

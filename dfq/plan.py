@@ -147,8 +147,9 @@ def _tried(e: Experiment, folder: Path, world_size: int) -> list[Stage]:
     if there is not None:
         sample, stages = there, [Stage("generate", what, THERE)]
     else:
+        generator = pipeline.as_recorded(e.generator, settings)
         cost, sample = of_generation(
-            e.teacher, e.generator, e.num_samples, settings["batch_size"], folder / "generate", world_size
+            e.teacher, generator, e.num_samples, settings["batch_size"], folder / "generate", world_size
         )
         stages = [Stage("generate", what + (f", {world_size} ranks" if world_size > 1 else ""), ESTIMATED, cost)]
     methods = (e.scheme, e.algorithm, e.weight_quantizer, e.activation_quantizer)

@@ -57,6 +57,7 @@ NonNegativeInt = Annotated[int, Bound(at_least=0)]
 PositiveFloat = Annotated[float, Bound(above=0)]
 NonNegativeFloat = Annotated[float, Bound(at_least=0)]
 Fraction = Annotated[float, Bound(at_least=0, at_most=1)]
+Share = Annotated[float, Bound(at_least=0, at_most=0.999)]  # of something of which a rest has to remain
 
 
 # ------------------------------------------------------------------------------------------------ yaml files

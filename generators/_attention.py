@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dfq.generators._precision import as_float, full_precision
 from dfq.hooks import evaluation_mode, op_name, tensors_in
 from dfq.losses.patch_similarity import gaussian_entropy, kernel_entropy, patch_similarities
 from dfq.modules import PRODUCTS
@@ -110,13 +111,14 @@ def negative_entropies(num_samples: int, kernel_bandwidth: float | None = None) 
     found: list[Tensor] = []
 
     def measure(tokens: Tensor) -> None:
-        similarities = patch_similarities(tokens)
-        if len(tokens) % num_samples == 0:  # all windows of an image
-            similarities = similarities.view(num_samples, -1)
-        if kernel_bandwidth is None:
-            found.append(-gaussian_entropy(similarities).mean())
-        else:
-            found.append(-kernel_entropy(similarities, kernel_bandwidth).mean())
+        with full_precision(tokens.device):
+            similarities = patch_similarities(as_float(tokens))
+            if len(tokens) % num_samples == 0:  # all windows of an image
+                similarities = similarities.view(num_samples, -1)
+            if kernel_bandwidth is None:
+                found.append(-gaussian_entropy(similarities).mean())
+            else:
+                found.append(-kernel_entropy(similarities, kernel_bandwidth).mean())
 
     with PatchTokens(measure):
         yield found

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from dfq.dataset import SyntheticDataset, samples_of
 from dfq.progress import Advance
@@ -21,6 +22,49 @@ class Sampler(Protocol):
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Any:
         """See :meth:`Generator.sample`."""
+
+
+class Source(Sampler):
+    """A sampler with a trained network: it is stored with the dataset, gives images without end, and can be trained on.
+
+    Attributes:
+        network: frozen; all that it does not share with others of the same generator is in its ``state_dict``.
+    """
+
+    network: nn.Module
+
+    def fresh(self, teacher: Teacher, num_samples: int, seed: int, step: int, rank: int = 0) -> Tensor:
+        """Images [num_samples, C, H, W] for one step of a training, in one of its processes."""
+        return self.sample(teacher, num_samples, _hashed(f"{seed}:fresh:{step}:{rank}"), lambda amount, note="": None)
+
+    def step(
+        self,
+        teacher: Teacher,
+        schedule: LRScheduler,
+        num_samples: int,
+        seed: int,
+        step: int,
+        penalty: Callable[[Tensor, Any], Tensor],
+    ) -> None:
+        """A step of the network on ``num_samples`` images, by the loss that it was trained on plus ``penalty``.
+
+        Args:
+            schedule: of an optimizer of the network's parameters.
+            step: its number, for the random numbers; they are not those of the images of :meth:`fresh`.
+            penalty: (images, the teacher's outputs) → what is added to the loss.
+        """
+        self.descend(teacher, schedule, num_samples, _hashed(f"{seed}:network:{step}"), penalty)
+
+    def descend(
+        self,
+        teacher: Teacher,
+        schedule: LRScheduler,
+        num_samples: int,
+        rng: torch.Generator,
+        penalty: Callable[[Tensor, Any], Tensor],
+    ) -> None:
+        """See :meth:`step`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -57,7 +101,8 @@ class Generator:
     def prepare(self, teacher: Teacher, rng: torch.Generator) -> Sampler:
         """What all batches of a dataset share, made once before the first of them that is missing.
 
-        Called again where a dataset is resumed or grown, so what it gives depends on its arguments only.
+        Called again where a dataset is resumed or grown, so what it gives depends on its arguments only. A
+        :class:`Source` is stored, and :meth:`restored` instead.
 
         Args:
             rng: random numbers on the CPU, seeded with the seed alone.
@@ -66,6 +111,10 @@ class Generator:
             what batches are then asked of.
         """
         return self
+
+    def restored(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> Source:
+        """The :class:`Source` that :meth:`prepare` gave, from the weights of its network."""
+        raise NotImplementedError
 
     def recorded(self, teacher: Teacher) -> dict[str, Any]:
         """What decides the samples beside settings and weights: hashes of files that are read."""

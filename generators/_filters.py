@@ -101,17 +101,78 @@ def shift_reflecting(images: Tensor, offset: int, dim: int) -> Tensor:
     return torch.cat(parts, dim)
 
 
-def augment(images: Tensor, flip: bool, shift: int, rng: torch.Generator) -> Tensor:
-    """``images`` [N, C, H, W] as they are shown this time: mirrored in half of the cases, moved by up to ``shift``.
+def augment(
+    images: Tensor,
+    flip: bool,
+    shift: int,
+    rng: torch.Generator,
+    crop: float = 0.0,
+    jitter: float = 0.0,
+    unit: Tensor | float = 1.0,
+) -> Tensor:
+    """``images`` [N, C, H, W] as they are shown this time.
 
-    One draw for all of them, of random numbers on the CPU, so nothing waits.
+    Random numbers are drawn on the CPU, so nothing waits; kornia's augmentations would draw them from the global ones.
+
+    Args:
+        flip, shift: mirrored in half of the cases, and moved by up to so many pixels; one draw for all of them
+            (DeepInversion, Yin et al., CVPR 2020, arXiv 1912.08795).
+        crop: of each image a part of its own at full size, whose sides lack up to this share: what is small in an image
+            is looked at closely too (IntraQ's local object reinforcement, Zhong et al., CVPR 2022, arXiv 2111.09136,
+            which crops half of the images at a time).
+        jitter: each image with a saturation, a contrast and a brightness of its own, see :func:`color_jitter`: the
+            deviation of their logarithms, and of the brightness in the ``unit`` given, broadcast to images.
     """
+    if crop:
+        sides = 1 - crop * torch.rand(len(images), generator=rng)
+        images = crop_resized(images, (1 - sides) * torch.rand(2, len(images), generator=rng), sides)
     if flip and torch.rand((), generator=rng) < 0.5:
         images = images.flip(-1)
     if shift:
         down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
         images = shift_reflecting(shift_reflecting(images, down, -2), right, -1)
+    if jitter:
+        saturation, contrast, brightness = jitter * torch.randn(3, len(images), generator=rng)
+        images = color_jitter(images, saturation.exp(), contrast.exp(), brightness, unit)
     return images
+
+
+def crop_resized(images: Tensor, corners: Tensor, sides: Tensor) -> Tensor:
+    """A part of each of ``images`` [N, C, H, W] at full size, by bilinear interpolation.
+
+    As products of matrices, whose gradient is the same from run to run on a GPU.
+
+    Args:
+        corners: [2, N], where it begins from above and from the left, in shares of the image.
+        sides: [N], how large it is.
+    """
+    device, (height, width) = images.device, images.shape[-2:]
+    sides, corners = sides.to(device), corners.to(device)
+    rows, columns = _enlarging(height, corners[0], sides), _enlarging(width, corners[1], sides)
+    return (rows @ images @ columns.mT).contiguous(memory_format=torch.channels_last)
+
+
+def _enlarging(length: int, start: Tensor, side: Tensor) -> Tensor:
+    """[N, 1, length, length] that makes the part of ``side`` behind ``start`` [N] of a line of pixels the whole."""
+    places = torch.arange(length, device=side.device)
+    source = length * start[:, None] + (places + 0.5) * side[:, None] - 0.5
+    return (1 - (source.clamp(0, length - 1)[:, None, :, None] - places).abs()).clamp(min=0)
+
+
+def color_jitter(
+    images: Tensor, saturation: Tensor, contrast: Tensor, brightness: Tensor, unit: Tensor | float = 1.0
+) -> Tensor:
+    """Images [N, C, H, W] in other light, as photographs are changed for training; not cut off at black and white.
+
+    Args:
+        saturation: [N], factor on what sets a pixel's channels apart from their mean.
+        contrast: [N], factor on what sets a pixel apart from its image's mean.
+        brightness: [N], to be added, in units of ``unit``.
+    """
+    device = images.device
+    saturation, contrast, brightness = (x.to(device).view(-1, 1, 1, 1) for x in (saturation, contrast, brightness))
+    images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
+    return torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast) + brightness * unit
 
 
 def check_shift(shift: int, size: tuple[int, ...]) -> None:

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-LARGEST_LINEAR = 64  # pixels; larger images come from a map of latents
+Kind = Literal["auto", "linear", "convolutional"]
+LARGEST_LINEAR = 64  # pixels; larger images come from a map of latents, unless asked otherwise
 PATCH = 16  # pixels of an image's side for one place of that map
 
 
 class GeneratorNetwork(nn.Module):
     """Latents to images [N, C, H, W] whose channels have mean 0 and variance 1 over the batch.
 
-    Up to 64 pixels, after the paper: a linear layer to a map of a quarter of the size, then twice (upsampling,
-    convolution). Larger: a map of latents of a 16th of the size, and four times. Each upsampling doubles the nearest
+    ``linear``, after the paper: a linear layer to a map of a quarter of the size, then twice (upsampling, convolution).
+    ``convolutional``: a map of latents of a 16th of the size, and four times. Each upsampling doubles the nearest
     pixels; what exceeds the size is cut off.
 
     Args:
         size: C, H, W.
-        num_latents: numbers that an image is made from; above 64 pixels: each 32x32 pixels of it.
+        num_latents: numbers that an image is made from; convolutional: each 32x32 pixels of it.
         num_channels: of the widest layers.
         rng: for the weights; drawn as PyTorch draws its own layers', from U(-1, 1) / sqrt(fan in).
         num_conditions: numbers that say what an image is to show; 0: none. They scale and shift the channels behind
             every norm, and the norms remember what they saw in training: evaluated, an image depends on itself alone.
+        kind: auto: linear up to 64 pixels, whose weights grow with the image: 103 million at 224 pixels and the
+            paper's 256 latents and 128 channels.
     """
 
     def __init__(
-        self, size: tuple[int, ...], num_latents: int, num_channels: int, rng: torch.Generator, num_conditions: int = 0
+        self,
+        size: tuple[int, ...],
+        num_latents: int,
+        num_channels: int,
+        rng: torch.Generator,
+        num_conditions: int = 0,
+        kind: Kind = "auto",
     ):
         super().__init__()
 
@@ -38,14 +49,15 @@ class GeneratorNetwork(nn.Module):
         colors, *self.size = size
         widths = [num_channels, num_channels // 2]
         with torch.device("meta"):  # the layers' own start would draw from the global random numbers
-            if max(self.size) <= LARGEST_LINEAR:
+            if kind == "linear" or (kind == "auto" and max(self.size) <= LARGEST_LINEAR):
                 coarse = [max(2, -(-length // 4)) for length in self.size]  # one place could not be normalized alone
                 self.latent_shape: tuple[int, ...] = (num_latents,)
                 linear = nn.Linear(num_latents, num_channels * coarse[0] * coarse[1])
                 self.first: nn.Module = nn.Sequential(linear, nn.Unflatten(1, (num_channels, *coarse)))
             else:
                 in_latents = -(-num_latents * PATCH**2 // 32**2)
-                self.latent_shape = (in_latents, *(-(-length // PATCH) for length in self.size))
+                fewest = 2 if max(self.size) <= PATCH else 1  # as above
+                self.latent_shape = (in_latents, *(max(fewest, -(-length // PATCH)) for length in self.size))
                 self.first = nn.Conv2d(in_latents, num_channels, 3, padding=1)
                 widths = [num_channels, *widths, num_channels // 4]
             layers: list[nn.Module] = [norm(num_channels)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from dfq.generators._precision import as_float, full_precision
 from dfq.generators._statistics import batch_norm_distances
 from dfq.hooks import evaluation_mode, op_name
 from dfq.losses.affine_statistics import affine_distance
@@ -49,7 +50,8 @@ def norm_distances(teacher: Teacher, affine_weight: float) -> Iterator[list[Tens
     """A list to which every forward in the context adds one scalar a norm; those without statistics are weighted."""
 
     def measure(outputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        distances.append(affine_weight * affine_distance(outputs, weight, bias).mean())
+        with full_precision(outputs.device):
+            distances.append(affine_weight * affine_distance(as_float(outputs), weight, bias).mean())
 
     with batch_norm_distances(teacher) as distances, AffineNorms(measure):
         yield distances

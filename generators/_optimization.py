@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dfq.errors import UserError
 from dfq.generators._filters import low_pass
+from dfq.generators._precision import Precision, arithmetic, as_float
 from dfq.hooks import evaluation_mode, tensors_in
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.losses.output_stretching import log_output_range
@@ -52,6 +53,7 @@ def optimize(
     tolerance: float = 0.0,
     settled: int = 0,
     compiled: Compile = False,
+    precision: Precision = "float32",
 ) -> int:
     """Take ``iterations`` steps, or fewer; returns how many.
 
@@ -69,6 +71,7 @@ def optimize(
         settled: steps before which it does not stop.
         compiled: see :func:`compiled_step`. Only where nothing is drawn, and nothing changes from step to step, between
             the images and the loss.
+        precision: of the teacher's forward and gradient, see :func:`dfq.generators._precision.arithmetic`.
     """
     nothing: list[Tensor] = []
     window = _Window(patience, tolerance)
@@ -76,7 +79,10 @@ def optimize(
 
         def loss_of(images: Tensor) -> Tensor:
             scalars.clear()
-            outputs = teacher.module(images.clone())  # some networks write into their input
+            with arithmetic(images.device, precision):
+                outputs = teacher.module(images.clone())  # some networks write into their input
+            if precision == "bfloat16":
+                outputs = as_float(outputs)
             terms = [torch.stack(scalars).mean()] if scalars else []
             if penalty is not None:
                 terms.append(penalty(images, outputs))

@@ -1,4 +1,7 @@
-"""Generators whose pixels are moved themselves: their settings, and one descent."""
+"""Generators whose pixels are moved themselves: their settings, and one descent.
+
+What is shown of the images in a step is :func:`dfq.generators._filters.augment`'s, which names the papers.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from torch import Tensor
 from dfq.generators._base import Generator
 from dfq.generators._filters import augment, check_shift, total_variation
 from dfq.generators._optimization import Penalty, coarse_to_fine, cosine, finish, optimize, picture_statistics
+from dfq.generators._precision import Precision
 from dfq.progress import Advance
-from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from dfq.teacher import InputSpec, Teacher
 
 
@@ -28,6 +32,8 @@ class PixelGenerator(Generator):
     variation_weight: NonNegativeFloat = 0.1  # weight of the total variation: mean difference of neighbors; 0: none
     flip: bool = True  # show the images mirrored left to right in half of the steps
     shift: NonNegativeInt = 0  # show the images moved by up to so many pixels in every step
+    crop: Share = 0.0  # show a part of each image at full size, whose sides lack up to this share; 0: all of it
+    jitter: NonNegativeFloat = 0.0  # deviation of each image's brightness and log contrast and saturation in every step
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
     coarse_share: Fraction = 0.0  # share of the steps that are taken first, on smaller images; 0: none
@@ -35,6 +41,7 @@ class PixelGenerator(Generator):
     patience: NonNegativeInt = 0  # stop after so many steps that bring less than tolerance; 0: never
     tolerance: Fraction = 0.01  # share of the loss that so many steps have to bring
     compile: bool | Literal["auto"] = False  # each batch's step as one program; auto: on CUDA
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
 
     def descend(
         self,
@@ -64,7 +71,7 @@ class PixelGenerator(Generator):
             optimize(
                 teacher,
                 None if measured is None else measured(),
-                lambda: augment(pixels * std + mean, self.flip, shift, rng),
+                lambda: augment(pixels * std + mean, self.flip, shift, rng, self.crop, self.jitter, std),
                 [cosine(optimizer, self.iterations, warmup, first)],
                 last - first,
                 advance,
@@ -75,6 +82,7 @@ class PixelGenerator(Generator):
                 tolerance=self.tolerance,
                 settled=max(0, warmup - first),
                 compiled=self.compile,
+                precision=self.precision,
             )
             return pixels.detach()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.generators._folding import folded_batch_norms
+from dfq.generators._precision import as_float, full_precision
 from dfq.hooks import evaluation_mode, forward_hooks
 from dfq.losses.batch_norm_statistics import batch_norm_distance, channel_statistics, moments
 from dfq.teacher import Teacher
@@ -68,7 +69,11 @@ def batch_norm_distances(
     distances: list[Tensor] = []
 
     def measure(_name: str, norm: nn.Module, inputs: tuple) -> None:
-        mean, variance = input_statistics(inputs[0], statistics)
+        with full_precision(inputs[0].device):
+            distances.append(distance(norm, as_float(inputs[0])))
+
+    def distance(norm: nn.Module, x: Tensor) -> Tensor:
+        mean, variance = input_statistics(x, statistics)
         if norm in folded:
             mean, variance = folded[norm].undone(mean, variance)
         if shared is not None:
@@ -76,12 +81,11 @@ def batch_norm_distances(
         free = None if slack is None else slack[norm]
         of_channels = batch_norm_distance(mean, variance, norm.running_mean, norm.running_var, norm.eps, free)
         if emphasis == 0 or of_channels.dim() == 1:
-            distances.append(of_channels.mean())
-            return
+            return of_channels.mean()
         count = len(teacher.batch_norms)
         is_own = torch.arange(len(of_channels), device=of_channels.device) % count == len(distances)
         weights = 1 + emphasis * is_own
-        distances.append((of_channels.mean(1) * (weights / weights.mean())).mean())
+        return (of_channels.mean(1) * (weights / weights.mean())).mean()
 
     with folded_batch_norms(teacher) as folded, forward_hooks(teacher.batch_norms.items(), before=measure):
         yield distances

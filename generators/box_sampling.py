@@ -48,6 +48,7 @@ from dfq.generators._canvas import Canvas, photograph_noise
 from dfq.generators._filters import diverse_noise, gaussian_blur, shift_reflecting, total_variation, white_noise
 from dfq.generators._needs import check_needs
 from dfq.generators._optimization import cosine, finish, optimize, picture_statistics
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import batch_norm_distances
 from dfq.losses._box_overlap import area, pairwise_iou
 from dfq.progress import Advance
@@ -87,6 +88,7 @@ class BoxSampling(Generator):
     shift: NonNegativeInt = 4  # show them moved by up to so many pixels in every step
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_boxes: ClassVar[bool] = True
 
     def prepare(self, teacher: Teacher, rng: torch.Generator) -> Prepared:
@@ -204,6 +206,7 @@ class _Descent:
                 steps,
                 lambda amount, note="": self.advance(amount * self.share * steps / self.iterations),
                 penalty=penalty,
+                precision=self.s.precision,
             )
 
     @torch.no_grad()

@@ -18,8 +18,12 @@ embedding is a mixture of those of ``num_superposed`` classes, and the same mixt
 ``embedding: classifier`` starts the embeddings from the rows of the teacher's last layer, which tell what classes have
 in common; the linear layers between embedding and scale or shift stand for Qimera's disentanglement mapping.
 
-Differences from the papers: no student takes part, neither in turns with the network nor against it, since a generator
-here sees none: the network is done before the first image is stored; the batch-norm loss in units of the running
+The network is stored with the dataset, and ``algorithm=distillation algorithm.fresh_share=0.5`` draws half of every
+batch anew from it, in the adversarial variants from one that is trained against the student
+(:mod:`dfq.lightning.fresh`).
+
+Differences from the papers: no student takes part while the network is trained for a dataset, neither in turns with it
+nor against it: it is done before the first image is stored; the batch-norm loss in units of the running
 deviation, averaged over layers (:mod:`dfq.losses.batch_norm_statistics`); conditional batch norm at all sizes, in place
 of the product of noise and embedding; classifier rows centered over classes, which a softmax does not see, and scaled
 to variance 1; the layers of :class:`dfq.generators._network.GeneratorNetwork`; the step falls to zero along a cosine;
@@ -29,21 +33,33 @@ as an option (Kim et al., ICLR 2025).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 
 from dfq.errors import UserError
-from dfq.generators._base import Generator
+from dfq.generators._base import Generator, Source
 from dfq.generators._needs import check_needs
 from dfq.generators._network import GeneratorNetwork
-from dfq.generators._optimization import cosine, finish, optimize, picture_statistics, task_and_classes
+from dfq.generators._optimization import (
+    Penalty,
+    cosine,
+    finish,
+    optimize,
+    picture_statistics,
+    task_and_classes,
+    together,
+)
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import batch_norm_distances
 from dfq.progress import Advance, progress_bar
 from dfq.settings import Bound, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 STATISTICS_BATCHES = 10  # from which the finished network's norms take their statistics
@@ -64,9 +80,10 @@ class GDFQ(Generator):
     embedding: Literal["random", "classifier"] = "random"  # first one of a class: noise, or its row of the last layer
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_batch_norm: ClassVar[bool] = True
 
-    def prepare(self, teacher: Teacher, rng: torch.Generator) -> Source:
+    def prepare(self, teacher: Teacher, rng: torch.Generator) -> ClassSource:
         check_needs(teacher, self, "gdfq", "matches batch-norm statistics")
         with progress_bar("train gdfq's network", self.iterations, "steps") as advance:
             return self.train(teacher, rng, lambda share, note="": advance(share * self.iterations))
@@ -77,11 +94,31 @@ class GDFQ(Generator):
         source = self.train(teacher, rng, lambda share, note="": advance(share * num_samples))
         return source.sample(teacher, num_samples, rng, advance)
 
-    def train(self, teacher: Teacher, rng: torch.Generator, advance: Advance) -> Source:
+    def train(self, teacher: Teacher, rng: torch.Generator, advance: Advance) -> ClassSource:
         """The trained network; ``advance`` is called with the share of the work just done."""
+        network = self.start(teacher, rng)
+        schedule = cosine(torch.optim.Adam(network.parameters(), lr=self.learning_rate), self.iterations)
+        size = self.train_batch_size
+        self.descend(teacher, network, schedule, self.iterations, size, rng, lambda n, note="": advance(n / size))
+        _settle(network, size, rng)
+        return ClassSource(self, network.requires_grad_(False))
+
+    def restored(self, teacher: Teacher, weights: Mapping[str, Tensor]) -> ClassSource:
+        network = self.start(teacher, torch.Generator())
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:  # other names or shapes
+            raise UserError(
+                f"got a stored network of gdfq that does not fit ({str(error).splitlines()[-1].strip()})",
+                do="generate the dataset into a new folder",
+            ) from error
+        return ClassSource(self, network.eval().requires_grad_(False))
+
+    def start(self, teacher: Teacher, rng: torch.Generator) -> ClassNetwork:
+        """A network that has learned nothing."""
         spec = teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
-        task, num_classes = task_and_classes(teacher)
+        _, num_classes = task_and_classes(teacher)
         if self.superposed > 0 and self.num_superposed > num_classes:
             raise UserError(
                 f"got generator.num_superposed={self.num_superposed} for {num_classes} classes",
@@ -93,43 +130,55 @@ class GDFQ(Generator):
             embedding = torch.randn(num_classes, self.num_latents, generator=rng)
         layers = GeneratorNetwork(spec.size, self.num_latents, self.num_channels, rng, embedding.shape[1])
         network = ClassNetwork(layers, embedding, spec, self.superposed, self.num_superposed, self.clip)
-        network.to(teacher.device)
+        return network.to(teacher.device)
+
+    def descend(
+        self,
+        teacher: Teacher,
+        network: ClassNetwork,
+        schedule: LRScheduler,
+        iterations: int,
+        num_samples: int,
+        rng: torch.Generator,
+        advance: Advance = lambda amount, note="": None,
+        penalty: Penalty | None = None,
+    ) -> None:
+        """Steps of ``network``, each on ``num_samples`` new images; ``penalty`` is added to its loss."""
+        task = task_of(teacher)
         targets = torch.empty(0)
 
         def make() -> Tensor:
             nonlocal targets
-            images, targets = draw(network, self.train_batch_size, rng)
+            images, targets = draw(network, num_samples, rng)
             return images
 
         def class_loss(images: Tensor, outputs: object) -> Tensor:
             logits = task.raw_outputs(lambda _: outputs, images)
             return self.class_weight * task.synthesis_loss(logits, targets)
 
-        optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
-        optimize(
-            teacher,
-            batch_norm_distances(teacher),
-            make,
-            [cosine(optimizer, self.iterations)],
-            self.iterations,
-            lambda amount, note="": advance(amount / self.train_batch_size),
-            penalty=class_loss,
-        )
-        _settle(network, self.train_batch_size, rng)
-        return Source(network.requires_grad_(False), self.low_pass)
+        distances, losses = batch_norm_distances(teacher), together(class_loss, penalty)
+        optimize(teacher, distances, make, [schedule], iterations, advance, losses, precision=self.precision)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A trained network, as what batches are asked of."""
+class ClassSource(Source):
+    """A trained network, as what images are asked of."""
 
+    generator: GDFQ
     network: ClassNetwork
-    low_pass: float
 
     @torch.no_grad()
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
         images, _ = draw(self.network, num_samples, rng)
-        return finish(images, self.network.spec, self.low_pass, self.network.clip)
+        return finish(images, self.network.spec, self.generator.low_pass, self.network.clip)
+
+    def descend(
+        self, teacher: Teacher, schedule: LRScheduler, num_samples: int, rng: torch.Generator, penalty: Penalty
+    ) -> None:
+        """The norms keep the statistics that they have, so that an image goes on to depend on itself alone."""
+        self.network.requires_grad_(True)
+        self.generator.descend(teacher, self.network, schedule, 1, num_samples, rng, penalty=penalty)
+        self.network.requires_grad_(False)
 
 
 class ClassNetwork(nn.Module):

@@ -19,8 +19,9 @@ channels and counted like one more layer; the latents' step follows a cosine (th
 needs the loss on the host); 300 iterations, the recipe has 4000 (``iterations=4000``); convolutions that read maps of
 one size can share their move (``swing: shared``), so that a block's branch and its shortcut see the same image; above
 64 pixels the network is convolutional throughout, from a map of as many latents for each 32x32 pixels, because the
-paper's first layer grows with the image (103 million weights at 224 pixels); any size; pixels can be kept legal, in
-every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR 2025).
+paper's first layer grows with the image (``network: linear num_channels: 128``: 103 million weights at 224 pixels); any
+size; pixels can be kept legal, in every step; SynQ's ``low_pass`` on the finished images as an option (Kim et al., ICLR
+2025).
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from dfq.generators._base import Generator
 from dfq.generators._filters import drawn_looks, shift_reflecting
 from dfq.generators._needs import check_needs
-from dfq.generators._network import GeneratorNetwork
+from dfq.generators._network import GeneratorNetwork, Kind
 from dfq.generators._optimization import cosine, finish, optimize, picture_distance, picture_statistics
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import batch_norm_distances
 from dfq.hooks import forward_hooks
 from dfq.progress import Advance
@@ -54,20 +56,23 @@ class Genie(Generator):
     latent_learning_rate: PositiveFloat = 0.1  # first step of Adam on the latents; it falls to zero along a cosine
     network_learning_rate: PositiveFloat = 0.01  # first step of Adam on the GeneratorNetwork
     network_decay: Fraction = 0.95  # factor on that step after every 100 iterations
-    num_latents: PositiveInt = 256  # numbers that an image is made from; above 64 pixels: each 32x32 pixels of it
+    network: Kind = "auto"  # its first layer: linear (the paper), convolutional, or linear up to 64 pixels
+    num_latents: PositiveInt = 256  # numbers that an image is made from; convolutional: each 32x32 pixels of it
     num_channels: Annotated[int, Bound(at_least=4)] = 16  # of the GeneratorNetwork's widest layers; the paper: 128
     image_weight: NonNegativeFloat = 1.0  # weight of each image's own mean and deviation; 1: that of a batch norm
     looks: Literal["diverse", "alike"] = "diverse"  # these are an image's own, or the same for all
     swing: Literal["independent", "shared", "none"] = "independent"  # moves drawn a layer, a map size, or not at all
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
         check_needs(teacher, self, "genie", "matches batch-norm statistics")
         spec = teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
-        network = GeneratorNetwork(spec.size, self.num_latents, self.num_channels, rng).to(teacher.device)
+        network = GeneratorNetwork(spec.size, self.num_latents, self.num_channels, rng, kind=self.network)
+        network.to(teacher.device)
         latents = torch.randn(num_samples, *network.latent_shape, generator=rng).to(teacher.device).requires_grad_()
         mean, std = (values.to(teacher.device) for values in picture_statistics(spec))
         looks = None
@@ -93,7 +98,8 @@ class Genie(Generator):
         ]
         with swing_convolutions(teacher.module, rng, self.swing):
             distances = batch_norm_distances(teacher)
-            optimize(teacher, distances, make, schedules, self.iterations, advance, penalty=picture_loss)
+            precision = self.precision
+            optimize(teacher, distances, make, schedules, self.iterations, advance, picture_loss, precision=precision)
         with torch.no_grad():
             return finish(make(), spec, self.low_pass, self.clip)
 

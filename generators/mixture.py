@@ -43,6 +43,10 @@ class Mixture(Generator):
                     f"got {type(part).__name__} in generator.parts",
                     "generators of images without boxes, such as zeroq, genie, deep_inversion or psaq",
                 )
+            if getattr(part, "precision", None) == "auto":
+                raise UserError(
+                    f"got precision=auto for {type(part).__name__} in generator.parts", "precision=float32 | bfloat16"
+                )
         for need in NEEDS:
             object.__setattr__(self, need, any(getattr(part, need) for part in self.generators))
 

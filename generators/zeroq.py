@@ -48,6 +48,8 @@ Options from other methods, off unless asked for:
 - ``variation_weight``: neighboring pixels alike (total variation, as in DeepInversion);
 - ``flip``, ``shift``: augmentation in every step (DGH, which crops from larger images in place of a shift with
   reflection); one draw for the whole batch;
+- ``crop`` (IntraQ's local object reinforcement) and ``jitter`` of brightness, contrast and saturation in every step: a
+  draw for each image;
 - ``low_pass``: the finished images without their finest detail (SynQ, Kim et al., ICLR 2025);
 - ``keep_best``: the iterate with the lowest loss instead of the last;
 - ``coarse_share``: the first steps on smaller images, which cost as much less as they have fewer pixels;
@@ -88,9 +90,10 @@ from dfq.generators._optimization import (
     picture_statistics,
     together,
 )
+from dfq.generators._precision import Precision
 from dfq.generators._statistics import SharedMoments, Statistics, batch_norm_distances, noise_slack
 from dfq.progress import Advance
-from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from dfq.teacher import InputSpec, Teacher
 
 PHOTOGRAPH_BLUR = 0.8  # pixels
@@ -110,6 +113,8 @@ class ZeroQ(Generator):
     blur: NonNegativeFloat | None = None  # deviation in pixels of a blur in every step; null: 0.8 from 32 pixels on
     flip: bool = False  # show the images mirrored left to right in half of the steps
     shift: NonNegativeInt = 0  # show the images moved by up to so many pixels in every step
+    crop: Share = 0.0  # show a part of each image at full size, whose sides lack up to this share; 0: all of it
+    jitter: NonNegativeFloat = 0.0  # deviation of each image's brightness and log contrast and saturation in every step
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
     keep_best: bool = False  # keep the iterate with the lowest loss instead of the last
     class_weight: NonNegativeFloat = 0.0  # weight of the class targets; 0: statistics alone
@@ -125,6 +130,7 @@ class ZeroQ(Generator):
     patience: NonNegativeInt = 0  # stop after so many steps that bring less than tolerance; 0: never
     tolerance: Fraction = 0.01  # share of the loss that so many steps have to bring
     compile: bool | Literal["auto"] = False  # each batch's step as one program; auto: on CUDA
+    precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
     needs_batch_norm: ClassVar[bool] = True
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Tensor:
@@ -183,7 +189,9 @@ class ZeroQ(Generator):
             optimize(
                 teacher,
                 batch_norm_distances(teacher, self.statistics, slack, self.emphasis, shared),
-                lambda: augment(blur(parts[turns.part]) * std + mean, self.flip, shift, rng),
+                lambda: augment(
+                    blur(parts[turns.part]) * std + mean, self.flip, shift, rng, self.crop, self.jitter, std
+                ),
                 [cosine(optimizer, self.iterations, first=first, turns=len(sizes))],
                 (last - first) * len(sizes),
                 advance,
@@ -194,6 +202,7 @@ class ZeroQ(Generator):
                 patience=self.patience * len(sizes),
                 tolerance=self.tolerance,
                 compiled=self.compile if whole else False,
+                precision=self.precision,
             )
             found = [each.images for each in best] or [part.detach() for part in parts]
             return found[0] if whole else torch.cat(found)

@@ -16,6 +16,10 @@ as they are: synthetic images must not move statistics.
 With ``time_limit_s`` the cosine schedule ends at the limit, counted from the start of this algorithm; how many steps
 that allows depends on the machine, so that the same seed does not give the same bits.
 
+With ``fresh_share`` that part of every batch is not read but drawn from the network that ``generator=gdfq`` has stored
+with the dataset, with ``adversarial_weight`` from one that learns what the student gets wrong
+(:mod:`dfq.lightning.fresh`); looks are at stored samples, as always.
+
 ``student_network`` trains a smaller network than the teacher (quantized distillation; Polino, Pascanu & Alistarh, ICLR
 2018, arXiv 1802.05668, section 3). Features are compared where both networks have maps of the same size. The
 function is recorded with the student, which it rebuilds; no algorithm goes behind.
@@ -45,12 +49,12 @@ from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.dataset import samples_of
+from dfq.dataset import SyntheticDataset, samples_of
 from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import LowRank, repeated_blocks, stage_ends, weight_layers
 from dfq.quantizers.lsq import learn_steps
-from dfq.settings import PositiveInt
+from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, resolve
 from dfq.student import Student, build_network
 from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
@@ -65,6 +69,9 @@ class Distillation(DistillationSettings, Algorithm):
     checks: PositiveInt = 10  # looks at held-out synthetic samples during a run
     patience: PositiveInt | None = 5  # looks without a better loss before the second half of a run stops; null: never
     num_calibration_samples: PositiveInt = 512  # samples that set the first ranges
+    fresh_share: Fraction = 0.0  # share of a batch that is drawn anew from the network stored with the dataset (gdfq)
+    adversarial_weight: NonNegativeFloat = 0.0  # of the student's loss, which that network raises; 0: it stays as it is
+    adversarial_lr: PositiveFloat = 1e-3  # Adam on it
     student_network: str | None = None  # package.module:function of a smaller network; null: the teacher's own
     goes_on: ClassVar[bool] = True
 
@@ -79,11 +86,18 @@ class Distillation(DistillationSettings, Algorithm):
 
         from dfq.lightning.data import SyntheticDataModule
         from dfq.lightning.distillation import DistillationModule
+        from dfq.lightning.fresh import FreshImages
         from dfq.lightning.looks import Looks, Patience
         from dfq.lightning.progress import StepProgress
         from dfq.lightning.tokens import TokenDistillationModule
 
         self._check(teacher)
+        source = self._source(teacher, work.dataset)
+        if self.adversarial_weight and training.strategy == "fsdp":  # no process has the whole teacher where it trains
+            raise UserError(
+                f"got algorithm.adversarial_weight={self.adversarial_weight} and trainer=fsdp",
+                "algorithm.adversarial_weight=0, or trainer=ddp",
+            )
         if self.zeroth_order and training.world_size > 1:  # nothing goes backward, so nothing would be averaged
             raise UserError(
                 f"got algorithm.zeroth_order=true and {training.world_size} processes", "trainer=single", "one process"
@@ -110,6 +124,9 @@ class Distillation(DistillationSettings, Algorithm):
         # One of its own: what goes on after an interruption is the last look, be it better or not.
         last = ModelCheckpoint(work_dir, filename="last", save_on_train_epoch_end=False, enable_version_counter=False)
         callbacks = [best, last, Looks(self.checks), StepProgress("distill", self.max_steps, SHOWN)]
+        if source is not None:
+            against = (self.batch_size, self.adversarial_weight, self.adversarial_lr)
+            callbacks.append(FreshImages(source, teacher, self.fresh_share, seed, *against))
         with quiet_lightning():
             trainer = pl.Trainer(
                 **training.arguments(teacher.device),
@@ -189,6 +206,24 @@ class Distillation(DistillationSettings, Algorithm):
                 "losses and schedules that need no gradient",
                 f"leave algorithm.{what} away",
             )
+
+    def _source(self, teacher: Teacher, dataset: SyntheticDataset) -> Any:
+        """The network that images are drawn from during the run; None: no image is."""
+        if self.fresh_share == 0:
+            if self.adversarial_weight:
+                raise UserError(
+                    f"got algorithm.adversarial_weight={self.adversarial_weight} and algorithm.fresh_share=0",
+                    "algorithm.fresh_share above 0: what a network has learned shows in the images drawn from it",
+                )
+            return None
+        weights = dataset.source()
+        if weights is None:
+            raise UserError(
+                f"got algorithm.fresh_share={self.fresh_share} and {dataset.path}, with which no network is stored",
+                "a dataset made by generator=gdfq",
+                "generate it with that, into a new folder, or set algorithm.fresh_share=0",
+            )
+        return resolve("generator", dataset.manifest["settings"]["generator"]).restored(teacher, weights)
 
     def _learn_steps(self, student: Student, elements: dict[str, int], seed: int) -> None:
         student.module.requires_grad_(True)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from dfq.losses.token_divergence import Divergence
-from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 
-Share = Annotated[float, Bound(at_least=0, at_most=0.999)]  # of something of which a rest has to remain
 FewBits = Annotated[int, Bound(at_least=2, at_most=8)]
 
 

@@ -158,3 +158,13 @@ def test_a_classifier_has_no_boxes():
         UserError, match=r"got a network without boxes among its outputs .*, and box_sampling draws some"
     ):
         FAST.prepare(as_teacher(NETS["plain"]()), dataset_rng(0))
+
+
+def test_a_detector_runs_in_mixed_precision():
+    short = replace(FAST, iterations=3, final_iterations=1)
+    whole, mixed = (
+        replace(short, precision=precision).sample(cell_teacher(), 2, batch_rng(0, 0), lambda amount, note="": None)
+        for precision in ("float32", "bfloat16")
+    )
+    assert mixed["images"].dtype == torch.float32 and torch.isfinite(mixed["images"]).all()
+    assert not torch.equal(mixed["images"], whole["images"])

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from dfq.generators._filters import blur_matrix, diverse_noise, gaussian_blur, low_pass, pink_noise, shift_reflecting
+from dfq.generators._filters import (
+    augment,
+    blur_matrix,
+    color_jitter,
+    crop_resized,
+    diverse_noise,
+    gaussian_blur,
+    low_pass,
+    pink_noise,
+    shift_reflecting,
+)
 
 CPU = torch.device("cpu")
 SIZES = [(8, 8), (7, 10), (1, 5), (6, 1), (33, 32)]
@@ -114,3 +124,55 @@ def test_diverse_noise_varies_between_images_as_photographs_do():
     gray = means.mean(1)  # images differ in brightness more than in tint
     assert float(gray.var()) > 2 * float((means - gray[:, None]).var())
     assert float(noise.std((1, 2, 3)).std()) > 0.15  # and in contrast
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 5)])
+def test_a_crop_is_the_grid_sample_of_torch(size):
+    x, corners = images(size, 3), torch.tensor([[0.0, 0.2, 0.5], [0.4, 0.0, 0.5]])
+    sides = torch.tensor([0.6, 0.35, 0.5])
+    grids = []
+    for corner, side in zip(corners.T, sides, strict=True):
+        axes = [2 * (start + side * (torch.arange(n) + 0.5) / n) - 1 for start, n in zip(corner, size, strict=True)]
+        grids.append(torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], -1))
+    wanted = torch.nn.functional.grid_sample(x, torch.stack(grids), padding_mode="border", align_corners=False)
+    torch.testing.assert_close(crop_resized(x, corners, sides), wanted, atol=2e-5, rtol=0)
+    whole = crop_resized(x, torch.zeros(2, 3), torch.ones(3))
+    torch.testing.assert_close(whole, x, atol=1e-5, rtol=0)
+
+
+def test_light_is_changed_as_kornia_does():
+    from kornia.enhance import adjust_contrast_with_mean_subtraction
+
+    x = (0.1 * images((6, 5), 3) + 0.5).clamp(0.3, 0.7)  # where kornia does not clip
+    ones, factors = torch.ones(3), torch.tensor([0.5, 1.2, 0.9])
+    contrast = color_jitter(x[:, :1], ones, factors, torch.zeros(3))
+    wanted = [adjust_contrast_with_mean_subtraction(one, float(f)) for one, f in zip(x[:, :1], factors, strict=True)]
+    torch.testing.assert_close(contrast, torch.stack(wanted))
+    gray = x.mean(1, keepdim=True)
+    saturated = color_jitter(x, factors, ones, torch.zeros(3))
+    torch.testing.assert_close(saturated, gray + factors.view(3, 1, 1, 1) * (x - gray))
+    unit = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    lit = color_jitter(x, ones, ones, torch.tensor([0.0, 1.0, -2.0]), unit)
+    torch.testing.assert_close((lit - x).mean((2, 3)), torch.tensor([[0.0] * 3, [1, 2, 4], [-2, -4, -8]]))
+
+
+def test_images_are_cropped_and_lit_each_in_its_own_way():
+    x = images((12, 12), 1).expand(400, -1, -1, -1)
+    rng = torch.Generator().manual_seed(0)
+    ramp = torch.arange(12.0).expand(400, 1, 12, 12)  # its slope tells how large the part is, its values which one
+    shown = augment(ramp, False, 0, rng, crop=0.5)
+    slopes = (shown[:, 0, 0, 8] - shown[:, 0, 0, 3]) / 5
+    assert 0.5 <= float(slopes.min()) < 0.52 and 0.98 < float(slopes.max()) <= 1.0001
+    assert float(shown.min()) >= 0 and float(shown.max()) <= 11 and len(shown[:, 0, 0, 6].unique()) == 400
+    lit = augment(x, False, 0, rng, jitter=0.2, unit=3.0)
+    assert float((lit.mean((1, 2, 3)) - x.mean((1, 2, 3))).std()) == pytest.approx(0.6, rel=0.15)
+    contrast = (lit[:, 0].std((1, 2)) / x[:, 0].std((1, 2))).log()
+    assert 0.15 < float(contrast.std()) < 0.4 and abs(float(contrast.mean())) < 0.05
+    before = rng.get_state()
+    assert augment(x, False, 0, rng) is x and torch.equal(rng.get_state(), before)
+
+
+def test_crops_pass_gradients():
+    x = images((4, 5), 2, 1).double().requires_grad_()
+    corners, sides = torch.tensor([[0.1, 0.3], [0.0, 0.25]]).double(), torch.tensor([0.7, 0.5]).double()
+    assert torch.autograd.gradcheck(lambda x: crop_resized(x, corners, sides), x)

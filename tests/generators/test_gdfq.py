@@ -15,7 +15,7 @@ from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng, dataset_rng
 from dfq.generators._network import ConditionalBatchNorm, GeneratorNetwork
 from dfq.generators.gaussian import Gaussian
-from dfq.generators.gdfq import GDFQ, Source, class_mixtures, classifier_rows, draw
+from dfq.generators.gdfq import GDFQ, ClassSource, class_mixtures, classifier_rows, draw
 from dfq.pipeline import generate
 from dfq.teacher import InputSpec
 from dfq.teachers.digits import load
@@ -72,7 +72,7 @@ def test_superposed_images_lie_between_their_two_classes():
 
 def test_a_dataset_has_one_network_and_goes_on_bit_for_bit(make_teacher, tmp_path, monkeypatch):
     teacher, trained, made = make_teacher("plain"), [], []
-    train, sample = GDFQ.train, Source.sample
+    train, sample = GDFQ.train, ClassSource.sample
     monkeypatch.setattr(GDFQ, "train", lambda self, *args: trained.append(self) or train(self, *args))
     whole = generate(teacher, SMALL, 20, 3, tmp_path / "whole")
     assert len(trained) == 1
@@ -86,17 +86,49 @@ def test_a_dataset_has_one_network_and_goes_on_bit_for_bit(make_teacher, tmp_pat
         return sample(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Source, "sample", killed)
+        patch.setattr(ClassSource, "sample", killed)
         with pytest.raises(KeyboardInterrupt):
             generate(teacher, SMALL, 20, 3, tmp_path / "killed")
     assert len(SyntheticDataset(tmp_path / "killed")) == 8
     torch.manual_seed(1)
     assert generate(teacher, SMALL, 20, 3, tmp_path / "killed").sha256 == whole.sha256
+    assert len(trained) == 2, "what was trained is stored"
     first = generate(teacher, replace(SMALL, batch_size=128), 8, 3, tmp_path / "grown")  # all of a smaller first order
     assert len(first) == 8
     assert generate(teacher, replace(SMALL, batch_size=128), 20, 3, tmp_path / "grown").sha256 == whole.sha256
     other = generate(teacher, SMALL, 8, 4, tmp_path / "other")
     assert not torch.equal(other.tensors()["images"], whole.tensors(8)["images"])
+
+
+def test_the_stored_network_is_the_trained_one(make_teacher, tmp_path):
+    teacher = make_teacher("plain")
+    settings = replace(SMALL, embedding="classifier", low_pass=0.3)
+    dataset = generate(teacher, settings, 8, 3, tmp_path / "whole")
+    source = settings.restored(teacher, dataset.source())
+    assert torch.equal(source.sample(teacher, 8, batch_rng(3, 0), None), dataset.samples())
+    fresh = source.fresh(teacher, 8, 3, 0)  # of step 0 of a run with the dataset's seed: not its images
+    others = [source.fresh(teacher, 8, *numbers) for numbers in ((3, 1), (4, 0), (3, 0, 1))]
+    assert torch.equal(fresh, source.fresh(teacher, 8, 3, 0))
+    assert not any(torch.equal(fresh, other) for other in (dataset.samples(), *others))
+    with pytest.raises(UserError, match="got a stored network of gdfq that does not fit"):
+        replace(SMALL, num_channels=4).restored(teacher, dataset.source())
+
+
+def test_a_network_comes_with_its_part_and_is_checked(make_teacher, tmp_path, monkeypatch):
+    teacher = make_teacher("plain")
+    part = generate(teacher, SMALL, 20, 3, tmp_path / "part")
+    monkeypatch.setattr(GDFQ, "train", lambda *_: pytest.fail("nothing is missing"))
+    whole = generate(teacher, SMALL, 20, 3, tmp_path / "whole", parts=[part.path])
+    assert all(map(torch.equal, whole.source().values(), part.source().values())) and whole.source()
+    file = whole.path / "source.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=r"source.safetensors, whose content does not match its checksum"):
+        whole.verify()
+    with pytest.raises(UserError, match="does not match"):
+        generate(teacher, SMALL, 28, 3, whole.path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"source.safetensors, which is missing; generate the dataset into a new fold"):
+        whole.verify()
 
 
 def test_a_generator_that_prepares_nothing_is_its_own_source(make_teacher):

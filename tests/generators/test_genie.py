@@ -83,6 +83,23 @@ def test_network_has_under_ten_million_parameters(size):
     assert latents == pytest.approx(256 * patches, rel=0.05)
 
 
+def test_the_first_layer_is_the_one_that_was_asked_for(make_teacher):
+    linear = GeneratorNetwork((3, 96, 80), 20, 8, rng(), kind="linear")  # at 224 pixels, 256 latents, 128 channels:
+    assert linear.latent_shape == (20,) and linear.first[0].weight.shape == (8 * 24 * 20, 20)  # [401408, 256]
+    assert [part.weight.shape[:2] for part in linear.layers if isinstance(part, nn.Conv2d)] == [(4, 8), (3, 4)]
+    assert linear(torch.randn(2, 20)).shape == (2, 3, 96, 80)
+    for size, places in (((3, 32, 32), (2, 2)), ((3, 64, 20), (4, 2)), ((3, 8, 8), (2, 2))):
+        network = GeneratorNetwork(size, 256, 8, rng(), kind="convolutional")
+        assert network.latent_shape == (64, *places)
+        assert network(torch.randn(1, *network.latent_shape)).shape == (1, *size)
+    for size, kind in (((3, 64, 64), "linear"), ((3, 65, 64), "convolutional")):
+        auto, named = (GeneratorNetwork(size, 16, 8, rng(), kind=kind) for kind in ("auto", kind))
+        assert all(map(torch.equal, auto.parameters(), named.parameters()))
+    teacher = make_teacher("plain")
+    images = [sample(replace(SMALL, network=kind), teacher) for kind in ("auto", "linear", "convolutional")]
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
 def test_network_of_the_paper():
     """Layer by layer, computed with functions of torch."""
     network = GeneratorNetwork((3, 32, 32), 256, 128, rng())

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfq.errors import UserError
 from dfq.evaluation import batch_norm_match
 from dfq.generators import _optimization
+from dfq.generators._attention import negative_entropies
 from dfq.generators._base import batch_rng
 from dfq.generators._optimization import coarse_to_fine, compiled_step, cosine, optimize
+from dfq.generators._precision import arithmetic
 from dfq.generators._statistics import SharedMoments, batch_norm_distances
 from dfq.generators.deep_inversion import DeepInversion
 from dfq.generators.gdfq import GDFQ
@@ -237,7 +239,7 @@ ALL = {
     "zeroq dataset": ("residual", replace(PARTS, difficulty=1.0, class_weight=1.0)),
     "genie": ("plain", Genie(num_channels=8)),
     "gdfq": ("plain", GDFQ(num_channels=8, train_batch_size=8, superposed=0.5)),
-    "deep_inversion": ("plain", DeepInversion(shift=1)),
+    "deep_inversion": ("plain", DeepInversion(shift=1, crop=0.3, jitter=0.2)),
     "spectrum": ("bare", Spectrum(shift=1)),
     "psaq": (None, PSAQ(shift=1)),
 }
@@ -254,6 +256,20 @@ def test_no_step_waits_for_the_device(name):
             sample(replace(generator, iterations=iterations), teacher, 4)
         counts.append(waits.count)
     assert counts[0] == counts[1]
+
+
+def test_similarities_of_patches_are_measured_in_float32():
+    teacher, found = transformer(), {}
+    for precision in ("float32", "bfloat16"):
+        images = torch.randn(4, *teacher.input_spec.size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with negative_entropies(4) as entropies, arithmetic(images.device, precision):
+            teacher.module(images.clone())
+        found[precision] = torch.stack(entropies)
+    assert found["bfloat16"].dtype == torch.float32 and len(found["bfloat16"]) == len(found["float32"]) > 0
+    torch.testing.assert_close(found["bfloat16"], found["float32"], rtol=0.05, atol=0.05)
+    assert not torch.equal(found["bfloat16"], found["float32"])
+    images = [sample(PSAQ(iterations=2, precision=precision), teacher, 4) for precision in ("float32", "bfloat16")]
+    assert torch.isfinite(images[1]).all() and not torch.equal(*images)
 
 
 def test_waits_are_counted():

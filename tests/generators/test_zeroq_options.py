@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dfq.errors import UserError
+from dfq.evaluation import batch_norm_match
 from dfq.generators._base import batch_rng
 from dfq.generators._optimization import class_penalty, together
 from dfq.generators._statistics import batch_norm_distances, noise_slack
@@ -158,3 +159,26 @@ def test_all_of_them_at_once_are_the_same_bits_again(make_teacher):
     generator = replace(generator, stretch_weight=0.1, variation_weight=0.1, min_confidence=0.5)
     first = sample(generator, teacher)
     assert torch.equal(sample(generator, teacher), first) and first.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ augmentation
+
+
+@pytest.mark.parametrize("option", [{"crop": 0.4}, {"jitter": 0.3}])
+@pytest.mark.parametrize("name", ["zeroq", "deep_inversion"])
+def test_what_is_cropped_or_lit_in_every_step_is_stored_whole(option, name, make_teacher):
+    teacher = make_teacher("plain")
+    plain, first, again = (
+        sample(resolve("generator", name, iterations=12, **settings), teacher) for settings in ({}, option, option)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, plain)
+    low, high = teacher.input_spec.limits(first.device)
+    assert (first >= low).all() and (first <= high).all()
+    start = sample(resolve("generator", name, iterations=1, **option), teacher)
+    distances = [sum(batch_norm_match(teacher, images).values()) for images in (start, first)]
+    assert distances[1] < distances[0]
+
+
+def test_a_crop_leaves_something(make_teacher):
+    with pytest.raises(UserError, match=r"got generator.crop=1.0; allowed: a number from 0 to 0.999"):
+        resolve("generator", "zeroq", crop=1.0)
