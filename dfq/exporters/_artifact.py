@@ -158,8 +158,13 @@ def batches_of(inputs: Tensor) -> list[Tensor]:
 
 
 def _predictions(outputs: list[Tensor]) -> Tensor:
-    """Argmax of the first output: over dimension 1, of [N, T, V] over the last, of a vector over its only one."""
+    """Argmax of the first output: over dimension 1, of [N, T, V] over the last, of a vector over its only one.
+
+    Of one logit [N, 1] whether it is above 0, as :mod:`dfq.tasks.classification` has it.
+    """
     dim = outputs[0].dim()
+    if outputs[0].shape[1:] == (1,):
+        return (outputs[0] > 0).flatten().long()
     return outputs[0].argmax(1 if dim == 2 or dim > 3 else -1).flatten()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import dfq
+from dfq.exporters._artifact import Comparison
 from dfq.settings import resolve
 from tests.conftest import NETS, as_teacher
 
@@ -31,6 +32,9 @@ def test_one_logit_is_that_of_the_second_of_two_classes(tmp_path):
     kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     torch.testing.assert_close(task.distillation_loss(mine, theirs), kl.mean())
     assert float(task.agreement(mine, theirs)) == pytest.approx(2 / 3) and task.num_outputs(mine) == 2
+    compared = Comparison()
+    compared.add([z], [other])
+    assert compared.agreement == pytest.approx(2 / 3)
 
 
 def test_a_binary_classifier_of_one_logit_through_all_arrows(tmp_path):
