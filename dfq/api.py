@@ -555,7 +555,8 @@ def _dataset(dataset: SyntheticDataset | str | os.PathLike) -> SyntheticDataset:
 
 def _training(config: Mapping[str, Any]) -> Training:
     """Where a distillation runs, and who is told of it."""
-    logger = build(config["logger"], "logger").make(config["output_dir"])
+    logger = build(config["logger"], "logger")
+    logger = replace(logger, folder=logger.folder or config["output_dir"])
     return build(config["trainer"], "trainer").with_logger(logger)
 
 

@@ -283,11 +283,11 @@ def run(experiment: Experiment) -> dict[str, Any]:
     task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
     dataset = _generate(e, e.generator, e.dataset_dir)
-    student, student_path = _quantize(e, dataset, e.student_dir)
+    student, student_path = _quantize(e, dataset, e.student_dir, e.training)
     if from_environment()[0]:
         for reference in e.references if e.training.world_size > 1 else ():
             if (found := _reference_dataset(e, reference)) is not None:
-                _quantize(e, found, None)
+                _quantize(e, found, None, e.training.within(reference))
         return {}
     artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset) if e.exporter is not None else None
     # From here on real data may be read: nothing above will change any more.
@@ -447,7 +447,7 @@ def _reference(
         match = evaluations.batch_norm_match(e.teacher, dataset.samples())
         for layer in details["batch_norm_match"]:
             layer["real"] = match[layer["name"]]
-    student, _ = _quantize(e, dataset, None)
+    student, _ = _quantize(e, dataset, None, e.training.within(reference))
     metrics = _measure(student, student.sha256, task, e.evaluation, e.teacher, label)
     fidelity = evaluations.fidelity(e.teacher, student, task, images)
     return {
@@ -692,7 +692,9 @@ def _as_used(allocation: dict[str, Any], student: Student) -> dict[str, Any]:
     return {"format": allocation["format"], "overrides": student.scheme.overrides}
 
 
-def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None) -> tuple[Student, Path]:
+def _quantize(
+    e: Experiment, dataset: SyntheticDataset, student_dir: Path | None, training: Training
+) -> tuple[Student, Path]:
     return quantize(
         e.teacher,
         dataset,
@@ -702,7 +704,7 @@ def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None
         e.activation_quantizer,
         e.seed,
         student_dir,
-        e.training,
+        training,
     )
 
 

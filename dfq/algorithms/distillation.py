@@ -110,7 +110,7 @@ class Distillation(DistillationSettings, Algorithm):
         # One of its own: what goes on after an interruption is the last look, be it better or not.
         last = ModelCheckpoint(work_dir, filename="last", save_on_train_epoch_end=False, enable_version_counter=False)
         callbacks = [best, last, Looks(self.checks), StepProgress("distill", self.max_steps, SHOWN)]
-        with quiet_lightning():
+        with quiet_lightning(), training.logger.opened() as logger:
             trainer = pl.Trainer(
                 **training.arguments(teacher.device),
                 max_steps=self.max_steps,
@@ -120,7 +120,7 @@ class Distillation(DistillationSettings, Algorithm):
                 num_sanity_val_steps=0,
                 callbacks=callbacks if self.patience is None else [*callbacks, Patience(self.patience)],
                 enable_progress_bar=False,
-                logger=training.logger or False,
+                logger=logger,
                 log_every_n_steps=1,  # what is logged at all
                 enable_model_summary=False,
                 default_root_dir=work_dir,
