@@ -489,10 +489,11 @@ def _run(
 
     from dfq import sweeps
 
-    pid = os.getpid()
+    pid, folders = os.getpid(), settings.search_path[1:]
     failures: list[Exception] = []
 
     def job(composed: Any) -> Any:
+        settings.search_path[1:] = folders  # a launcher's own process has not read the command line
         ended = sweeps.note(swept) if sweeps.is_job() else None
         try:
             result = _job(command, words, request, swept, composed)
@@ -543,7 +544,7 @@ def _job(command: str, words: list[str], request: checks.Request, swept: set[str
     run = HydraConfig.get()
     output_dir = run.runtime.output_dir
     if sweeps.is_job():
-        words = list(run.overrides.task)
+        words = [f"--config-dir={folder.resolve()}" for folder in settings.search_path[1:]] + list(run.overrides.task)
         values = [f"{key}={value}" for key, value in sweeps.values(swept).items()]
         print(f"job {run.job.num}: {' '.join(values)}", flush=True)
         _check_processes(run.launcher._target_, composed.get("trainer"))

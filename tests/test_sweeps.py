@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_the_table_lies_where_the_sweep_does(api, capsys, words):
     assert "2 runs, also in mine/runs.csv" in capsys.readouterr().out
     assert main(["run", "-m", "seed=3,4,5", "hydra.sweep.dir=mine", "hydra.sweep.subdir=again/${hydra.job.num}"]) == 0
     assert [row["seed"] for row in table("mine")] == ["3", "4", "5"], "rows of the sweep before"
+
+
+def test_a_job_can_be_repeated_by_its_own_command(api, monkeypatch):
+    """As the processes do that Lightning, or processes=N, start for it."""
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/five.yaml").write_text("# @package _global_\nnum_samples: 5\n")
+    stub, seen = sys.modules["dfq.api"], []
+    before = stub.command
+    monkeypatch.setattr(
+        stub, "command", lambda name, config: (seen.append((config, sys.argv[1:])), before(name, config))[1]
+    )
+    assert main(["run", "-m", "--config-dir", "mine", "experiment=five", "seed=0,1"]) == 0
+    for config, words in seen[:2]:
+        assert shlex.split(config["command"])[1:] == words
+        assert main(words) == 0
+        again = seen[-1][0]
+        assert (again["num_samples"], again["seed"]) == (config["num_samples"], config["seed"]) == (5, config["seed"])
 
 
 def test_a_mode_of_the_command_line_has_the_table_too(api):

@@ -97,6 +97,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(strategy, kind, tmp_pat
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] < losses[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_and_started_again(killed, tmp_path):
+    """In the middle of a distillation, behind a look: it goes on from there to the bits of an undisturbed one."""
+    ranks.dataset_of(tmp_path, "plain")
+    launch([SCRIPT, str(tmp_path), "ddp", "plain", "-1", "0"], 2, tmp_path)
+    path = tmp_path / "plain_ddp"
+    path.rename(tmp_path / "undisturbed")
+    launch([SCRIPT, str(tmp_path), "ddp", "plain", str(killed), "4"], 2, tmp_path, all_succeed=False)
+    [last] = path.glob("work_*/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3 and not (path / "student.json").exists()
+    launch([SCRIPT, str(tmp_path), "ddp", "plain", "-1", "0"], 2, tmp_path)
+    found = [Student.load(folder, ranks.teacher_of("plain")) for folder in (path, tmp_path / "undisturbed")]
+    assert found[0].sha256 == found[1].sha256
+
+
 def task_loss(teacher, student, samples):
     task = resolve("task", teacher.task)
     return task.distillation_loss(task.raw_outputs(student, samples), task.raw_outputs(teacher, samples))
