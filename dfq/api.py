@@ -322,6 +322,8 @@ def export(
 
 def command(name: str, config: Mapping[str, Any]) -> float | None:
     """Run a command of the command line with its resolved configuration; returns the figure a sweeper optimizes."""
+    if ranks.from_environment()[0]:
+        ranks.end_with_parent()
     return {
         "run": _run,
         "plan": _plan,
@@ -555,7 +557,8 @@ def _dataset(dataset: SyntheticDataset | str | os.PathLike) -> SyntheticDataset:
 
 def _training(config: Mapping[str, Any]) -> Training:
     """Where a distillation runs, and who is told of it."""
-    logger = build(config["logger"], "logger").make(config["output_dir"])
+    logger = build(config["logger"], "logger")
+    logger = replace(logger, folder=logger.folder or config["output_dir"])
     return build(config["trainer"], "trainer").with_logger(logger)
 
 

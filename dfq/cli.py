@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,10 +343,6 @@ def _compose_and_run(command: str, words: list[str]) -> None:
     arguments = [*line.flags, *(str(override) for override in overrides)]
     if "name" not in has:
         arguments.append(f"name={_name(requests)}")
-    sweep_dir = None
-    if line.multirun and "hydra.sweep.dir" not in has:  # known here, for the table of all runs
-        sweep_dir = Path("outputs") / (has.get("name") or _name(requests)) / f"multirun_{_now()}"
-        arguments.append(f"hydra.sweep.dir={sweep_dir}")
     if "hydra.job.name" not in has:
         arguments.append(f"hydra.job.name={command}")
     swept = {
@@ -355,17 +350,7 @@ def _compose_and_run(command: str, words: list[str]) -> None:
         for override, options in zip(overrides, values, strict=True)
         if len(options) > 1 or (not options and override.value is not None)  # or a range, for a sweeper that draws
     }
-    try:
-        _run(command, words, arguments, overrides, requests[0], swept)
-    finally:
-        if sweep_dir is not None and sweep_dir.is_dir() and not line.only_look:
-            from dfq import sweeps
-
-            sweeps.show(sweep_dir)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d_%H-%M-%S")
+    _run(command, words, arguments, overrides, requests[0], swept)
 
 
 def _plan(words: list[str], requests: list[checks.Request]) -> None:
@@ -502,20 +487,22 @@ def _run(
     """Hand the checked command line to Hydra, which makes the folder and calls the job, once or for each of a sweep."""
     import hydra
 
-    pid = os.getpid()
+    from dfq import sweeps
+
+    pid, folders = os.getpid(), settings.search_path[1:]
     failures: list[Exception] = []
 
     def job(composed: Any) -> Any:
-        from dfq import sweeps
-
-        start, noted = time.time(), sweeps.note(swept)
+        settings.search_path[1:] = folders  # a launcher's own process has not read the command line
+        ended = sweeps.note(swept) if sweeps.is_job() else None
         try:
             result = _job(command, words, request, swept, composed)
-            noted(start, result)
+            if ended:
+                ended(result)
             return result
         except Exception as error:
-            noted(start, None, error)
-            if swept:
+            if ended:
+                ended(None, error)
                 _say(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
                 error.shown = True  # type: ignore[attr-defined]
             if os.getpid() != pid:  # a launcher's own process: the error travels back as its result
@@ -527,7 +514,7 @@ def _run(
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     try:
-        with _hydra_errors(overrides):
+        with _hydra_errors(overrides), sweeps.tables():
             hydra.main(config_path="pkg://dfq.conf", config_name="config", **_version_base())(job)()
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
@@ -550,15 +537,15 @@ def _check_processes(launcher: str, trainer: Any) -> None:
 
 def _job(command: str, words: list[str], request: checks.Request, swept: set[str], composed: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
     from omegaconf import read_write
+
+    from dfq import sweeps
 
     run = HydraConfig.get()
     output_dir = run.runtime.output_dir
-    if run.mode == RunMode.MULTIRUN:
-        words = list(run.overrides.task)
-        mine = [_read_override(command, word) for word in words]
-        values = [f"{override.key}={override.value}" for override in mine if override.key in swept]
+    if sweeps.is_job():
+        words = [f"--config-dir={folder.resolve()}" for folder in settings.search_path[1:]] + list(run.overrides.task)
+        values = [f"{key}={value}" for key, value in sweeps.values(swept).items()]
         print(f"job {run.job.num}: {' '.join(values)}", flush=True)
         _check_processes(run.launcher._target_, composed.get("trainer"))
         with read_write(run):  # type: ignore[arg-type]  # declared as the dataclass that the node stands for

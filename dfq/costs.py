@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import os
 import tempfile
 import time
 import warnings
@@ -31,6 +32,8 @@ from dfq.algorithms.sequence import Sequence
 from dfq.dataset import SyntheticDataset, samples_of
 from dfq.generators._base import Generator
 from dfq.generators._memory import peak_bytes
+from dfq.lightning.sharding import units
+from dfq.lightning.trainer import Training
 from dfq.scheme import MixedScheme, Scheme
 from dfq.settings import resolve
 from dfq.student import Student
@@ -276,7 +279,7 @@ def of_quantization(
     weight_quantizer: Any,
     activation_quantizer: Any,
 ) -> tuple[Cost, Student | None]:
-    """Cost of a student from ``num_samples`` samples, and one that was made to tell.
+    """Cost of a student from ``num_samples`` samples in one process, and one that was made to tell.
 
     Args:
         dataset: samples like those, not as many.
@@ -287,8 +290,10 @@ def of_quantization(
         budget = seconds_of(algorithm.budget)
         inside = [resolve("algorithm", rung) for rung in algorithm.rungs]
         largest = _sum(teacher, dataset, num_samples, scheme, inside, weight_quantizer, activation_quantizer)
-        return replace(largest[0], seconds=budget, cpu_seconds=budget), largest[1]
-    steps = [resolve("algorithm", step) for step in algorithm.steps] if isinstance(algorithm, Sequence) else [algorithm]
+        cost, student = largest
+        busy = cost.cpu_seconds / cost.seconds if cost.seconds else 1.0
+        return replace(cost, seconds=budget, cpu_seconds=budget * busy), student
+    steps = steps_of(algorithm)
     return _sum(teacher, dataset, num_samples, scheme, steps, weight_quantizer, activation_quantizer)
 
 
@@ -376,7 +381,8 @@ def _of_algorithm(
     limit = getattr(algorithm, "time_limit_s", None) or math.inf
     stored = 2 * num_samples * samples_of(dataset.tensors(1)).nbytes  # they are read at once, shard by shard
     total = time_ + once
-    total = replace(total, seconds=min(total.seconds, limit), cpu_seconds=min(total.cpu_seconds, limit))
+    if total.seconds > limit:  # by the clock on the wall; several threads use more
+        total = total.times(limit / total.seconds)
     return replace(total, memory_bytes=bytes_.memory_bytes + stored, disk_bytes=again.disk_bytes), last
 
 
@@ -407,6 +413,7 @@ class Counts:
     macs: float  # multiply-accumulates of a forward
     activation_bytes: float  # alive at once in forward and gradient
     output_bytes: float  # all outputs of one sample
+    unit_parameters: int = 0  # of the largest part that fsdp gathers at a time
 
     @property
     def weight_bytes(self) -> int:
@@ -441,9 +448,12 @@ def count(build: Callable[[], Teacher]) -> tuple[Teacher, Counts]:
         alive = peak_bytes(work)
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             teacher.module(sample.detach())
-        parameters = {id(p): p.numel() for p in teacher.module.parameters()}
     return teacher, Counts(
-        sum(parameters.values()), flops.get_total_flops() / 2 * share, alive * share, sizes[0] * share
+        sum(p.numel() for p in teacher.module.parameters()),
+        flops.get_total_flops() / 2 * share,
+        alive * share,
+        sizes[0] * share,
+        largest_unit(teacher),
     )
 
 
@@ -495,22 +505,89 @@ def counted_generation(
 
 
 def counted_quantization(counts: Counts, machine: Machine, algorithm: Any, num_samples: int, bits: float) -> Cost:
-    """docs/plan.md, "distillation" and "layer by layer"."""
+    """docs/plan.md, "distillation", "block reconstruction" and "layer by layer"; the teacher's weights are there."""
     rate = REACHED * machine.macs_per_s
-    steps = [resolve("algorithm", step) for step in algorithm.steps] if isinstance(algorithm, Sequence) else [algorithm]
     seconds, memory, disk = 0.0, 0.0, 0.0
-    for step in steps:
+    for step in steps_of(algorithm):
         kept = min(max((getattr(step, name) for name in _has(step, SAMPLES)), default=num_samples), num_samples)
-        work, alive, parts = 2 * kept * counts.macs, 4 * counts.activation_bytes, 2
+        work, alive, copies = 2 * kept * counts.macs, 4 * counts.activation_bytes, 1  # the student
         if _trains(step):
             trained = sum(getattr(step, name) for name in _has(step, STEPS)) * step.batch_size
             work += 4 * trained * counts.macs
             looks = 0.1 * num_samples * (getattr(step, "checks", 0) + 1)
             work += 2 * looks * counts.macs
-            alive, parts = 2 * step.batch_size * counts.activation_bytes, 6
-            disk = 4 * counts.weight_bytes
+            if trains_whole(step):
+                alive, copies, files = 2 * step.batch_size * counts.activation_bytes, TRAINED_COPIES, 4
+            else:  # block by block
+                alive, copies, files = alive + min(kept * counts.activation_bytes, step.memory_bytes), 2, 1
+            disk = max(disk, files * counts.weight_bytes)
         seconds += min(work / rate, getattr(step, "time_limit_s", None) or math.inf)
-        memory = max(memory, parts * counts.weight_bytes + alive)
+        memory = max(memory, copies * counts.weight_bytes + alive)
     if isinstance(algorithm, Auto):
         seconds = seconds_of(algorithm.budget)
     return Cost(seconds, seconds, memory, disk + counts.num_parameters * bits / 8)
+
+
+def counted_looks(counts: Counts, machine: Machine, num_samples: int) -> Cost:
+    """Of ``num_samples`` samples of an evaluation, at teacher and student."""
+    seconds = 2 * num_samples * counts.macs / (REACHED * machine.macs_per_s)
+    return Cost(seconds, seconds, counts.weight_bytes)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+TRAINED_COPIES = 5  # of the weights, that training makes: weights, gradient, two moments, one copy in a step
+
+
+def in_processes(
+    cost: Cost, training: Training, device: torch.device, weight_bytes: int, unit_bytes: int, held_bytes: int
+) -> Cost:
+    """``cost`` of a distillation in one process, as that of those on this computer (docs/plan.md).
+
+    With GPUs each process has one, and memory is that of one of them; else they share what the computer has.
+
+    Args:
+        cost: with ``memory_bytes`` beside what is held before, in which the teacher's weights are.
+        unit_bytes: of the largest part that ``fsdp`` gathers at a time.
+        held_bytes: what a process holds before.
+    """
+    if training.world_size == 1:
+        return cost
+    has_gpus = device.type == "cuda"
+    memory = cost.memory_bytes
+    if training.strategy == "fsdp":
+        sharded = (TRAINED_COPIES + 1) * weight_bytes / training.world_size
+        # Whole networks, the teacher's and the student's, wait in the computer's memory.
+        whole = -weight_bytes if has_gpus else weight_bytes
+        memory += sharded + whole + 2 * unit_bytes - TRAINED_COPIES * weight_bytes
+    else:
+        memory += weight_bytes  # in which gradients travel
+    if has_gpus:
+        return replace(cost, memory_bytes=memory)
+    crowded = max(1.0, training.devices * torch.get_num_threads() / (os.cpu_count() or 1))
+    return replace(
+        cost,
+        seconds=cost.seconds * crowded,
+        cpu_seconds=cost.cpu_seconds * training.devices,
+        memory_bytes=training.devices * (held_bytes + memory) - held_bytes,
+    )
+
+
+def trains_in_processes(algorithm: Any) -> bool:
+    """Whether several processes have a part in it."""
+    return any(trains_whole(step) for step in steps_of(algorithm))
+
+
+def trains_whole(algorithm: Any) -> bool:
+    """Whether it is a distillation, or trains by one; others that have a clock go block by block."""
+    return bool(_has(algorithm, ("time_limit_s",))) and not _has(algorithm, ("memory_bytes",))
+
+
+def steps_of(algorithm: Any) -> list[Any]:
+    return [resolve("algorithm", step) for step in algorithm.steps] if isinstance(algorithm, Sequence) else [algorithm]
+
+
+def largest_unit(teacher: Teacher) -> int:
+    """Parameters of the largest part of a network that ``fsdp`` gathers at a time."""
+    return max((sum(p.numel() for p in unit.parameters()) for unit in units(teacher.module)), default=0)

@@ -44,6 +44,7 @@ from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 OUTPUTS = Path("outputs")
+QUIET_S = 3600.0  # in which no rank has added a batch: those that are missing will not come
 DATA_FREE = {"pixels": False, "labels": False}
 NOISE = {"images": ("gaussian", "Gaussian noise"), "token ids": ("random_tokens", "random tokens")}  # by kind of input
 
@@ -285,11 +286,13 @@ def run(experiment: Experiment) -> dict[str, Any]:
     task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
     dataset = _generate(e, e.generator, e.dataset_dir)
-    student, student_path = _quantize(e, dataset, e.student_dir)
+    student, student_path = _quantize(e, dataset, e.student_dir, e.training)
+    # Here, where no process is ahead: others would wait for rank 0 to have exported and evaluated.
+    noise = _noise(e) if "gaussian" in e.references else None
     if from_environment()[0]:
         for reference in e.references if e.training.world_size > 1 else ():
-            if (found := _reference_dataset(e, reference)) is not None:
-                _quantize(e, found, None)
+            if (found := noise if reference == "gaussian" else _real_dataset(e)) is not None:
+                _quantize(e, found, None, e.training.within(reference))
         return {}
     artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset) if e.exporter is not None else None
     # From here on real data may be read: nothing above will change any more.
@@ -298,7 +301,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
     images = held_out_images(dataset)
     details = _details(e.teacher, student, student_path, figures, dataset, e.seed)
     for reference in e.references:
-        row = _reference(e, reference, task, images, details)
+        row = _reference(e, reference, noise, task, images, details)
         if row is not None:
             details["references"].append(row)
     details["notes"].append(f"the whole run took {time.perf_counter() - start:.0f} s")
@@ -437,11 +440,16 @@ def _details(
 
 
 def _reference(
-    e: Experiment, reference: str, task: Any, images: Tensor, details: dict[str, Any]
+    e: Experiment,
+    reference: str,
+    noise: SyntheticDataset | None,
+    task: Any,
+    images: Tensor,
+    details: dict[str, Any],
 ) -> dict[str, Any] | None:
     """A row made with the same algorithm from other samples: noise, or real ones."""
     label = NOISE[e.teacher.input_spec.kind][1] if reference == "gaussian" else "real data"
-    dataset = _reference_dataset(e, reference)
+    dataset = noise if reference == "gaussian" else _real_dataset(e)
     if dataset is None:
         details["notes"].append("no real-data row: give evaluation.reference_path=... to have one")
         return None
@@ -449,7 +457,7 @@ def _reference(
         match = evaluations.batch_norm_match(e.teacher, dataset.samples())
         for layer in details["batch_norm_match"]:
             layer["real"] = match[layer["name"]]
-    student, _ = _quantize(e, dataset, None)
+    student, _ = _quantize(e, dataset, None, e.training.within(reference))
     metrics = _measure(student, student.sha256, task, e.evaluation, e.teacher, label)
     fidelity = evaluations.fidelity(e.teacher, student, task, images)
     return {
@@ -467,16 +475,23 @@ def _reference(
 def _generate(e: Experiment, generator: Generator, dataset_dir: Path | None) -> SyntheticDataset:
     """The whole dataset: this process's share of it, and then those of others, which a launcher has started too."""
     dataset = generate(e.teacher, generator, e.num_samples, e.seed, dataset_dir, *from_environment())
+    count, since = len(dataset), time.monotonic()
     while len(dataset) < e.num_samples:
         time.sleep(1)
         dataset = SyntheticDataset(dataset.path)
+        if len(dataset) > count:
+            count, since = len(dataset), time.monotonic()
+        elif time.monotonic() - since > (limit := max(QUIET_S, dataset.seconds)):  # no batch takes as long as all
+            raise UserError(
+                f"got {count} of {e.num_samples} samples in {dataset.path}, and no more for {limit:.0f} s",
+                "ranks that all make their share",
+                "one of them has ended: run the same command again, which makes what is missing",
+            )
     return dataset
 
 
-def _reference_dataset(e: Experiment, reference: str) -> SyntheticDataset | None:
-    """Noise, or the real samples where the evaluation has some."""
-    if reference == "real":
-        return _real_dataset(e)
+def _noise(e: Experiment) -> SyntheticDataset:
+    """As many samples without any knowledge."""
     noise = resolve("generator", NOISE[e.teacher.input_spec.kind][0], batch_size=e.generator.batch_size)
     return _generate(e, noise, None)
 
@@ -735,7 +750,9 @@ def _as_used(allocation: dict[str, Any], student: Student) -> dict[str, Any]:
     return {"format": allocation["format"], "overrides": student.scheme.overrides}
 
 
-def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None) -> tuple[Student, Path]:
+def _quantize(
+    e: Experiment, dataset: SyntheticDataset, student_dir: Path | None, training: Training
+) -> tuple[Student, Path]:
     return quantize(
         e.teacher,
         dataset,
@@ -745,7 +762,7 @@ def _quantize(e: Experiment, dataset: SyntheticDataset, student_dir: Path | None
         e.activation_quantizer,
         e.seed,
         student_dir,
-        e.training,
+        training,
     )
 
 

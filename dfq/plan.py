@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,22 @@ from rich.table import Table
 
 from dfq import pipeline
 from dfq.costs import (
+    FLOAT_BYTES,
     Cost,
     Counts,
     Machine,
     count,
     counted_generation,
+    counted_looks,
     counted_quantization,
     forward_seconds,
+    in_processes,
+    largest_unit,
     of_generation,
     of_quantization,
     quietly,
     timed,
+    trains_in_processes,
 )
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
@@ -106,7 +111,7 @@ def make(
         options: ``world_size`` of the generation; ``has_weights``, whether the teacher's are here and may fit.
     """
     world_size = options.get("world_size", 1)
-    reason = "no weights here, or too large for this device"
+    reason, there = "no weights here, or too large for this device", (False, False)
     if options.get("has_weights", True):
         teacher = build()
         if forward_seconds(teacher) < TOO_SLOW_S:
@@ -114,7 +119,7 @@ def make(
                 stages = _tried(experiment(teacher), Path(scratch), world_size)
             how = "told from trials of a few steps on this machine, as busy as it is now"
             return _plan(stages, how, device, 0)
-        reason = "too slow to try here"
+        reason, there = "too slow to try here", _there(experiment(teacher))
     teacher, counts = count(lambda: build(weights=False))
     machine = Machine.measure(device)
     e = experiment(teacher)
@@ -122,7 +127,8 @@ def make(
         f"counted, not tried ({reason}): {number(counts.num_parameters)} parameters, {number(counts.macs)} "
         f"multiply-accumulates a sample, at half of the {machine.macs_per_s / 1e9:.0f} G/s of a matrix product here"
     )
-    return _plan(_counted(e, counts, machine, world_size), how, device, counts.weight_bytes)
+    there = there if any(there) else _given(e)
+    return _plan(_counted(e, counts, machine, world_size, device, there), how, device, counts.weight_bytes)
 
 
 def _plan(stages: list[Stage], how: str, device: torch.device, extra_bytes: int) -> Plan:
@@ -141,36 +147,67 @@ def _plan(stages: list[Stage], how: str, device: torch.device, extra_bytes: int)
 def _tried(e: Experiment, folder: Path, world_size: int) -> list[Stage]:
     """Every stage, by trials; a stage whose result is there costs nothing, and those behind it are told from it."""
     path, settings = pipeline.dataset_place(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
-    what = f"{e.num_samples:,} samples by {pipeline._label(e.generator)}"
-    there = _whole(path, e.num_samples)
-    stages = []
-    if there is not None:
-        sample, stages = there, [Stage("generate", what, THERE)]
-    else:
+    sample = _whole(path, e.num_samples)
+    generation, has_student = None, sample is not None and _has_student(e, sample)
+    if sample is None:
         generator = pipeline.as_recorded(e.generator, settings)
-        cost, sample = of_generation(
+        generation, sample = of_generation(
             e.teacher, generator, e.num_samples, settings["batch_size"], folder / "generate", world_size
         )
-        stages = [Stage("generate", what + (f", {world_size} ranks" if world_size > 1 else ""), ESTIMATED, cost)]
     methods = (e.scheme, e.algorithm, e.weight_quantizer, e.activation_quantizer)
-    what = f"{e.scheme.name} {e.scheme.policy} by {pipeline._label(e.algorithm)}"
-    student_path = None
-    if there is not None:
-        student_path = pipeline.student_place(e.teacher, there, *methods, e.seed, e.student_dir, e.training)[0]
     cost, student = of_quantization(e.teacher, sample, e.num_samples, *methods)
-    if student_path is not None and (student_path / "student.json").exists():
-        stages.append(Stage("quantize", what, THERE))
+    weight_bytes, unit_bytes = (FLOAT_BYTES * n for n in (e.teacher.num_parameters, largest_unit(e.teacher)))
+    cost = _shared(e, cost, e.teacher.device, weight_bytes, unit_bytes, allocated_bytes(e.teacher.device))
+    if student is not None and not has_student:
+        cost = replace(cost, disk_bytes=cost.disk_bytes + _saved_bytes(e, student, folder))
+    measured = _num_measured(e)
+    looks = _looks(e.teacher, student, measured) if measured and student is not None else None
+    return _stages(e, world_size, generation, cost, has_student, looks)
+
+
+def _counted(
+    e: Experiment,
+    counts: Counts,
+    machine: Machine,
+    world_size: int,
+    device: torch.device,
+    there: tuple[bool, bool],
+) -> list[Stage]:
+    spec, batch = e.teacher.input_spec, e.generator.batch_size
+    size = min(32 if batch == "auto" else batch, e.num_samples)
+    generation = counted_generation(counts, machine, e.generator, e.num_samples, size, spec, world_size)
+    bits = 32 if e.scheme.weight.is_float else e.scheme.weight.bits_per_value
+    quantization = counted_quantization(counts, machine, e.algorithm, e.num_samples, bits)
+    unit_bytes, held = FLOAT_BYTES * counts.unit_parameters, allocated_bytes(device) + counts.weight_bytes
+    quantization = _shared(e, quantization, device, counts.weight_bytes, unit_bytes, held)
+    looks = counted_looks(counts, machine, _num_measured(e))
+    return _stages(e, world_size, None if there[0] else generation, quantization, there[1], looks)
+
+
+def _stages(
+    e: Experiment,
+    world_size: int,
+    generation: Cost | None,
+    quantization: Cost,
+    has_student: bool,
+    looks: Cost | None,
+) -> list[Stage]:
+    """The arrows and the rows beside them; ``generation``: None where the dataset is there."""
+    what = f"{e.num_samples:,} samples by {pipeline._label(e.generator)}"
+    if generation is None:
+        stages = [Stage("generate", what, THERE)]
     else:
-        size = _saved_bytes(e, student, folder) if student is not None else 0
-        stages.append(Stage("quantize", what, ESTIMATED, Cost(**{**vars(cost), "disk_bytes": cost.disk_bytes + size})))
+        ranks = f", {world_size} ranks" if world_size > 1 else ""
+        stages = [Stage("generate", what + ranks, ESTIMATED, generation)]
+    what = f"{e.scheme.name} {e.scheme.policy} by {pipeline._label(e.algorithm)}"
+    if e.training.world_size > 1 and trains_in_processes(e.algorithm):
+        what += f", {e.training.world_size} processes of {e.training.strategy}"
+    stages.append(Stage("quantize", what, THERE) if has_student else Stage("quantize", what, ESTIMATED, quantization))
     if e.exporter is not None:
         stages.append(Stage("export", pipeline._label(e.exporter), UNKNOWN))
-    measured = getattr(pipeline._for_teacher(e.evaluation, e.teacher), "num_samples", 0)
-    if measured and student is not None:
-        stages.append(
-            Stage("evaluate", f"{measured:,} samples, twice", ESTIMATED, _looks(e.teacher, student, measured))
-        )
-    again = Cost(**{**vars(cost), "disk_bytes": 0})
+    if (measured := _num_measured(e)) and looks is not None:
+        stages.append(Stage("evaluate", f"{measured:,} samples, twice", ESTIMATED, looks))
+    again = replace(quantization, disk_bytes=0)
     if "gaussian" in e.references:
         stages.append(Stage("reference", "the same from noise", ESTIMATED, again))
     if "real" in e.references and getattr(e.evaluation, "reference_path", None) is not None:
@@ -178,25 +215,35 @@ def _tried(e: Experiment, folder: Path, world_size: int) -> list[Stage]:
     return stages
 
 
-def _counted(e: Experiment, counts: Counts, machine: Machine, world_size: int) -> list[Stage]:
-    spec, batch = e.teacher.input_spec, e.generator.batch_size
-    size = min(32 if batch == "auto" else batch, e.num_samples)
-    generation = counted_generation(counts, machine, e.generator, e.num_samples, size, spec, world_size)
-    bits = 32 if e.scheme.weight.is_float else e.scheme.weight.bits_per_value
-    quantization = counted_quantization(counts, machine, e.algorithm, e.num_samples, bits)
-    stages = [
-        Stage("generate", f"{e.num_samples:,} samples by {pipeline._label(e.generator)}", ESTIMATED, generation),
-        Stage(
-            "quantize", f"{e.scheme.name} {e.scheme.policy} by {pipeline._label(e.algorithm)}", ESTIMATED, quantization
-        ),
-    ]
-    if e.exporter is not None:
-        stages.append(Stage("export", pipeline._label(e.exporter), UNKNOWN))
-    if "gaussian" in e.references:
-        stages.append(
-            Stage("reference", "the same from noise", ESTIMATED, Cost(**{**vars(quantization), "disk_bytes": 0}))
-        )
-    return stages
+def _shared(e: Experiment, cost: Cost, device: torch.device, *sizes: int) -> Cost:
+    """``cost`` of a quantization, in the processes that the experiment trains in."""
+    return in_processes(cost, e.training, device, *sizes) if trains_in_processes(e.algorithm) else cost
+
+
+def _num_measured(e: Experiment) -> int:
+    return getattr(pipeline._for_teacher(e.evaluation, e.teacher), "num_samples", 0) or 0
+
+
+def _there(e: Experiment) -> tuple[bool, bool]:
+    """Whether dataset and student are there, of a network whose weights are; nothing is tried."""
+    if e.dataset_dir is None and e.generator.batch_size == "auto":  # it would have to be counted for the folder's name
+        return _given(e)
+    path, _ = pipeline.dataset_place(e.teacher, e.generator, e.num_samples, e.seed, e.dataset_dir)
+    dataset = _whole(path, e.num_samples)
+    return dataset is not None, dataset is not None and _has_student(e, dataset)
+
+
+def _given(e: Experiment) -> tuple[bool, bool]:
+    """The same of the folders that are named; the weights that would decide others are not here."""
+    dataset = None if e.dataset_dir is None else _whole(e.dataset_dir, e.num_samples)
+    has_student = e.student_dir is not None and (e.student_dir / "student.json").exists()
+    return dataset is not None, dataset is not None and has_student
+
+
+def _has_student(e: Experiment, dataset: SyntheticDataset) -> bool:
+    methods = (e.scheme, e.algorithm, e.weight_quantizer, e.activation_quantizer)
+    path, _ = pipeline.student_place(e.teacher, dataset, *methods, e.seed, e.student_dir, e.training)
+    return (path / "student.json").exists()
 
 
 def _whole(path: Path, num_samples: int) -> SyntheticDataset | None:

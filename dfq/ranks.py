@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Literal
 
@@ -41,6 +44,24 @@ def local_rank() -> int:
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     return 0
+
+
+def end_with_parent() -> None:
+    """End this process, whatever it waits for, as soon as the one that has started it has ended.
+
+    Lightning's launcher ends its processes where training fails, and nobody where rank 0 fails behind it; those that
+    wait for it in a collective would do so for a day, with their GPU.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        print("dfq: the process that has started this rank has ended, and so does this one", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # a collective hears nothing else
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def resolve(rank: int | Auto, world_size: int | Auto) -> tuple[int, int]:

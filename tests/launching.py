@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dfq
@@ -17,8 +18,8 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in more.items()}}
 
 
-def launch(words, world_size, cwd):
-    """Run ``python *words`` as each of ``world_size`` ranks; all must end with 0."""
+def launch(words, world_size, cwd, all_succeed=True):
+    """Run ``python *words`` as each of ``world_size`` ranks; all must end with 0, or the first to fail ends all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,6 +37,13 @@ def launch(words, world_size, cwd):
                 text=True,
             )
         )
+    if not all_succeed:  # as torchrun does
+        while all(process.poll() in (None, 0) for process in processes):
+            time.sleep(0.1)
+        for process in processes:
+            process.kill()
+            process.communicate()
+        return []
     outputs = [process.communicate(timeout=900)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output

@@ -12,9 +12,19 @@ from dfq import plan as plans
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
 from dfq.cli import main
-from dfq.costs import Cost, Counts, Machine, count, counted_generation, counted_quantization, extrapolated
+from dfq.costs import (
+    Cost,
+    Counts,
+    Machine,
+    count,
+    counted_generation,
+    counted_quantization,
+    extrapolated,
+    in_processes,
+)
 from dfq.errors import UserError
 from dfq.generators.zeroq import ZeroQ
+from dfq.lightning.trainer import SINGLE, Training
 from dfq.pipeline import Experiment, generate, quantize
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
@@ -76,7 +86,91 @@ def test_what_is_counted_follows_the_formulas():
     some = Distillation(max_steps=10, batch_size=4, checks=2, num_calibration_samples=16)
     cost = counted_quantization(counts, machine, some, 100, 4)
     assert cost.seconds == pytest.approx((2 * 16 + 4 * 40 + 2 * 10 * 3) * 2e6 / 0.5e9)
-    assert cost.memory_bytes == 6 * 4000 + 2 * 4 * 4000 and cost.disk_bytes == 4 * 4000 + 500
+    # Beside the teacher's 4 P, which are there: 20 P of docs/plan.md.
+    assert cost.memory_bytes == 5 * 4000 + 2 * 4 * 4000 and cost.disk_bytes == 4 * 4000 + 500
+    assert counted_quantization(counts, machine, RoundToNearest(16), 100, 4).memory_bytes == 4000 + 4 * 4000
+    blocks = counted_quantization(counts, machine, resolve("algorithm", "reconstruction"), 100, 4)
+    assert blocks.disk_bytes == 4000 + 500 and blocks.memory_bytes < 2 * 4000 + (4 + 100) * 4000 + 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_processes_hold_what_the_documentation_says(device):
+    """docs/plan.md: all of it in each with ddp, (24 P) / W with fsdp; without GPUs one memory for all."""
+    p, has_gpus = 4000, device == "cuda"
+    held, alone = p, Cost(1.0, 1.0, 5 * p)  # the teacher's weights, and what training needs beside them
+
+    def of(strategy, devices, nodes=1):
+        return in_processes(alone, Training(strategy, devices, nodes), torch.device(device), p, 0, held)
+
+    assert in_processes(alone, SINGLE, torch.device(device), p, 0, held) == alone
+    each = held + of("ddp", 8).memory_bytes
+    assert each == (7 * p if has_gpus else 8 * 7 * p)
+    each = held + of("fsdp", 8).memory_bytes
+    assert each == (6 * p / 8 if has_gpus else 8 * (6 * p / 8 + 2 * p))
+    if has_gpus:
+        assert of("ddp", 8).seconds == 1.0 and held + of("fsdp", 4, 8).memory_bytes == 6 * p / 32
+    else:
+        assert of("ddp", 8).cpu_seconds == 8.0
+        assert of("ddp", 2, 4).memory_bytes < of("ddp", 8).memory_bytes, "other computers have memory of their own"
+
+
+def test_a_plan_knows_the_trainer(here):
+    """Told by trials, and counted: ddp takes more than one process, and fsdp of what is large less than ddp."""
+    teacher, found = as_teacher(NETS["mlp"]()), {}
+    for strategy, devices in (("single", 1), ("ddp", 8), ("fsdp", 8)):
+        training = Training(strategy, devices)
+        algorithm = Distillation(max_steps=4, batch_size=4, checks=1, num_calibration_samples=8)
+        for has_weights in (True, False) if strategy != "fsdp" else (False,):
+            plan = plans.make(
+                lambda weights=True: as_teacher_without_forward("mlp") if not weights else teacher,
+                lambda t, algorithm=algorithm, training=training: replace(
+                    experiment(t, training=training), algorithm=algorithm
+                ),
+                teacher.device,
+                has_weights=has_weights,
+            )
+            [stage] = [stage for stage in plan.stages if stage.name == "quantize"]
+            found[strategy, has_weights] = plan.memory_bytes(stage)
+            assert ("8 processes of" in stage.what) == (strategy != "single")
+    assert all(found["ddp", has_weights] > 7 * found["single", has_weights] for has_weights in (True, False))
+    assert 7 * found["single", False] < found["fsdp", False] < found["ddp", False]
+
+
+def test_what_is_counted_has_the_same_stages_as_what_is_tried(here):
+    class Judged:
+        num_samples, reference_path = 50, "real"
+
+    def judged(teacher, **changed):
+        return replace(experiment(teacher, **changed), evaluation=Judged(), references=("gaussian", "real"))
+
+    teacher = as_teacher(NETS["plain"]())
+    counted = plans.make(lambda weights: as_teacher_without_forward("plain"), judged, teacher.device, has_weights=False)
+    tried = plans.make(lambda: teacher, judged, teacher.device)
+    assert [(s.name, s.state) for s in counted.stages] == [(s.name, s.state) for s in tried.stages]
+    assert [s.name for s in counted.stages] == ["generate", "quantize", "evaluate", "reference", "reference"]
+    e = experiment(teacher)
+    dataset = generate(teacher, e.generator, 24, dataset_dir=here / "data")
+    methods = e.scheme, e.algorithm, e.weight_quantizer, e.activation_quantizer
+    quantize(teacher, dataset, *methods, student_dir=here / "student")
+    folders = {"dataset_dir": here / "data", "student_dir": here / "student"}
+    for build, has_weights in ((lambda weights: as_teacher_without_forward("plain"), False), (lambda: teacher, True)):
+        found = plans.make(build, lambda t: experiment(t, **folders), teacher.device, has_weights=has_weights)
+        assert [s.state for s in found.stages] == ["there already"] * 2
+
+
+def test_a_time_limit_is_one_of_the_wall(make_teacher, tmp_path):
+    """Two threads use two seconds of processor a second."""
+    from dfq import costs
+
+    limited = Distillation(max_steps=4, batch_size=4, checks=1, num_calibration_samples=8, time_limit_s=1e-3)
+    teacher = make_teacher()
+    data = generate(teacher, ZeroQ(batch_size=8, iterations=1), 24, dataset_dir=tmp_path)
+    quantizers = resolve("quantizer", "min_max"), resolve("quantizer", "min_max")
+    with plans.quietly(), pytest.MonkeyPatch.context() as patch:
+        clock = costs.timed
+        patch.setattr(costs, "timed", lambda *a: (c := clock(*a)) and replace(c, cpu_seconds=2 * c.seconds))
+        cost, _ = costs.of_quantization(teacher, data, 24, W4, limited, *quantizers)
+    assert cost.seconds == pytest.approx(1e-3) and cost.cpu_seconds == pytest.approx(2e-3, rel=0.01)
 
 
 def test_stages_that_are_there_cost_nothing_and_nothing_is_left(here):

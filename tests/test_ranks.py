@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import language
@@ -21,7 +22,7 @@ from dfq.generators.gdfq import GDFQ
 from dfq.generators.mixture import Mixture
 from dfq.generators.self_generation import SelfGeneration
 from dfq.generators.zeroq import ZeroQ
-from dfq.pipeline import generate
+from dfq.pipeline import _generate, generate
 from dfq.ranks import from_environment, resolve
 
 ZEROQ = ZeroQ(batch_size=4, iterations=2)
@@ -189,6 +190,27 @@ def test_a_rank_that_is_killed_and_started_again(tmp_path):
     assert len(found) == 20 and first.stat().st_mtime_ns == made, "a batch was made twice"
     whole = generate(teacher, generator, 20, 0, tmp_path / "whole")
     assert content(found.path) == content(whole.path) and found.sha256 == whole.sha256
+
+
+def test_a_rank_ends_with_the_process_that_started_it(tmp_path):
+    """Whatever it waits for; here it would for a minute."""
+    rank = "from dfq.ranks import end_with_parent as end; import time; end(); print('here', flush=True); time.sleep(60)"
+    start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", start], env=environment(), stdout=-1, stderr=-2, text=True) as parent:
+        assert parent.stdout.readline() == "here\n"
+        began = time.monotonic()
+        parent.kill()
+        said = parent.stdout.read()  # until the rank has closed its end too
+    assert said == "dfq: the process that has started this rank has ended, and so does this one\n"
+    assert time.monotonic() - began < 30
+
+
+def test_ranks_that_add_nothing_any_more_are_not_waited_for(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("dfq.pipeline.QUIET_S", 0.5)
+    monkeypatch.setattr("dfq.pipeline.from_environment", lambda: (0, 2))
+    waiting = SimpleNamespace(teacher=teacher, num_samples=SAMPLES, seed=3)
+    with pytest.raises(UserError, match=r"got 12 of 22 samples in .*, and no more for \d+ s; allowed: ranks that all"):
+        _generate(waiting, ZEROQ, tmp_path / "data")
 
 
 def test_half_written_files_of_other_computers_stay(teacher, tmp_path):

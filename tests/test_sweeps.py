@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -33,8 +34,8 @@ def api(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def table():
-    [path] = Path("outputs").glob("*/multirun_*/runs.csv")
+def table(folder="outputs/*/multirun_*"):
+    [path] = Path().glob(f"{folder}/runs.csv")
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -65,6 +66,63 @@ def test_a_run_that_fails_is_in_the_table_too(api, capsys):
     rows = table()
     assert [row["error"] for row in rows] == ["", "got seed=2; allowed: another"]
     assert [row["result"] for row in rows] == ["0.91", ""]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "seed=0,1", "hydra.sweep.dir=mine"],
+        ["seed=0,1", "hydra.mode=MULTIRUN", "hydra.sweep.dir=mine"],
+        ["-m", "seed=0,1", "hydra.sweep.dir=mine", "hydra.sweep.subdir=part/${seed}"],
+        ["-m", "--config-dir", "conf", "experiment=both", "hydra.sweep.dir=mine"],
+    ],
+)
+def test_the_table_lies_where_the_sweep_does(api, capsys, words):
+    Path("conf/experiment").mkdir(parents=True)
+    Path("conf/experiment/both.yaml").write_text("# @package _global_\nhydra: {sweeper: {params: {seed: '0,1'}}}\n")
+    assert main(["run", *words]) == 0
+    assert [(row["job"], row["seed"], row["top1"]) for row in table("mine")] == [("0", "0", "0.9"), ("1", "1", "0.91")]
+    assert "2 runs, also in mine/runs.csv" in capsys.readouterr().out
+    assert main(["run", "-m", "seed=3,4,5", "hydra.sweep.dir=mine", "hydra.sweep.subdir=again/${hydra.job.num}"]) == 0
+    assert [row["seed"] for row in table("mine")] == ["3", "4", "5"], "rows of the sweep before"
+
+
+def test_a_job_can_be_repeated_by_its_own_command(api, monkeypatch):
+    """As the processes do that Lightning, or processes=N, start for it."""
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/five.yaml").write_text("# @package _global_\nnum_samples: 5\n")
+    stub, seen = sys.modules["dfq.api"], []
+    before = stub.command
+    monkeypatch.setattr(
+        stub, "command", lambda name, config: (seen.append((config, sys.argv[1:])), before(name, config))[1]
+    )
+    assert main(["run", "-m", "--config-dir", "mine", "experiment=five", "seed=0,1"]) == 0
+    for config, words in seen[:2]:
+        assert shlex.split(config["command"])[1:] == words
+        assert main(words) == 0
+        again = seen[-1][0]
+        assert (again["num_samples"], again["seed"]) == (config["num_samples"], config["seed"]) == (5, config["seed"])
+
+
+def test_a_mode_of_the_command_line_has_the_table_too(api):
+    assert main(["run", "seed=0,1", "hydra.mode=MULTIRUN"]) == 0
+    assert len(table()) == 2
+
+
+def test_jobs_that_are_killed_or_never_begin_are_in_the_table(api, monkeypatch, tmp_path):
+    before = sys.modules["dfq.api"].command
+
+    def command(name, config):
+        if config["seed"] == 1:
+            raise SystemExit(1)  # the table is shown by what is left: a launcher's own process would be gone
+        return before(name, config)
+
+    monkeypatch.setattr(sys.modules["dfq.api"], "command", command)
+    with pytest.raises(SystemExit):
+        main(["run", "-m", "seed=0,1,3"])
+    rows = table()
+    assert [(row["seed"], row["top1"]) for row in rows] == [("0", "0.9"), ("1", ""), ("3", "")]
+    assert [row["error"] for row in rows] == ["", "still running, or killed", "did not begin, or could not say so"]
 
 
 def test_one_run_has_no_table(api, capsys):

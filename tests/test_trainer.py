@@ -1,5 +1,9 @@
 """Distillation in several processes: the student of one process with the batch of all, saved once, by rank 0."""
 
+import csv
+import importlib.machinery
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from launching import launch
 from torch.utils.data import Subset
 
 from dfq.algorithms.distillation import Distillation
+from dfq.algorithms.sequence import Sequence
 from dfq.errors import UserError
 from dfq.lightning.data import ShuffledOrder
 from dfq.lightning.sharding import local_part, units
@@ -92,6 +97,22 @@ def test_two_processes_train_as_one_with_twice_the_batch(strategy, kind, tmp_pat
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] < losses[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_and_started_again(killed, tmp_path):
+    """In the middle of a distillation, behind a look: it goes on from there to the bits of an undisturbed one."""
+    ranks.dataset_of(tmp_path, "plain")
+    launch([SCRIPT, str(tmp_path), "ddp", "plain", "-1", "0"], 2, tmp_path)
+    path = tmp_path / "plain_ddp"
+    path.rename(tmp_path / "undisturbed")
+    launch([SCRIPT, str(tmp_path), "ddp", "plain", str(killed), "4"], 2, tmp_path, all_succeed=False)
+    [last] = path.glob("work_*/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3 and not (path / "student.json").exists()
+    launch([SCRIPT, str(tmp_path), "ddp", "plain", "-1", "0"], 2, tmp_path)
+    found = [Student.load(folder, ranks.teacher_of("plain")) for folder in (path, tmp_path / "undisturbed")]
+    assert found[0].sha256 == found[1].sha256
+
+
 def task_loss(teacher, student, samples):
     task = resolve("task", teacher.task)
     return task.distillation_loss(task.raw_outputs(student, samples), task.raw_outputs(teacher, samples))
@@ -101,9 +122,9 @@ def task_loss(teacher, student, samples):
 
 
 def test_a_logger_is_told_of_losses_and_looks(tmp_path):
-    logger = resolve("logger", "csv").make(str(tmp_path / "run"))
-    training = SINGLE.with_logger(logger)
-    assert training == SINGLE and not training.is_default and SINGLE.logger is None
+    training = SINGLE.with_logger(resolve("logger", "csv", folder=str(tmp_path / "run")))
+    assert training == SINGLE and not training.is_default and SINGLE.is_default
+    assert SINGLE.with_logger(resolve("logger", "none")).is_default
     teacher, data = ranks.teacher_of("plain"), ranks.dataset_of(tmp_path, "plain")
     algorithm = Distillation(**{**ranks.SETTINGS, "max_steps": 20, "batch_size": 16})
     quantizers = MinMax(), MinMax()
@@ -114,9 +135,52 @@ def test_a_logger_is_told_of_losses_and_looks(tmp_path):
     assert told.sha256 == again.sha256 and told.settings == again.settings, "a logger has changed the student"
 
 
-def test_loggers_that_are_not_installed(monkeypatch, tmp_path):
+def steps_of(path):
+    with open(path, newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+def test_each_fit_has_a_log_of_its_own(tmp_path):
+    """Two distillations in a sequence, and the same once more for a row of reference: four logs, none with two fits."""
+    training = SINGLE.with_logger(resolve("logger", "csv", folder=str(tmp_path / "run")))
+    teacher, data = ranks.teacher_of("plain"), ranks.dataset_of(tmp_path, "plain")
+    step = {"_target_": "dfq.algorithms.distillation.Distillation", **ranks.SETTINGS, "max_steps": 20, "batch_size": 16}
+    for name, part in (("mine", training), ("reference", training.within("gaussian"))):
+        quantize(teacher, data, ranks.W3A8, Sequence((step, step)), MinMax(), MinMax(), 0, tmp_path / name, part)
+    found = {str(path.relative_to(tmp_path / "run")): path for path in (tmp_path / "run").rglob("metrics.csv")}
+    assert set(found) == {
+        f"distillation/{part}step_{index}/version_0/metrics.csv" for part in ("", "gaussian/") for index in (0, 1)
+    }
+    for path in found.values():
+        steps = steps_of(path)
+        assert steps == sorted(steps) and max(steps) < 20, "a log of two fits"
+
+
+def test_a_run_of_wandb_ends_with_its_fit(monkeypatch, tmp_path):
+    """Lightning's logger goes on with the run that it finds open, whosever it is, and leaves it open."""
+    wandb, runs = types.ModuleType("wandb"), []
+    wandb.run, wandb.__spec__ = None, importlib.machinery.ModuleSpec("wandb", None)
+
+    def begin(**options):
+        wandb.run = wandb.run or options["name"]
+        runs.append(wandb.run)
+        return options
+
+    wandb.finish = lambda: setattr(wandb, "run", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("pytorch_lightning.loggers.WandbLogger", begin)
+    training = SINGLE.with_logger(resolve("logger", "wandb", folder=str(tmp_path)))
+    for part in (training, training.within("gaussian")):
+        with pytest.raises(ZeroDivisionError), part.logger.opened() as logger:
+            assert logger["project"] == "dfq" and logger["offline"] and logger["save_dir"] == str(tmp_path)
+            raise ZeroDivisionError
+    assert runs == ["distillation", "distillation/gaussian"] and wandb.run is None
+
+
+def test_loggers_that_are_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("tensorboard", "wandb", "mlflow"):
         with pytest.raises(UserError, match=f"got logger={name}, which needs {name}, not installed here; pip install"):
-            resolve("logger", name).make(str(tmp_path))
-    assert resolve("logger", "none").make(str(tmp_path)) is False
+            SINGLE.with_logger(resolve("logger", name))
+    with SINGLE.logger.opened() as logger:
+        assert logger is False

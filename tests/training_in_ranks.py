@@ -1,6 +1,12 @@
-"""What each rank of tests/test_trainer.py runs: ``python training_in_ranks.py FOLDER STRATEGY KIND``."""
+"""What each rank of tests/test_trainer.py runs: ``python training_in_ranks.py FOLDER STRATEGY KIND [RANK STEP]``.
 
+With RANK and STEP images are mirrored at random, and rank RANK (none for -1) is killed behind step STEP.
+"""
+
+import os
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -9,6 +15,7 @@ from conftest import NETS, as_teacher
 
 from dfq.algorithms.distillation import Distillation
 from dfq.dataset import SyntheticDataset
+from dfq.lightning.distillation import DistillationModule
 from dfq.lightning.trainer import Training
 from dfq.pipeline import quantize
 from dfq.quantizers.min_max import MinMax
@@ -84,5 +91,19 @@ def train(folder, strategy, kind, batch_size, **settings):
     return student, states[0]
 
 
+def killed_behind(step):
+    """Of this process's training."""
+    end = DistillationModule.on_train_batch_start
+
+    def start(module, *args):
+        if module.trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return end(module, *args)
+
+    return mock.patch.object(DistillationModule, "on_train_batch_start", start)
+
+
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), sys.argv[2], sys.argv[3], 8)
+    folder, strategy, kind, *killed = sys.argv[1:]
+    with killed_behind(int(killed[1])) if int(killed[0] if killed else -1) == from_environment()[0] else nullcontext():
+        train(Path(folder), strategy, kind, 8, flip=bool(killed))

@@ -60,7 +60,8 @@ class Work:
         quantizers = self.weight_quantizer, self.activation_quantizer
         several: dict[str, Any] = {}
         if not self.training.is_default:
-            several = {"training": self.training, "shared_dir": (self.shared_dir or self.work_dir) / folder}
+            shared_dir = (self.shared_dir or self.work_dir) / folder
+            several = {"training": self.training.within(folder), "shared_dir": shared_dir}
         algorithm.quantize(student, self.teacher, self.dataset, *quantizers, self.seed, work_dir, **several)
 
 

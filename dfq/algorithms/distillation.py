@@ -127,7 +127,7 @@ class Distillation(DistillationSettings, Algorithm):
         if source is not None:
             against = (self.batch_size, self.adversarial_weight, self.adversarial_lr)
             callbacks.append(FreshImages(source, teacher, self.fresh_share, seed, *against))
-        with quiet_lightning():
+        with quiet_lightning(), training.logger.opened() as logger:
             trainer = pl.Trainer(
                 **training.arguments(teacher.device),
                 max_steps=self.max_steps,
@@ -137,7 +137,7 @@ class Distillation(DistillationSettings, Algorithm):
                 num_sanity_val_steps=0,
                 callbacks=callbacks if self.patience is None else [*callbacks, Patience(self.patience)],
                 enable_progress_bar=False,
-                logger=training.logger or False,
+                logger=logger,
                 log_every_n_steps=1,  # what is logged at all
                 enable_model_summary=False,
                 default_root_dir=work_dir,

@@ -250,6 +250,10 @@ class DistillationModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.channels is not None and self.held_channels is not None:
             self.channels.hold(self.held_channels)  # here, where the weights are back
+        self._draw_anew()
+
+    def _draw_anew(self) -> None:
+        """At the start and behind each look, from where an interrupted run goes on: what is saved is of rank 0."""
         if self.trainer.global_rank > 0:  # other changes to other samples; the first process goes on as one alone does
             name = f"{self.seed}:{self.trainer.global_rank}:{self.trainer.global_step}"
             self.rng.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
@@ -484,6 +488,7 @@ class DistillationModule(pl.LightningModule):
             torch._foreach_copy_([p.data for p in self.trained.values()], self.set_aside)
             self.set_aside = None
         self.look_s = time.perf_counter() - self.look_began
+        self._draw_anew()
 
     # -- what an interrupted run goes on from ------------------------------------------------------------------------
 

@@ -1,8 +1,17 @@
-"""Who is told of losses and looks while a distillation runs: ``logger=csv | tensorboard | wandb | mlflow``."""
+"""Who is told of losses and looks while a distillation runs: ``logger=csv | tensorboard | wandb | mlflow``.
+
+Each fit has a log of its own, which ends with it: ``distillation`` is the student's, ``distillation/gaussian`` that of
+a reference row, ``distillation/step_1`` and ``distillation/4_distillation`` those of a step of a sequence and of a rung
+of auto.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,14 +28,14 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class Logger:
-    """One of Lightning's loggers."""
+    """Makes one of Lightning's loggers for each fit."""
 
     kind: Literal["none", "csv", "tensorboard", "wandb", "mlflow"] = "none"
-    name: str = "distillation"  # of the run, or of the experiment (mlflow)
+    name: str = "distillation"  # of the log; mlflow: of the experiment too
     project: str = "dfq"  # of wandb
     offline: bool = True  # wandb: keep it here; false: send it
     tracking_uri: str | None = None  # of mlflow's server; null: files in the run's folder
-    folder: str | None = None  # null: the run's
+    folder: str | None = None  # null: the run's; from Python the current one
 
     def check(self) -> None:
         """A :class:`UserError` where its package is not installed."""
@@ -37,18 +46,28 @@ class Logger:
                 do="pip install 'dfq[loggers]', or take logger=csv",
             )
 
-    def make(self, default_folder: str) -> Any:
-        """What a Lightning Trainer takes; False for none."""
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """For one fit: what a Lightning Trainer takes, False for none."""
         self.check()
-        folder = self.folder or default_folder
+        folder = self.folder or "."
         if self.kind == "none":
-            return False
+            yield False
+            return
         from pytorch_lightning import loggers
 
         if self.kind == "csv":
-            return loggers.CSVLogger(folder, name=self.name)
-        if self.kind == "tensorboard":
-            return loggers.TensorBoardLogger(folder, name=self.name)
-        if self.kind == "wandb":
-            return loggers.WandbLogger(name=self.name, save_dir=folder, project=self.project, offline=self.offline)
-        return loggers.MLFlowLogger(self.name, tracking_uri=self.tracking_uri, save_dir=f"{folder}/mlruns")
+            yield loggers.CSVLogger(folder, name=self.name)
+        elif self.kind == "tensorboard":
+            yield loggers.TensorBoardLogger(folder, name=self.name)
+        elif self.kind == "mlflow":
+            if self.tracking_uri is None:
+                os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # files without a database: from 3 on, if told
+            experiment = self.name.partition("/")[0]
+            yield loggers.MLFlowLogger(experiment, self.name, self.tracking_uri, save_dir=f"{folder}/mlruns")
+        else:
+            wandb = importlib.import_module("wandb")  # what a file imports by name, each of its choices needs
+            try:
+                yield loggers.WandbLogger(name=self.name, save_dir=folder, project=self.project, offline=self.offline)
+            finally:
+                wandb.finish()  # Lightning leaves the run open, and the next logger would go on with it

@@ -16,11 +16,12 @@ look, the clock) is that of all or of rank 0: every process stops, and keeps, th
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
 from dfq.errors import UserError
+from dfq.lightning.loggers import Logger
 from dfq.settings import PositiveInt
 
 WAIT_S = 86_400  # of one rank for another that still generates, exports or evaluates
@@ -33,7 +34,7 @@ class Training:
     strategy: Literal["single", "ddp", "ddp_spawn", "fsdp"] = "single"
     devices: PositiveInt = 1  # processes on each computer, with a GPU each on those that have some
     num_nodes: PositiveInt = 1  # computers; several need a launcher: torchrun, srun, mpirun
-    logger: ClassVar[Any] = None  # one of Lightning's, see with_logger
+    logger: ClassVar[Logger] = Logger()  # see with_logger
 
     def __post_init__(self) -> None:
         if self.strategy == "single" and self.world_size > 1:
@@ -41,15 +42,20 @@ class Training:
                 f"got trainer.strategy=single with {self.world_size} processes", "trainer=ddp | trainer=fsdp"
             )
 
-    def with_logger(self, logger: Any) -> Training:
-        """The same, telling ``logger`` (one of Lightning's) of losses and looks: no setting, it decides nothing."""
+    def with_logger(self, logger: Logger) -> Training:
+        """The same, telling ``logger`` of losses and looks: no setting, it decides nothing."""
+        logger.check()
         told = copy.copy(self)
-        object.__setattr__(told, "logger", logger or None)
+        object.__setattr__(told, "logger", logger)
         return told
+
+    def within(self, part: str) -> Training:
+        """The same for ``part`` of the work, whose log is another than that of the whole."""
+        return self.with_logger(replace(self.logger, name=f"{self.logger.name}/{part}"))
 
     @property
     def is_default(self) -> bool:
-        return self == SINGLE and self.logger is None
+        return self == SINGLE and self.logger.kind == "none"
 
     @property
     def world_size(self) -> int:
