@@ -18,7 +18,6 @@ of every network; the papers' absolute errors do not.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +51,7 @@ from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFlo
 from dfq.student import Student
 from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
+from dfq.weights import copy_network
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 
@@ -222,7 +222,7 @@ def float_reference(student: Student, teacher: Teacher) -> nn.Module:
         _is_off_grid(layer) for layer in student.layers.values() if layer.weight_quantizer.has_qparams
     )
     if not rounded:
-        return float_copy(student)
+        return float_copy(student, teacher)
     if student.surgery.rotated:
         raise UserError(
             "got a student that was rotated and rounded: what its blocks should give is not known any more",
@@ -232,10 +232,13 @@ def float_reference(student: Student, teacher: Teacher) -> nn.Module:
     return float_network(student, teacher).module.requires_grad_(False).eval()
 
 
-def float_copy(student: Student) -> nn.Module:
-    """The student's module tree in float; what bias correction has added is taken back first, in the student too."""
+def float_copy(student: Student, teacher: Teacher) -> nn.Module:
+    """The student's module tree in float, to be run and not to be changed: weights that are the teacher's it shares.
+
+    What bias correction has added is taken back first, in the student too.
+    """
     undo_bias_correction(student)
-    reference = copy.deepcopy(student.module).requires_grad_(False)
+    reference = copy_network(student.module, teacher.module).requires_grad_(False)
     for part in reference.modules():
         if isinstance(part, Quantizer):
             part.enabled = False
