@@ -126,7 +126,7 @@ class BlockFitting(Algorithm):
                 weights = self.weights(reference, teacher, block, images, rng)
                 limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
-                done.save(index, student)
+                done.save(index, block, student)
         self.finish(work, reference, images, elements, deadline - time.perf_counter())
         student.module.to(memory_format=torch.contiguous_format)
 
@@ -531,17 +531,16 @@ class _Done:
     def has(self, index: int) -> bool:
         return self._path(index).exists()
 
-    def save(self, index: int, student: Student) -> None:
+    def save(self, index: int, block: Block, student: Student) -> None:
+        """What fitting ``block`` may have changed: all in it, and the grids of activations, which may lie elsewhere."""
+        own = tuple(f"{name}.".lstrip(".") for name in (*block.modules, *student.activation_quantizers))
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._path(index).with_suffix(".tmp")
-        torch.save(student.module.state_dict(), temporary)
+        state = student.module.state_dict()
+        torch.save({name: value for name, value in state.items() if name.startswith(own)}, temporary)
         temporary.replace(self._path(index))
-        if self.has(index - 1):
-            # The last one has it all; the others only say that they are done.
-            torch.save({}, self._path(index - 1))
 
     def load(self, index: int, student: Student) -> None:
         if self.has(index):
             state = torch.load(self._path(index), map_location=student.device, weights_only=True)
-            if state:
-                student.module.load_state_dict(state)
+            student.module.load_state_dict(state, strict=False)
