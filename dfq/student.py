@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -20,13 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dfq
 from dfq import dataset as store
-from dfq.dataset import write_atomic, write_json
+from dfq.dataset import write_json
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import (
@@ -304,14 +302,16 @@ class Student:
                 del state[f"{name}.weight_quantizer.zero_point"]  # zero by definition
             state[name + CODES] = pack(self.integer_weight(name), weight_scheme)
             _pack_scale(name, weight_scheme, state)
-        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        # Codes are no one else's.
+        return {name: t if name.endswith(CODES) else t.clone().contiguous() for name, t in state.items()}
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the folder; ``student.json`` comes last, so that a folder with one is whole."""
         path = Path(path)
-        content = save_safetensors(self.tensors())
+        file, tensors = path / "student.safetensors", self.tensors()
         (path / "student.json").unlink(missing_ok=True)
-        write_atomic(path / "student.safetensors", content)
+        with store.atomic(file) as temporary:
+            save_file(tensors, temporary)
         manifest = {
             "format": "dfq.student",
             "schema_version": SCHEMA_VERSION,
@@ -325,8 +325,8 @@ class Student:
             "seconds": round(self.seconds, 3),
             **({"unreached": self.unreached} if self.unreached else {}),
             "mean_weight_bits": self.mean_weight_bits,
-            "size_bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "size_bytes": file.stat().st_size,
+            "sha256": store.file_sha256(file),
         }
         write_json(path / "student.json", manifest)
         return path
@@ -340,16 +340,16 @@ class Student:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        content = (path / "student.safetensors").read_bytes() if (path / "student.safetensors").exists() else b""
-        if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+        file = path / "student.safetensors"
+        if not file.exists() or store.file_sha256(file) != manifest["sha256"]:
             raise UserError(
-                f"got {path / 'student.safetensors'}, whose content does not match its checksum",
+                f"got {file}, whose content does not match its checksum",
                 do="run the same quantize command again with another student_dir",
             )
         try:
-            tensors = load_safetensors(content)
+            tensors = load_file(file)  # mapped: what is unpacked is read layer by layer
         except SafetensorError as error:
-            raise UserError(f"got {path / 'student.safetensors'}, which is no safetensors file ({error})") from None
+            raise UserError(f"got {file}, which is no safetensors file ({error})") from None
         network = manifest.get("network")  # not in students from before it
         fresh = copy_network(teacher.module) if network is None else build_network(network, manifest["teacher"]).module
         try:

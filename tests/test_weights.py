@@ -13,11 +13,14 @@ from tiny_language import tiny_llama
 from torch import nn
 
 import dfq
+from dfq import student as student_file
 from dfq import weights
+from dfq.algorithms import hqq
 from dfq.algorithms._reconstruction import float_copy
 from dfq.blocks import Captures
 from dfq.generators.random_tokens import RandomTokens
 from dfq.pipeline import generate
+from dfq.quantization import pack
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.student import Student
 
@@ -117,6 +120,36 @@ def test_a_student_in_files_is_the_same_to_the_bit(algorithm, parts, tmp_path, m
     assert len(set(found)) == 1
     del teacher.__dict__["sha256"]
     assert teacher.sha256 == before, "the teacher is as it was"
+
+
+def test_large_layers_are_fitted_in_parts_to_the_same_bits(parts, monkeypatch):
+    teacher, dataset = parts
+    sizes, real = [], hqq.HQQ.fit
+    monkeypatch.setattr(hqq.HQQ, "fit", lambda self, rows, *rest: sizes.append(len(rows)) or real(self, rows, *rest))
+    found = []
+    for largest in (2**22, 500):
+        monkeypatch.setattr(hqq, "LARGEST_ROWS", largest)
+        found.append((dfq.quantize(teacher, dataset, W3, algorithm="hqq").sha256, max(sizes)))
+        sizes.clear()
+    assert found[0][0] == found[1][0] and found[0][1] > 500 / 16 >= found[1][1]
+
+
+def test_a_student_is_written_without_a_copy_and_others_may_read_it(parts, tmp_path, monkeypatch):
+    teacher, dataset = parts
+    student = dfq.quantize(teacher, dataset, W3, algorithm="round_to_nearest")
+    written, real = [], student_file.save_file
+
+    def look(tensors, path):
+        written.append({name: x.data_ptr() for name, x in tensors.items()})
+        real(tensors, path)
+
+    monkeypatch.setattr(student_file, "save_file", look)
+    monkeypatch.setattr(student_file, "pack", lambda *args: packed.append(pack(*args)) or packed[-1])
+    packed = []
+    (tmp_path / "plain").touch()
+    student.save(tmp_path / "s")
+    assert {x.data_ptr() for x in packed} <= set(written[0].values())
+    assert (tmp_path / "s" / "student.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_the_float_reference_is_the_teacher_where_nothing_changed(parts):

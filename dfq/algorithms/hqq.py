@@ -62,13 +62,11 @@ class HQQ(Algorithm):
         with progress_bar("hqq", len(quantizers), "layers") as advance:
             for quantizer, layer in quantizers.items():
                 if quantizer.has_qparams and quantizer.scheme.grid == "uniform":
-                    rows, grid = (
-                        quantizer.rows(layer.weight),
-                        (quantizer.scale.flatten(), quantizer.zero_point.flatten()),
-                    )
+                    rows = quantizer.rows(layer.weight)
                     count = min(len(rows), -(-rows.numel() // LARGEST_ROWS))
-                    parts = zip(*(x.tensor_split(count) for x in (rows, *grid)), strict=True)
-                    found = [self.fit(*part, quantizer.scheme) for part in parts]
+                    whole = (rows, quantizer.scale.flatten(), quantizer.zero_point.flatten())
+                    parts = zip(*(x.tensor_split(count) for x in whole), strict=True)
+                    found = [self.fit(w, s, z, quantizer.scheme) for w, s, z in parts]
                     quantizer.set_qparams(*(torch.cat(values) for values in zip(*found, strict=True)))
                     if layer.bias_quantizer is not None and layer.bias is not None:
                         layer.bias_quantizer.make_room(layer)
