@@ -8,8 +8,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -21,13 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dfq
 from dfq import dataset as store
-from dfq.dataset import write_atomic, write_json
+from dfq.dataset import write_json
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import (
@@ -49,6 +46,7 @@ from dfq.settings import resolve
 from dfq.sites import HOLDER, Sites, find_sites, place_sites
 from dfq.surgery import Experts, apply, prepare
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, hash_tensors, input_spec_from_dict
+from dfq.weights import copy_network
 
 SCHEMA_VERSION = 2
 CODES = ".weight_codes"
@@ -189,7 +187,7 @@ class Student:
     @classmethod
     def from_teacher(cls, teacher: Teacher, scheme: Scheme) -> Student:
         """A copy of the teacher, prepared, batch norm folded, every weight layer swapped; nothing has a grid yet."""
-        module, flow = copy.deepcopy(teacher.module), teacher.dataflow
+        module, flow = copy_network(teacher.module), teacher.dataflow
         return cls(module, scheme, Surgery.perform(module, scheme, teacher.example(), flow), _describe(teacher))
 
     def become(self, other: Student) -> None:
@@ -304,14 +302,16 @@ class Student:
                 del state[f"{name}.weight_quantizer.zero_point"]  # zero by definition
             state[name + CODES] = pack(self.integer_weight(name), weight_scheme)
             _pack_scale(name, weight_scheme, state)
-        return {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        # Codes are no one else's.
+        return {name: t if name.endswith(CODES) else t.clone().contiguous() for name, t in state.items()}
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the folder; ``student.json`` comes last, so that a folder with one is whole."""
         path = Path(path)
-        content = save_safetensors(self.tensors())
+        file, tensors = path / "student.safetensors", self.tensors()
         (path / "student.json").unlink(missing_ok=True)
-        write_atomic(path / "student.safetensors", content)
+        with store.atomic(file) as temporary:
+            save_file(tensors, temporary)
         manifest = {
             "format": "dfq.student",
             "schema_version": SCHEMA_VERSION,
@@ -325,8 +325,8 @@ class Student:
             "seconds": round(self.seconds, 3),
             **({"unreached": self.unreached} if self.unreached else {}),
             "mean_weight_bits": self.mean_weight_bits,
-            "size_bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "size_bytes": file.stat().st_size,
+            "sha256": store.file_sha256(file),
         }
         write_json(path / "student.json", manifest)
         return path
@@ -340,28 +340,31 @@ class Student:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        content = (path / "student.safetensors").read_bytes() if (path / "student.safetensors").exists() else b""
-        if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+        file = path / "student.safetensors"
+        if not file.exists() or store.file_sha256(file) != manifest["sha256"]:
             raise UserError(
-                f"got {path / 'student.safetensors'}, whose content does not match its checksum",
+                f"got {file}, whose content does not match its checksum",
                 do="run the same quantize command again with another student_dir",
             )
         try:
-            tensors = load_safetensors(content)
+            tensors = load_file(file)  # mapped: what is unpacked is read layer by layer
         except SafetensorError as error:
-            raise UserError(f"got {path / 'student.safetensors'}, which is no safetensors file ({error})") from None
+            raise UserError(f"got {file}, which is no safetensors file ({error})") from None
         network = manifest.get("network")  # not in students from before it
-        fresh = copy.deepcopy(teacher.module) if network is None else build_network(network, manifest["teacher"]).module
+        fresh = copy_network(teacher.module) if network is None else build_network(network, manifest["teacher"]).module
         try:
             surgery = Surgery.from_dict(manifest)
             module = surgery.repeat(fresh)
             student = cls(module, Scheme.from_dict(manifest["scheme"]), surgery, manifest["teacher"])
-            for name, (weight_scheme, _) in surgery.swap.layers.items():
-                student._unpack_weight(name, weight_scheme, tensors)
+            unpacked = {
+                f"{name}.weight"
+                for name, (weight_scheme, _) in surgery.swap.layers.items()
+                if student._unpack_weight(name, weight_scheme, tensors)
+            }
             state = OrderedDict(tensors)
             state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]  # versions, which some modules ask
             missing, unexpected = module.load_state_dict(state, strict=False)
-            names = _once(module)
+            names = _once(module) - unpacked
             missing = [name for name in missing if name in names]
             if missing or unexpected:
                 raise KeyError(f"missing {missing[:3]}, unexpected {unexpected[:3]}")
@@ -383,10 +386,13 @@ class Student:
         student.module.to(teacher.device)
         return student.freeze()
 
-    def _unpack_weight(self, name: str, scheme: TensorScheme, tensors: dict[str, Tensor]) -> None:
-        """Replace the codes in ``tensors`` by what the module's state expects."""
+    def _unpack_weight(self, name: str, scheme: TensorScheme, tensors: dict[str, Tensor]) -> bool:
+        """Take the codes out of ``tensors``, into the layer's weight, and leave the grid as the module's state has it.
+
+        False where there are none: a float weight, or one tied to a layer before.
+        """
         if scheme.is_float or name + CODES not in tensors:
-            return  # tied to a layer before
+            return False
         layer = self.module.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
         quantizer = layer.weight_quantizer
@@ -403,7 +409,8 @@ class Student:
             groups = to_groups(codes, quantizer.axis, scheme.group_size)
             values = dequantize(groups, scale[..., None], zero_point[..., None], scheme)
             weight = from_groups(values, quantizer.axis, codes.shape)
-        tensors[f"{name}.weight"] = weight
+        layer.weight.data.copy_(weight)
+        return True
 
 
 def _once(module: nn.Module) -> set[str]:

@@ -35,7 +35,6 @@ once, by the product of all scales.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +50,7 @@ from dfq.sites import MOVING, Sites
 from dfq.student import Rescaled, Student
 from dfq.surgery import REWRITES, apply
 from dfq.teacher import Teacher
+from dfq.weights import copy_network
 
 # f(s x) = s f(x) for s > 0, whatever the other arguments are.
 LINEAR = {"mean", "sum", "mul", "interpolate", "upsample", "avg_pool1d", "avg_pool2d", "avg_pool3d"} | {
@@ -89,7 +89,7 @@ class FloatNetwork:
 
 def float_network(student: Student, teacher: Teacher) -> FloatNetwork:
     """A copy in the teacher's own units, whatever equalization has done to the student; a replaced ReLU6 is one."""
-    module = copy.deepcopy(teacher.module)
+    module = copy_network(teacher.module)
     apply(module, [(name, kind) for name, kind in student.surgery.rewrites if kind != "relu"])
     names = {id(part): name for name, part in module.named_modules()}
     fold_batch_norm(module, student.surgery.folded)

@@ -341,7 +341,7 @@ class LayerwiseRounding(Algorithm):
         """Round the weights of the student; ``work_dir`` holds activations while a block is looked at."""
         clock = Clock(self.time_limit_s)
         student, work_dir, images = work.student, work.work_dir, work.images(self.num_samples)
-        reference = float_copy(student)
+        reference = float_copy(student, work.teacher)
         work.ensure_calibrated(images)
         flow = record_dataflow(reference, work.teacher.example())
         wanted = solvable(student, flow)

@@ -18,7 +18,6 @@ of every network; the papers' absolute errors do not.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +53,7 @@ from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFlo
 from dfq.student import Student
 from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
+from dfq.weights import copy_network
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 
@@ -132,7 +132,7 @@ class BlockFitting(Algorithm):
                 looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
                 limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
                 _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
-                done.save(index, student)
+                done.save(index, block, student)
         if clock.left_s > 0:
             self.finish(work, reference, images, elements, clock.left_s)
         student.module.to(memory_format=torch.contiguous_format)
@@ -229,7 +229,7 @@ def float_reference(student: Student, teacher: Teacher) -> nn.Module:
         _is_off_grid(layer) for layer in student.layers.values() if layer.weight_quantizer.has_qparams
     )
     if not rounded:
-        return float_copy(student)
+        return float_copy(student, teacher)
     if student.surgery.rotated:
         raise UserError(
             "got a student that was rotated and rounded: what its blocks should give is not known any more",
@@ -239,10 +239,13 @@ def float_reference(student: Student, teacher: Teacher) -> nn.Module:
     return float_network(student, teacher).module.requires_grad_(False).eval()
 
 
-def float_copy(student: Student) -> nn.Module:
-    """The student's module tree in float; what bias correction has added is taken back first, in the student too."""
+def float_copy(student: Student, teacher: Teacher) -> nn.Module:
+    """The student's module tree in float, to be run and not to be changed: weights that are the teacher's it shares.
+
+    What bias correction has added is taken back first, in the student too.
+    """
     undo_bias_correction(student)
-    reference = copy.deepcopy(student.module).requires_grad_(False)
+    reference = copy_network(student.module, teacher.module).requires_grad_(False)
     for part in reference.modules():
         if isinstance(part, Quantizer):
             part.enabled = False
@@ -547,17 +550,16 @@ class _Done:
     def has(self, index: int) -> bool:
         return self._path(index).exists()
 
-    def save(self, index: int, student: Student) -> None:
+    def save(self, index: int, block: Block, student: Student) -> None:
+        """What fitting ``block`` may have changed: all in it, and the grids of activations, which may lie elsewhere."""
+        own = tuple(f"{name}.".lstrip(".") for name in (*block.modules, *student.activation_quantizers))
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._path(index).with_suffix(".tmp")
-        torch.save(student.module.state_dict(), temporary)
+        state = student.module.state_dict()
+        torch.save({name: value for name, value in state.items() if name.startswith(own)}, temporary)
         temporary.replace(self._path(index))
-        if self.has(index - 1):
-            # The last one has it all; the others only say that they are done.
-            torch.save({}, self._path(index - 1))
 
     def load(self, index: int, student: Student) -> None:
         if self.has(index):
             state = torch.load(self._path(index), map_location=student.device, weights_only=True)
-            if state:
-                student.module.load_state_dict(state)
+            student.module.load_state_dict(state, strict=False)

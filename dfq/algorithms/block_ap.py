@@ -5,9 +5,10 @@ is what the quantized ones before it make, its target the float block's output o
 
     minimize  |f_q(x_q) - f(x)|^2        over weights W, steps s and zero points z of all layers in the block
 
-with W_hat = s (clamp(round(W / s) + round(z), quant_min, quant_max) - round(z)) and straight-through roundings. One
-block with its gradients and activations is all that training holds, whatever the size of the network; the end-to-end
-half of the paper is :mod:`dfq.algorithms.e2e_qp`.
+with W_hat = s (clamp(round(W / s) + round(z), quant_min, quant_max) - round(z)) and straight-through roundings. Beside
+the weights of teacher and student, training holds one block's gradients and moments and its activations; on a CPU the
+weights of a large network lie in files (:mod:`dfq.weights`). The end-to-end half of the paper is
+:mod:`dfq.algorithms.e2e_qp`.
 
 What is trained are codes, in the end: weights stay latent, so that an algorithm behind this one (distillation) goes on
 from them, and are rounded when the student is frozen.
@@ -36,7 +37,7 @@ from dfq.student import Student
 
 @dataclass(frozen=True)
 class BlockAP(BlockFitting):
-    """Minutes on small networks; a language model of 7 billion parameters fits one device, block by block."""
+    """Minutes on small networks."""
 
     iterations: PositiveInt = 1000  # steps a block
     batch_size: PositiveInt = 16  # samples a step

@@ -58,6 +58,7 @@ from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt,
 from dfq.student import Student, build_network
 from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
+from dfq.weights import to_memory
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Distillation(DistillationSettings, Algorithm):
         features = {name: name for name in self._places(teacher) if _is_of_samples(teacher, name)}
         if self.student_network is not None:
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
+        to_memory(student.module)
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)), seed)
         data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed, shard=training.world_size > 1)
         task = task_of(teacher)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._inputs import LARGEST_ROWS
 from dfq.progress import progress_bar
 from dfq.scheme import TensorScheme
 from dfq.settings import Bound, PositiveFloat, PositiveInt
@@ -61,10 +62,12 @@ class HQQ(Algorithm):
         with progress_bar("hqq", len(quantizers), "layers") as advance:
             for quantizer, layer in quantizers.items():
                 if quantizer.has_qparams and quantizer.scheme.grid == "uniform":
-                    scale, zero_point = self.fit(
-                        quantizer.rows(layer.weight), quantizer.scale, quantizer.zero_point, quantizer.scheme
-                    )
-                    quantizer.set_qparams(scale, zero_point)
+                    rows = quantizer.rows(layer.weight)
+                    count = min(len(rows), -(-rows.numel() // LARGEST_ROWS))
+                    whole = (rows, quantizer.scale.flatten(), quantizer.zero_point.flatten())
+                    parts = zip(*(x.tensor_split(count) for x in whole), strict=True)
+                    found = [self.fit(w, s, z, quantizer.scheme) for w, s, z in parts]
+                    quantizer.set_qparams(*(torch.cat(values) for values in zip(*found, strict=True)))
                     if layer.bias_quantizer is not None and layer.bias is not None:
                         layer.bias_quantizer.make_room(layer)
                 advance(1)

@@ -1,25 +1,29 @@
 """Networks of transformers, from a folder or the Hugging Face hub: language models, classifiers of images or text,
 and detectors.
 
-Weights are read from safetensors alone, in float32, and no code that lies beside them is run. A network that would
-be part random (its file lacks entries) is refused.
+Weights are read from safetensors alone, in float32, and no code that lies beside them is run. Those of a large network
+stay in files (:mod:`dfq.weights`). A network that would be part random (its file lacks entries) is refused.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 
 from dfq.errors import UserError
 from dfq.settings import PositiveInt
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec
 from dfq.teachers._checkpoint import some
 from dfq.teachers._folder import ALLOWED, check_folder
+from dfq.weights import to_file
+
+HALF = {torch.float16: "F16", torch.bfloat16: "BF16"}  # in a safetensors file
 
 Task = Literal["language_modeling", "masked_language_modeling", "classification", "detection"]
 
@@ -60,16 +64,23 @@ def load(
         its_task, _, spec_type = KINDS[kind]
         auto = getattr(transformers, kind)
         if weights:
-            module, found = auto.from_pretrained(
-                name,
-                config=config,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are in what it found, by name
-                output_loading_info=True,
-                **source,
-                **options,
+
+            def read(dtype: torch.dtype) -> Any:
+                module, found = auto.from_pretrained(
+                    name,
+                    config=config,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,  # they are in what it found, by name
+                    output_loading_info=True,
+                    **source,
+                    **options | {"dtype": dtype},
+                )
+                _check_complete(name, found)
+                return module
+
+            module = _in_float32(
+                read, config, lambda: Path(transformers.utils.cached_file(name, "config.json", **source))
             )
-            _check_complete(name, found)
         else:
             with torch.random.fork_rng(devices=[]):
                 module = auto.from_config(config, **options)
@@ -86,6 +97,33 @@ def load(
         module = as_detector(module)
     shown = Path(name).resolve().name if is_folder else name.rpartition("/")[2]
     return Teacher(module, its_task, spec, name=shown)
+
+
+def _in_float32(read: Callable[[torch.dtype], Any], config: Any, config_path: Callable[[], Path]) -> Any:
+    """The network in float32, its weights in files where they are large: transformers maps those of the checkpoint, but
+    makes all others at once, the ones in another dtype too. So these are read as they are and cast one by one.
+    """
+    if config.dtype in HALF:
+        module = read(config.dtype)
+        # In half precision all the rest would lose digits: other weights, and what a network computes when it is made.
+        exact = all(b.dtype == torch.float32 for b in module.buffers() if b.is_floating_point())
+        exact = exact and _stored_dtypes(config_path().parent) == {HALF[config.dtype]}
+        if exact and to_file(module, torch.float32):
+            found = module.config
+            for part in (found, *(getattr(found, key) for key in found.sub_configs)):
+                part.dtype = torch.float32
+            return module
+    module = read(torch.float32)
+    to_file(module, torch.float32)
+    return module
+
+
+def _stored_dtypes(folder: Path) -> set[str]:
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    return found
 
 
 def _kind(name: str, config: Any, task: str | None) -> str:

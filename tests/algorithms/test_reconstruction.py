@@ -268,7 +268,7 @@ def test_the_time_limit_counts_what_lies_between_blocks(parts, now, monkeypatch)
 def test_sensitivities_are_squared_gradients_of_the_log_likelihood(parts):
     teacher, dataset, _ = parts
     student = nearest(teacher, dataset)
-    reference = float_copy(student)
+    reference = float_copy(student, teacher)
     from dfq.blocks import find_blocks
     from dfq.hooks import record_dataflow
 
