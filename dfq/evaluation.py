@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dfq.decoding import Decoder, greedy
 from dfq.errors import UserError
-from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks
+from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks, given_choices, kept_choices
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import progress_bar
 from dfq.settings import PositiveInt
@@ -475,13 +475,16 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     estimate = getattr(task, "estimate_drop", None)
     logits: list[tuple[Tensor, Tensor]] = []  # of student and teacher, where they are for one answer a sample
     for batch in images.split(batch_size):
-        with capture_outputs(teacher.module, at.values()) as wanted:
+        with capture_outputs(teacher.module, at.values()) as wanted, kept_choices(teacher.module) as chosen:
             target = task.raw_outputs(teacher, batch)
         with (
             capture_outputs(student.module, here.values()) as got,
             forward_hooks(distinct.values(), before=count_clipped),
         ):
             output = task.raw_outputs(student, batch)
+        if chosen and at:  # layers are compared on the same proposals; answers, on each network's own
+            with capture_outputs(student.module, here.values()) as got, given_choices(student.module, chosen):
+                task.raw_outputs(student, batch)
         agreement += float(task.agreement(output, target)) * len(batch)
         kl += float(task.distillation_loss(output, target)) * len(batch)
         if estimate is not None:

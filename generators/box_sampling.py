@@ -317,10 +317,11 @@ def relabel(
     """
     scores = [seen_score(row, seen) for row, seen in zip(wanted, found, strict=True)]
     sure = torch.cat(scores)
-    sure = sure[sure >= believed]
+    sure = sure[(sure > 0) & (sure >= believed)]
     adding = max(believed, float(sure.median())) if len(sure) else believed
     counts: dict[int, int] = {}
-    kept = [score >= plausible for score in scores]
+    # What nobody sees goes, also where the teacher sees nothing in noise, so that any score is plausible.
+    kept = [(score > 0) & (score >= plausible) for score in scores]
     for row, stays in zip(wanted, kept, strict=True):
         for label in row.labels[stays].tolist():
             counts[label] = counts.get(label, 0) + 1

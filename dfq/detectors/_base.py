@@ -13,7 +13,7 @@ are there already, and students are compared place by place instead of by their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from dfq.errors import UserError
+from dfq.hooks import tensors_in
 from dfq.losses._box_overlap import area, pairwise_iou
 from dfq.losses.set_prediction import set_prediction_loss
 
@@ -134,6 +136,40 @@ class Detector(nn.Module):
             for boxes, scores, size in zip(found.boxes, found.scores, image_sizes, strict=True)
         ]
 
+    def detect(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
+        """What ``decode`` gives, as :class:`Boxes`, best first: tuples in that order and torchvision's mappings are
+        taken too; a UserError for what is neither."""
+        found = self.decode(raw, image_sizes)
+        if not isinstance(found, Sequence) or len(found) != len(image_sizes):
+            got = f"{len(found)} entries" if isinstance(found, Sequence) else f"a {type(found).__name__}"
+            raise self._wrong(f"{got} for {len(image_sizes)} images")
+        return [self._checked(row) for row in found]
+
+    def _checked(self, row: Any) -> Boxes:
+        if isinstance(row, Mapping):
+            row = [row.get(name) for name in Boxes._fields]
+        if not (isinstance(row, Sequence) and len(row) == 3 and all(isinstance(part, Tensor) for part in row)):
+            raise self._wrong(f"a {type(row).__name__} that is not boxes, scores and labels")
+        boxes, scores, labels = row
+        count = len(scores) if scores.dim() == 1 else -1
+        if boxes.shape != (count, 4) or labels.shape != (count,):
+            raise self._wrong(f"boxes {list(boxes.shape)}, scores {list(scores.shape)}, labels {list(labels.shape)}")
+        integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
+        if not (boxes.is_floating_point() and scores.is_floating_point() and integers):
+            raise self._wrong(f"boxes of {boxes.dtype}, scores of {scores.dtype}, labels of {labels.dtype}")
+        if count and int(labels.min()) < 0:
+            raise self._wrong(f"a label of {int(labels.min())}")
+        if bool((scores[1:] > scores[:-1]).any()):
+            order = scores.detach().argsort(descending=True, stable=True)
+            boxes, scores, labels = boxes[order], scores[order], labels[order]
+        return Boxes(boxes, scores, labels.long())
+
+    def _wrong(self, got: str) -> UserError:
+        return UserError(
+            f"got {got} from the decode() of {type(self).__name__}",
+            "for each image dfq.Boxes: boxes [n, 4], scores [n] in floating point, labels [n], integers from 0",
+        )
+
     def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
         """Mean over images of :func:`set_prediction_loss`: of the candidates, or of what ``decode`` gives.
 
@@ -145,7 +181,14 @@ class Detector(nn.Module):
             pairs = list(zip(found.boxes, found.scores, strict=True))
         else:
             pairs = []
-            for row, wanted in zip(self.decode(raw, [(1.0, 1.0)] * len(targets)), targets, strict=True):
+            rows = self.detect(raw, [(1.0, 1.0)] * len(targets))
+            if _has_no_way_back(raw, rows):
+                raise UserError(
+                    f"got boxes without a gradient from the decode() of {type(self).__name__}",
+                    "scores and boxes computed from raw by differentiable operations (suppression may choose rows)",
+                    "leave .detach(), no_grad and numpy out of decode, or write loss(raw, targets)",
+                )
+            for row, wanted in zip(rows, targets, strict=True):
                 labels = torch.cat([row.labels, wanted.labels])
                 columns = int(labels.max()) + 1 if len(labels) else 1
                 certain = nn.functional.one_hot(row.labels, columns).to(row.scores)
@@ -169,3 +212,10 @@ class Detector(nn.Module):
         chosen, best, labels = chosen[there], best[there], labels[there]
         order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
         return Boxes(chosen[order], best[order], labels[order])
+
+
+def _has_no_way_back(raw: Any, rows: Sequence[Boxes]) -> bool:
+    """Whether ``raw`` wants a gradient and boxes that were decoded from it have none."""
+    wants = torch.is_grad_enabled() and any(values.requires_grad for values in tensors_in(raw))
+    found = [row for row in rows if len(row.scores)]
+    return wants and bool(found) and not any(part.requires_grad for row in found for part in (row.boxes, row.scores))

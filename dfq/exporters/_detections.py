@@ -115,7 +115,7 @@ def box_agreement(student: Student, content: bytes, images: Tensor, options: Map
     opened, shared, total = session(content, options), 0.0, 0.0
     for batch in batches_of(images):
         boxes, scores, labels, image = run(opened, batch)
-        wanted = detector.decode(student(batch), [(height, width)] * len(batch))
+        wanted = detector.detect(student(batch), [(height, width)] * len(batch))
         for index, theirs in enumerate(wanted):
             mine = image == index
             order = scores[mine].argsort(descending=True)[: detector.most]

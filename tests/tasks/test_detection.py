@@ -156,6 +156,70 @@ def test_a_network_without_adapter_and_strange_outputs_are_told():
         task_of(teacher).synthesis_targets(4, 4, torch.Generator(), 0.0)
 
 
+def decoding(change):
+    """An adapter whose decode gives what ``change`` makes of boxes, scores and labels."""
+
+    class Changed(DecodeOnly):
+        def decode(self, raw, image_sizes):
+            return [change(*row) for row in super().decode(raw, image_sizes)]
+
+    return cell_teacher(Changed)
+
+
+FORMS = {
+    "tuples": lambda boxes, scores, labels: (boxes, scores, labels),
+    "torchvision's": lambda boxes, scores, labels: {"labels": labels, "boxes": boxes, "scores": scores},
+    "worst first": lambda boxes, scores, labels: Boxes(boxes.flip(0), scores.flip(0), labels.flip(0).int()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_decode_gives_is_taken_in_other_forms(form):
+    teacher, changed = cell_teacher(DecodeOnly), decoding(FORMS[form])
+    images = teacher.example(2)
+    targets = [Boxes(torch.tensor([[0.1, 0.1, 0.5, 0.6]]), torch.ones(1), torch.tensor([1]))] * 2
+    found = [task_of(t).detections(t(images), [(32, 32)] * 2) for t in (teacher, changed)]
+    for mine, theirs in zip(*found, strict=True):
+        assert isinstance(theirs, Boxes) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    losses = [task_of(t).synthesis_loss(t(images), targets) for t in (teacher, changed)]
+    torch.testing.assert_close(*losses)
+
+
+WRONG = {
+    "another order": (lambda b, s, k: Boxes(b, k, s), r"scores of torch\.int64, labels of torch\.float32"),
+    "lengths": (lambda b, s, k: Boxes(b, s[:3], k), r"boxes \[20, 4\], scores \[3\], labels \[20\]"),
+    "two of three": (lambda b, s, k: {"boxes": b, "labels": k}, "a list that is not boxes, scores and labels"),
+    "one tensor": (lambda b, s, k: b, "a Tensor that is not boxes, scores and labels"),
+    "no class": (lambda b, s, k: Boxes(b, s, k - 9), "a label of -"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_what_decode_should_not_give_is_told(mistake):
+    change, message = WRONG[mistake]
+    teacher = decoding(change)
+    with pytest.raises(UserError, match=rf"got .*{message}.* from the decode\(\) of Changed; allowed: for each image"):
+        task_of(teacher).detections(teacher(teacher.example(2)), [(32, 32)] * 2)
+
+
+def test_a_decode_for_another_number_of_images_is_told():
+    teacher = cell_teacher(DecodeOnly)
+    with pytest.raises(UserError, match=r"got 2 entries for 3 images from the decode\(\) of Few"):
+        Few = type("Few", (DecodeOnly,), {"decode": lambda self, raw, sizes: [Boxes(*torch.zeros(3, 0))] * 2})
+        task_of(cell_teacher(Few)).detections(teacher(teacher.example(3)), [(32, 32)] * 3)
+
+
+def test_a_loss_of_boxes_without_a_gradient_is_told():
+    teacher = decoding(lambda boxes, scores, labels: Boxes(boxes.detach(), scores.detach(), labels))
+    targets = [Boxes(torch.tensor([[0.1, 0.1, 0.5, 0.6]]), torch.ones(1), torch.tensor([1]))] * 2
+    images = teacher.example(2)
+    assert torch.isfinite(task_of(teacher).synthesis_loss(teacher(images), targets)), "where none is wanted"
+    with pytest.raises(
+        UserError, match=r"got boxes without a gradient from the decode\(\) of Changed; allowed"
+    ):
+        task_of(teacher).synthesis_loss(teacher(images.requires_grad_()), targets)
+
+
 def test_load_teacher_takes_an_adapter(tmp_path, monkeypatch):
     (tmp_path / "my_detector.py").write_text("from tiny_detectors import Cells as Adapter, cells as build\n")
     monkeypatch.syspath_prepend(tmp_path)
