@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ NOISE = 16  # images of white noise, and of noise with the spectrum of photograp
 class BoxSampling(Generator):
     """Gradient descent on the pixels of one batch at a time, toward boxes of its own."""
 
-    batch_size: PositiveInt = 32  # samples made together
+    batch_size: PositiveInt | Literal["auto"] = 32  # samples made together; auto: as many as memory_bytes allow
     iterations: PositiveInt = 80  # steps at low resolution
     final_iterations: PositiveInt = 30  # steps at full resolution
     resolution: Share = 0.5  # sides at low resolution, of the network's input

@@ -122,6 +122,12 @@ def test_generators_make_images_with_boxes(name, adapter, tmp_path):
     assert "boxes" in text
 
 
+def test_as_many_images_at_once_as_fit_into_memory(teacher, tmp_path):
+    generator = build("generator", "box_sampling", batch_size="auto", memory_bytes=2_000_000)
+    made = generate(teacher, generator, 9, 0, tmp_path / "d")
+    assert len(made) == 9 and 1 <= made.manifest["settings"]["batch_size"] <= 256
+
+
 @pytest.mark.parametrize("name", ["gdfq", "deep_inversion"])
 def test_generators_that_pull_to_one_class_say_so(name, teacher, tmp_path):
     with pytest.raises(UserError, match=r"pulls each image to one class, and a detector.*generator=box_sampling"):

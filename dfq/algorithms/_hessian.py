@@ -49,7 +49,7 @@ from dfq.algorithms._base import Algorithm, Work, tell_left
 from dfq.algorithms._bias_correction import remember_bias_correction
 from dfq.algorithms._reconstruction import float_copy
 from dfq.algorithms._token_weights import Kind, token_weights
-from dfq.blocks import Captured, Captures, find_blocks, run_block
+from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
 from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
 from dfq.modules import QuantizedLayer
 from dfq.progress import progress_bar
@@ -357,8 +357,9 @@ class LayerwiseRounding(Algorithm):
         blocks = find_blocks(reference, flow, student.layers)
         others = wanted.keys() - student.expert_layers - {name for block in blocks for name in block.layers}
         first = {op.module: index for index, op in reversed(list(enumerate(flow.ops)))}
-        parts = [(block, [name for name in block.layers if name in wanted]) for block in blocks]
-        parts = [(block, names) for block, names in parts if names] + [(None, [name]) for name in others]
+        parts: list[tuple[Block | None, list[str]]] = [(None, [name]) for name in others]
+        parts += [(block, [name for name in block.layers if name in wanted]) for block in blocks]
+        parts = [(block, names) for block, names in parts if names]
         parts.sort(key=lambda part: min(first[name] for name in part[1]))
         tell_left(self, student, {name for _, names in parts for name in names})
         rng = torch.Generator().manual_seed(work.seed)
@@ -414,8 +415,7 @@ class LayerwiseRounding(Algorithm):
     ) -> Iterator[tuple[Callable[[], Any], Callable[[], Any], Tensor | None]]:
         """Batch by batch what runs a block, or all, of the student and of the reference; and what its tokens count."""
         if captured is None:
-            for mine, theirs in captures.forwards():
-                yield mine, theirs, None
+            yield from ((mine, theirs, None) for mine, theirs in captures.forwards())
             return
 
         def run(network: nn.Module, inputs: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class Candidates:
         exclusive: classes exclude each other (softmax); otherwise each has a sigmoid of its own.
         background: the class that says "nothing"; None: there is none.
         are_fixed: place a of one network is place a of another; otherwise they are found again by their boxes.
+        class_boxes: [N, A, K, 4], where each class has a box of its own; ``boxes`` is then that of the best class.
     """
 
     boxes: Tensor
@@ -56,6 +57,7 @@ class Candidates:
     exclusive: bool = False
     background: int | None = None
     are_fixed: bool = True
+    class_boxes: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -74,7 +76,7 @@ class Candidates:
         return scores
 
     def beside(self, other: Candidates) -> Candidates:
-        """In the places of ``other``: each box of ``other`` with the one here that overlaps it most."""
+        """In the places of ``other``: each box of ``other`` with the one here that overlaps it most, for its class."""
         if self.are_fixed:
             return self
         nearest = pairwise_iou(other.boxes.detach(), self.boxes.detach()).argmax(-1)  # [N, A of other]
@@ -84,10 +86,12 @@ class Candidates:
                 1, nearest.view(*nearest.shape, *[1] * (values.dim() - 2)).expand(*nearest.shape, *values.shape[2:])
             )
 
+        boxes = take(self.boxes)
+        if self.class_boxes is not None:
+            best = other.scores.argmax(-1)[..., None, None]
+            boxes = take(self.class_boxes).gather(2, best.expand(-1, -1, 1, 4)).squeeze(2)
         objectness = None if self.objectness is None else take(self.objectness)
-        return Candidates(
-            take(self.boxes), take(self.class_logits), objectness, self.exclusive, self.background, self.are_fixed
-        )
+        return Candidates(boxes, take(self.class_logits), objectness, self.exclusive, self.background, self.are_fixed)
 
 
 class Detector(nn.Module):
@@ -120,6 +124,13 @@ class Detector(nn.Module):
         """What a student is compared to its teacher on, stage by stage; one for detectors of one stage."""
         return (self.candidates(raw),)
 
+    def scores(self, found: Candidates) -> Tensor:
+        """[N, A, K] by which boxes are chosen, where that is another mixture of probabilities than ``found.scores``.
+
+        A file with boxes in it is written for adapters with a ``decode`` of their own if they say this as well.
+        """
+        return found.scores
+
     @property
     def has_candidates(self) -> bool:
         return type(self).candidates is not Detector.candidates
@@ -133,7 +144,7 @@ class Detector(nn.Module):
         found = self.candidates(raw)
         return [
             self.suppress(boxes, scores, size)
-            for boxes, scores, size in zip(found.boxes, found.scores, image_sizes, strict=True)
+            for boxes, scores, size in zip(found.boxes, self.scores(found), image_sizes, strict=True)
         ]
 
     def detect(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:

@@ -62,8 +62,9 @@ class Adapter(Detector):
     def candidates(self, raw: Any) -> Candidates:
         """Of the second stage, each with the box of its best class."""
         best = raw["class_logits"][..., 1:].argmax(-1) + 1
-        boxes = self._boxes(raw).gather(2, best[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
-        return Candidates(boxes, raw["class_logits"], exclusive=True, background=0, are_fixed=False)
+        own = self._boxes(raw)
+        boxes = own.gather(2, best[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+        return Candidates(boxes, raw["class_logits"], exclusive=True, background=0, are_fixed=False, class_boxes=own)
 
     def stages(self, raw: Any) -> tuple[Candidates, ...]:
         boxes = decoded(self.network.rpn.box_coder, raw["deltas"], raw["anchors"])
