@@ -14,17 +14,26 @@ comes. Which sub-modules those are follows from the dataflow, never from class n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfq.hooks import Dataflow, Op, evaluation_mode, forward_hooks, tensors_in
+from dfq.hooks import (
+    Dataflow,
+    Op,
+    choices_in,
+    evaluation_mode,
+    forward_hooks,
+    given_choices,
+    kept_choices,
+    tensors_in,
+)
 from dfq.modules import product_of
 from dfq.sites import map_tensors, sites_of
 from dfq.surgery import Experts
@@ -269,10 +278,12 @@ def allocate(shape: tuple[int, ...], like: Tensor, limit_bytes: int, folder: Pat
 class Captured:
     """A block with what goes into it and what should come out of it, for all samples.
 
+    A block behind proposals or windows has several rows a sample, as many of each: R = N times that number; else R = N.
+
     Attributes:
         arguments: of the block's first module in the student.
-        inputs: [N, ...] in the student, whose earlier blocks are quantized already.
-        float_inputs, float_outputs: [N, ...] in the float network.
+        inputs: [R, ...] in the student, whose earlier blocks are quantized already.
+        float_inputs, float_outputs: [R, ...] in the float network.
         token_weights: [N, T], what tokens count in moments of the block's inputs; None: all the same.
     """
 
@@ -290,6 +301,9 @@ class Captures:
     A block gets what the one before it gives, where nothing lies between them. Then that one runs once more and not
     the whole network up to here, and all blocks together cost a few forwards and not half a one each. Whether it is so
     is seen in the first batch, to the bit, in both networks.
+
+    Where the networks choose what they go on with (:class:`dfq.hooks.Choice`), the student goes on with what the
+    reference has chosen: rows of both are of the same proposals.
 
     Args:
         student, reference: the network with quantizers, and the same module tree that computes in float.
@@ -321,10 +335,12 @@ class Captures:
         self._remove(keep=())
 
     @torch.no_grad()
-    def of(self, block: Block) -> Captured:
-        """What ``block`` gets and should give, with the student as it is now."""
-        before, images = self.before, self.images[self.batches[0]].to(self.device)
-        mine, theirs = (call_arguments(network, block.modules[0], images) for network in (self.student, self.reference))
+    def of(self, block: Block) -> Captured | None:
+        """What ``block`` gets and should give, with the student as it is now; None: its rows are not of samples."""
+        before = self.before
+        mine, theirs = (self._arguments(network, block, 0) for network in (self.student, self.reference))
+        if not self._has_rows_of_samples(block, theirs.activation):
+            return None
         keep = [f"{key}_{self.count}" for key in ("inputs", "float", "outputs")]
         if before is not None and self._follows(before, mine.activation, theirs.activation):
             inputs = self._store(keep[0], self._given(self.student, before.block, before.inputs, before.arguments))
@@ -341,30 +357,72 @@ class Captures:
         self._remove(keep)
         return self.before
 
+    def forwards(self) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
+        """For each batch what runs all of the student, and all of the reference, on it."""
+        for index, batch in enumerate(self.batches):
+
+            def run(network: nn.Module, batch: slice = batch, chosen: dict[str, Tensor] = self.choices[index]) -> None:
+                with torch.no_grad(), evaluation_mode(network), given_choices(network, chosen):
+                    network(self.images[batch].to(self.device, copy=True))  # some networks write into their input
+
+            yield partial(run, self.student), partial(run, self.reference)
+
+    @cached_property
+    def choices(self) -> list[dict[str, Tensor]]:
+        """What the reference chooses in each batch."""
+        if not choices_in(self.reference):
+            return [{}] * len(self.batches)
+        found = []
+        for batch in self.batches:
+            with torch.no_grad(), evaluation_mode(self.reference), kept_choices(self.reference) as kept:
+                self.reference(self.images[batch].to(self.device, copy=True))
+            found.append(kept)
+        return found
+
+    def _arguments(self, network: nn.Module, block: Block, index: int) -> Arguments:
+        """Those of the block in one batch."""
+        with given_choices(network, self.choices[index]):
+            return call_arguments(network, block.modules[0], self.images[self.batches[index]].to(self.device))
+
+    def _has_rows_of_samples(self, block: Block, activation: Tensor) -> bool:
+        """Whether ``activation``, of the first batch, has as many rows for each sample; other networks begin with
+        tokens, or with places of the whole batch."""
+        count = len(self.images[self.batches[0]])
+        if len(activation) == count:
+            return True
+        one = call_arguments(self.reference, block.modules[0], self.images[:1].to(self.device)).activation
+        return len(one) * count == len(activation)
+
     def _follows(self, before: Captured, mine: Tensor, theirs: Tensor) -> bool:
         """Whether these, of the first batch, are what the block before has given."""
         given = next(self._given(self.student, before.block, before.inputs, before.arguments))
-        wanted = before.float_outputs[self.batches[0]].to(self.device)
+        wanted = before.float_outputs[self._rows(before.float_outputs, self.batches[0])].to(self.device)
         return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in ((given, mine), (wanted, theirs)))
+
+    def _rows(self, values: Tensor, batch: slice) -> slice:
+        """Where those of a batch lie in ``values`` [R, ...]."""
+        each = len(values) // len(self.images)
+        return slice(each * batch.start, each * batch.stop)
 
     def _given(self, network: nn.Module, block: Block, inputs: Tensor, arguments: Arguments) -> Iterator[Tensor]:
         """What ``block`` makes of each batch; a copy of it, since some networks write into their input."""
         for batch in self.batches:
-            yield run_block(network, block, inputs[batch].to(self.device, copy=True), arguments)
+            yield run_block(network, block, inputs[self._rows(inputs, batch)].to(self.device, copy=True), arguments)
 
     def _reached(self, network: nn.Module, block: Block, first: Arguments) -> Iterator[Tensor]:
         """What arrives at ``block`` in each batch."""
         yield first.activation
-        for batch in self.batches[1:]:
-            yield call_arguments(network, block.modules[0], self.images[batch].to(self.device)).activation
+        for index in range(1, len(self.batches)):
+            yield self._arguments(network, block, index).activation
 
     def _store(self, name: str, batches: Iterable[Tensor]) -> Tensor:
         found: Tensor | None = None
         for batch, value in zip(self.batches, batches, strict=True):
             if found is None:
-                shape = (len(self.images), *value.shape[1:])
+                each = len(value) // len(self.images[batch])
+                shape = (each * len(self.images), *value.shape[1:])
                 found = allocate(shape, value, self.limit_bytes, self.folder, name)
-            found[batch].copy_(value)
+            found[self._rows(found, batch)].copy_(value)
         assert found is not None
         return found
 

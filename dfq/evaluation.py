@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dfq.decoding import Decoder, greedy
 from dfq.errors import UserError
-from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks
+from dfq.hooks import capture_outputs, evaluation_mode, forward_hooks, given_choices, kept_choices
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.progress import progress_bar
 from dfq.settings import PositiveInt
@@ -313,6 +313,9 @@ def _read_arrays(path: str, names: tuple[str, ...], allowed: str) -> dict[str, A
         raise UserError(f"got {path}, which can't be read ({reason})", allowed) from None
 
 
+YOLO_GRAY = 114.0
+
+
 @dataclass(frozen=True)
 class Coco:
     """Images with boxes, in COCO's format: a folder of images and one ``.json`` file."""
@@ -321,7 +324,7 @@ class Coco:
     annotations: str  # FILE.json with images, annotations and categories
     reference_path: str | None = None  # a folder of real images for the real-data reference row
     labels: Literal["order", "id"] = "order"  # the network's labels: categories in the order of their ids, or the ids
-    fit: Literal["stretch", "pad"] = "stretch"  # to the network's input: aspect lost, or kept with a gray border
+    fit: Literal["stretch", "pad"] = "stretch"  # to the network's input: aspect lost, or kept with a border of its mean
     batch_size: PositiveInt = 16  # images at a time
 
     kind: ClassVar[str] = "images"
@@ -343,13 +346,17 @@ class Coco:
 
     def fingerprint(self) -> str:
         """Changes when a file comes, goes or changes."""
-        return fingerprint([Path(self.annotations), *sorted(Path(self.images).iterdir())])
+        annotations = Path(self.annotations)
+        if not annotations.exists():
+            raise UserError(f"got evaluation.annotations={annotations}, which does not exist", "COCO's json")
+        return fingerprint([annotations, *_files("evaluation.images", self.images)])
 
     def reference_images(self, spec: InputSpec, num_samples: int) -> Tensor:
         """Up to ``num_samples`` real images [N, C, H, W], spread over the folder."""
         assert self.reference_path is not None
         suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-        files = [file for file in sorted(Path(self.reference_path).iterdir()) if file.suffix.lower() in suffixes]
+        files = _files("evaluation.reference_path", self.reference_path)
+        files = [file for file in files if file.suffix.lower() in suffixes]
         if not files:
             raise UserError(f"got evaluation.reference_path={self.reference_path}, which has no images", "DIR/<image>")
         chosen = torch.linspace(0, len(files) - 1, min(num_samples, len(files))).round().long().tolist()
@@ -388,11 +395,21 @@ class Coco:
         if self.fit == "stretch":
             return _resized(image, (rows, columns)), (float(height), float(width))
         scale = min(rows / height, columns / width)
-        resized = _resized(image, (round(height * scale), round(width * scale)))
-        gray = (torch.tensor(spec.mean) * 255).round().to(torch.uint8).view(-1, 1, 1)
+        resized = _resized(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+        # Networks that take bytes as they are were trained with YOLO's gray around their images.
+        border = torch.tensor(spec.mean) * 255 if any(spec.mean) else torch.full((spec.size[0],), YOLO_GRAY)
+        gray = border.round().to(torch.uint8).view(-1, 1, 1)
         canvas = gray.expand(spec.size).clone()
         canvas[:, : resized.shape[1], : resized.shape[2]] = resized
         return canvas, (rows / scale, columns / scale)
+
+
+def _files(setting: str, folder: str) -> list[Path]:
+    """In order of their names."""
+    try:
+        return sorted(Path(folder).iterdir())
+    except OSError as error:
+        raise UserError(f"got {setting}={folder}, which can't be read ({error.strerror})", "DIR with images") from None
 
 
 def _targets(file_name: str, rows: list[tuple[list[float], int, int]]) -> dict[str, Any]:
@@ -425,6 +442,16 @@ def _check_shape(images: Tensor, spec: InputSpec, path: str) -> None:
         )
 
 
+def _check_labels(known: Tensor, allowed: list[int]) -> None:
+    """Labels [n] of boxes; allowed are those that objects can have."""
+    wrong = sorted(set(known.tolist()) - set(allowed))
+    if wrong:
+        raise UserError(
+            f"got boxes with label {wrong[0]} and a network of labels from {allowed[0]} to {allowed[-1]}",
+            "labels of the network: evaluation.labels=order (categories from 0) | id (the ids of the annotations)",
+        )
+
+
 @torch.no_grad()
 def measure(
     model: Callable[[Tensor], Any], task: Any, batches: Iterable[Batch], total: int, what: str
@@ -441,6 +468,7 @@ def measure(
                 known = labels[labels != NO_LABEL]
             else:
                 known = torch.cat([target["labels"] for target in labels])
+                _check_labels(known, task.labels(outputs))
             if len(known) and not 0 <= int(known.min()) <= int(known.max()) < num_outputs:
                 lowest, highest = int(known.min()), int(known.max())
                 raise UserError(
@@ -489,13 +517,16 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     estimate = getattr(task, "estimate_drop", None)
     logits: list[tuple[Tensor, Tensor]] = []  # of student and teacher, where they are for one answer a sample
     for batch in images.split(batch_size):
-        with capture_outputs(teacher.module, at.values()) as wanted:
+        with capture_outputs(teacher.module, at.values()) as wanted, kept_choices(teacher.module) as chosen:
             target = task.raw_outputs(teacher, batch)
         with (
             capture_outputs(student.module, here.values()) as got,
             forward_hooks(distinct.values(), before=count_clipped),
         ):
             output = task.raw_outputs(student, batch)
+        if chosen and at:  # layers are compared on the same proposals; answers, on each network's own
+            with capture_outputs(student.module, here.values()) as got, given_choices(student.module, chosen):
+                task.raw_outputs(student, batch)
         agreement += float(task.agreement(output, target)) * len(batch)
         kl += float(task.distillation_loss(output, target)) * len(batch)
         if estimate is not None:

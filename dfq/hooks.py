@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +74,37 @@ def capture_outputs(module: nn.Module, names: Iterable[str]) -> Iterator[dict[st
         yield captured
 
 
+class Choice(nn.Identity):
+    """Where a network chooses, by what it sees, what it goes on with: proposals, queries. They go through it.
+
+    Two networks choose differently, and what lies behind is then of other things in each: not to be compared unless one
+    goes on with what the other has chosen (:func:`kept_choices`, :func:`given_choices`).
+    """
+
+    def forward(self, chosen: Tensor) -> Tensor:
+        return chosen.clone()  # an operation of its own, by which a dataflow shows what depends on it
+
+
+@contextmanager
+def kept_choices(network: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """A dict of what the network chooses in its last forward while the context is open; empty: it chooses nothing."""
+    kept: dict[str, Tensor] = {}
+    with forward_hooks(choices_in(network), after=lambda name, _module, _inputs, chosen: kept.update({name: chosen})):
+        yield kept
+
+
+@contextmanager
+def given_choices(network: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
+    """The network goes on with what another one has chosen for the same samples."""
+    with forward_hooks(choices_in(network) if kept else [], after=lambda name, _module, _inputs, _chosen: kept[name]):
+        yield
+
+
+def choices_in(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The places where a network chooses."""
+    return [(name, part) for name, part in network.named_modules() if isinstance(part, Choice)]
+
+
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every sub-module's own mode restored after."""
@@ -130,6 +161,17 @@ class Dataflow:
 
     def calls_of(self, name: str) -> list[Call]:
         return [call for call in self.calls if call.name == name]
+
+    def follows_choice(self, module: nn.Module, name: str) -> bool:
+        """Whether what the sub-module ``name`` of ``module`` gives depends on what the network has chosen."""
+        choices = {name for name, _ in choices_in(module)}
+        reached: set[int] = set()
+        for op in self.ops:
+            if op.module in choices or reached & set(op.inputs):
+                reached |= set(op.outputs)
+                if f"{op.module}.".startswith(f"{name}."):
+                    return True
+        return False
 
 
 def op_name(func: Callable) -> str:

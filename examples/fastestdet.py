@@ -12,6 +12,8 @@ from dfq import Boxes, Candidates, Detector
 
 
 class Adapter(Detector):
+    overlap = 0.45
+
     def raw(self, images):
         return self.network(images.flip(1))  # it was trained on BGR; [N, 1 + 4 + classes, rows, columns]
 
@@ -23,13 +25,16 @@ class Adapter(Detector):
         boxes = torch.stack([x - w, y - h, x + w, y + h], -1).flatten(1, 2)
         return Candidates(boxes, raw[:, 5:].flatten(2).mT, raw[:, 0].flatten(1), exclusive=True)
 
-    def decode(self, raw, image_sizes):  # only because the published network weighs the two probabilities
+    def scores(self, found):  # only because the published network weighs the two probabilities
+        classes = found.class_logits.softmax(-1)
+        best = classes.amax(-1, keepdim=True)  # one label a place
+        return (found.objectness.sigmoid()[..., None] ** 0.6 * best**0.4) * (classes == best)
+
+    def decode(self, raw, image_sizes):  # keeps all of them
         all_, found = self.candidates(raw), []
-        best, labels = all_.class_logits.softmax(-1).max(-1)
-        scores = all_.objectness.sigmoid() ** 0.6 * best**0.4
-        for boxes, score, label, (height, width) in zip(all_.boxes, scores, labels, image_sizes, strict=True):
+        for boxes, score, label, (h, w) in zip(all_.boxes, *self.scores(all_).max(-1), image_sizes, strict=True):
             kept = score > self.least_score
-            boxes, score, label = boxes[kept] * boxes.new_tensor([width, height] * 2), score[kept], label[kept]
-            order = batched_nms(boxes.detach(), score.detach(), label, 0.45)
+            boxes, score, label = boxes[kept] * boxes.new_tensor([w, h] * 2), score[kept], label[kept]
+            order = batched_nms(boxes.detach(), score.detach(), label, self.overlap)
             found.append(Boxes(boxes[order], score[order], label[order]))
         return found

@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ NOISE = 16  # images of white noise, and of noise with the spectrum of photograp
 class BoxSampling(Generator):
     """Gradient descent on the pixels of one batch at a time, toward boxes of its own."""
 
-    batch_size: PositiveInt = 32  # samples made together
+    batch_size: PositiveInt | Literal["auto"] = 32  # samples made together; auto: as many as memory_bytes allow
     iterations: PositiveInt = 80  # steps at low resolution
     final_iterations: PositiveInt = 30  # steps at full resolution
     resolution: Share = 0.5  # sides at low resolution, of the network's input
@@ -320,10 +320,11 @@ def relabel(
     """
     scores = [seen_score(row, seen) for row, seen in zip(wanted, found, strict=True)]
     sure = torch.cat(scores)
-    sure = sure[sure >= believed]
+    sure = sure[(sure > 0) & (sure >= believed)]
     adding = max(believed, float(sure.median())) if len(sure) else believed
     counts: dict[int, int] = {}
-    kept = [score >= plausible for score in scores]
+    # What nobody sees goes, also where the teacher sees nothing in noise, so that any score is plausible.
+    kept = [(score > 0) & (score >= plausible) for score in scores]
     for row, stays in zip(wanted, kept, strict=True):
         for label in row.labels[stays].tolist():
             counts[label] = counts.get(label, 0) + 1

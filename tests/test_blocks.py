@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dfq import blocks
 from dfq.blocks import Block, Captures, call_arguments, find_blocks, layer_inputs, run_block
-from dfq.hooks import record_dataflow
+from dfq.hooks import Choice, kept_choices, record_dataflow
 from dfq.modules import weight_layers
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
@@ -259,3 +259,60 @@ def test_a_block_that_writes_into_its_input_leaves_what_was_captured(tmp_path):
             torch.testing.assert_close(found.inputs, inputs)
             torch.testing.assert_close(found.float_inputs, inputs)
             assert float(inputs.min()) < 0
+
+
+class Choosing(nn.Module):
+    """Goes on with the two rows of an image that are largest; their layer has a row for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.chosen, self.head = conv(3, 4), Choice(), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.first(x)  # [N, 4, 8, 8]
+        rows = self.chosen(x.mean((1, 3)).topk(2, dim=1).indices)  # [N, 2]
+        taken = x.mean(1).gather(1, rows[:, :, None].expand(-1, -1, 8))
+        return self.head(taken.flatten(0, 1)).view(len(x), -1)
+
+
+def test_a_block_behind_a_choice_is_captured_at_what_the_reference_has_chosen(tmp_path):
+    torch.manual_seed(0)
+    net = Choosing().eval()
+    reference = copy.deepcopy(net)
+    with torch.no_grad():
+        net.first.weight.mul_(-1)  # it would choose other rows
+        block, maps = Block(("head",), ("head",)), [network.first(IMAGES).mean(1) for network in (net, reference)]
+        rows = reference.first(IMAGES).mean((1, 3)).topk(2, dim=1).indices[:, :, None].expand(-1, -1, 8)
+        own = net.first(IMAGES).mean((1, 3)).topk(2, dim=1).indices
+        assert not torch.equal(own, rows[..., 0])
+        captures = Captures(net, reference, IMAGES, 4, tmp_path)
+        found = captures.of(block)
+        for got, values in zip((found.inputs, found.float_inputs), maps, strict=True):
+            assert got.shape == (12, 8)
+            torch.testing.assert_close(got, values.gather(1, rows).flatten(0, 1))
+        torch.testing.assert_close(found.float_outputs, reference.head(found.float_inputs))
+        seen = []
+        for run, _ in captures.forwards():
+            with layer_inputs(net, ["head"]) as inputs:
+                run()
+            seen.append(inputs["head"])
+        torch.testing.assert_close(torch.cat(seen), found.inputs)
+        with kept_choices(net) as chosen:
+            net(IMAGES)
+        assert torch.equal(chosen["chosen"], own), "nothing is left behind"
+    flow = record_dataflow(net, IMAGES[:2])
+    assert [name for name in ("first", "chosen", "head") if flow.follows_choice(net, name)] == ["chosen", "head"]
+
+
+def test_what_begins_with_tokens_is_no_block(tmp_path):
+    class TokensFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x.mean(1).transpose(0, 1)).mean(0))  # [8, N, 8] in between
+
+    net = TokensFirst().eval()
+    captures = Captures(net, copy.deepcopy(net), IMAGES, 4, tmp_path)
+    assert [captures.of(block) is None for block in blocks_of(net, single_layers=True)] == [True, False]

@@ -4,7 +4,9 @@ import torch
 from conftest import settle
 from torch import nn
 from torchvision.models import detection, resnet18
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from dfq.detectors._base import Boxes, Candidates, Detector
@@ -84,3 +86,33 @@ def family_teacher(name: str, size: int = 64) -> Teacher:
         network = FAMILIES[name]().eval()
     spec = InputSpec((3, size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Teacher(as_detector(network), "detection", spec, name=name)
+
+
+class Pyramid(nn.Module):
+    """Maps of strides 4 and 8."""
+
+    out_channels = 8
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.deeper = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, images):
+        fine = self.stem(images)
+        return {"0": fine, "1": self.deeper(fine)}
+
+
+def two_stages() -> Teacher:
+    """A Faster R-CNN of 32 px: a head that runs once a level, and one that has rows of proposals."""
+    head = detection.faster_rcnn.TwoMLPHead(8 * 9, 16)
+    network = detection.FasterRCNN(
+        Pyramid(),
+        rpn_anchor_generator=AnchorGenerator(((8,), (16,)), ((0.5, 1.0, 2.0),) * 2),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1"], 3, 2),
+        box_head=head,
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(16, CLASSES),
+    )
+    detector = as_detector(network)
+    settle(detector, SPEC.size)
+    return Teacher(detector, "detection", SPEC, name="two_stages")

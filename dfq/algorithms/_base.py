@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,8 +15,11 @@ from dfq.calibration import calibrate, calibration_images, ensure_calibrated
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.lightning.trainer import SINGLE, Training
+from dfq.progress import say
 from dfq.student import Student
 from dfq.teacher import Teacher
+
+MOST_NAMES = 12  # of layers in a line
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,13 @@ class Clock:
             self.longest = max(self.longest, now - self.began)
         self.began = now
         return self.longest < self.left_s
+
+
+def tell_left(algorithm: Algorithm, student: Student, done: Collection[str]) -> None:
+    """Say which layers an algorithm does not look at: their weights are rounded to nearest, or as another has done."""
+    alike = student.expert_layers
+    left = [name for name, layer in student.layers.items() if layer.weight_quantizer.has_qparams and name not in done]
+    names = list(dict.fromkeys(alike.get(name, name) for name in left))
+    if names:
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        say(f"{type(algorithm).__name__} leaves as they are: {', '.join(names[:MOST_NAMES])}{more}")

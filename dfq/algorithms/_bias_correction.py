@@ -40,7 +40,7 @@ from dfq.algorithms._equalization import (
     rescaled,
     weight_in_float,
 )
-from dfq.hooks import forward_hooks, op_name
+from dfq.hooks import forward_hooks, given_choices, kept_choices, op_name
 from dfq.modules import PRODUCTS, QuantizedLayer
 from dfq.progress import progress_bar
 from dfq.student import Student
@@ -89,9 +89,9 @@ def correct_bias(
         for batch in images.split(batch_size):
             seen += len(batch)
             share = len(batch) / seen
-            with _products_of(network.module, names, remember):
+            with kept_choices(network.module) as chosen, _products_of(network.module, names, remember):
                 network.outputs(batch)
-            with _products_of(student.module, names, correct):
+            with given_choices(student.module, chosen), _products_of(student.module, names, correct):
                 student(batch)
             advance(len(batch))
     _remember(student, before)

@@ -20,10 +20,13 @@ What a solver does not see is done here, the same for all:
 - **Bias.** Where ``correct_bias``, the bias takes over the mean of what is left, b + W mean(X_f) - Q mean(X_q), and H
   and W* are those of X_q and X_f without their means: least squares with a constant term.
 
+- **Layers that run more than once** (the heads of a detector, once a level) or in no block: whole forwards of both
+  networks bring their inputs, and moments are those of all calls.
+
 Grids stay what calibration made them (COMQ may change scales). Layers without such a problem of their own keep nearest
-rounding: those outside of blocks, those whose weight several operations or its owner read, embeddings, transposed
-convolutions, experts of a mixture that no token chose. Other experts see neither QEP nor a bias: in the float network
-other tokens may choose them.
+rounding, and are named: those whose weight another layer or its owner reads as well, embeddings, transposed
+convolutions, experts of a mixture in no block or that no token chose. Other experts see neither QEP nor a bias: in the
+float network other tokens may choose them.
 
 Differences from the QEP paper: its damping (the mean of the diagonal, ``propagate_damping``) can be set; it skips some
 layers of language models to save time, here none; grids are not made anew for W*.
@@ -32,8 +35,9 @@ layers of language models to save time, here none; grids are not made anew for W
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +45,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from dfq.algorithms._base import Algorithm, Clock, Work
+from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import remember_bias_correction
 from dfq.algorithms._reconstruction import float_copy
 from dfq.algorithms._token_weights import Kind, token_weights
-from dfq.blocks import Arguments, Block, Captured, Captures, find_blocks, run_block
+from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
 from dfq.hooks import Dataflow, Op, forward_hooks, op_name, record_dataflow
 from dfq.modules import QuantizedLayer
 from dfq.progress import progress_bar
@@ -60,6 +64,7 @@ PRODUCT_ARGUMENTS = {
     "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     "conv3d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
 }
+Runs = Callable[[], Iterator[tuple[Callable[[], Any], Callable[[], Any], Tensor | None]]]
 LARGEST_COLUMNS = 2**24  # entries of im2col columns held at a time
 
 
@@ -278,39 +283,45 @@ class Product:
 
 
 class _Reached(Exception):
-    """Ends a block's forward at the layer that was waited for."""
+    """Ends a forward at the last product that was waited for."""
 
 
-class _ProductOf(TorchFunctionMode):
-    """Ends a forward at the product of one layer. Its input is then what is multiplied: quantized, padded, and all."""
+class _ProductsOf(TorchFunctionMode):
+    """Ends a forward at the last product of one layer; what each multiplies is quantized, padded, and all."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
+        self.count = count
         self.inside = False
-        self.found: Product | None = None
+        self.found: list[Product] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         names = PRODUCT_ARGUMENTS.get(op_name(func))
-        if self.inside and names is not None:
-            self.found = Product(op_name(func), {**dict(zip(names, args, strict=False)), **kwargs})
+        if not self.inside or names is None:
+            return func(*args, **kwargs)
+        self.inside = False
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if len(self.found) + 1 == self.count:
+            self.found.append(Product(op_name(func), given))
             raise _Reached
+        self.found.append(Product(op_name(func), given | {"input": given["input"].clone()}))  # it may be written into
         return func(*args, **kwargs)
 
 
-def product_in(network: nn.Module, block: Block, name: str, x: Tensor, arguments: Arguments) -> Product:
-    """The product of the layer ``name`` when ``block`` runs on ``x`` [N, ...]."""
-    mode = _ProductOf()
+def products_in(network: nn.Module, name: str, count: int, run: Callable[[], Any]) -> list[Product]:
+    """The first ``count`` products of the layer ``name`` when ``run`` runs ``network`` or a part of it."""
+    mode = _ProductsOf(count)
 
     def enter(_name: str, _module: nn.Module, _inputs: tuple) -> None:
         mode.inside = True
 
     try:
         with forward_hooks([(name, network.get_submodule(name))], before=enter), mode:
-            run_block(network, block, x, arguments)
+            run()
     except _Reached:
         pass
-    assert mode.found is not None, f"{name} did not run"
+    assert mode.found, f"{name} did not run"
     return mode.found
 
 
@@ -345,35 +356,42 @@ class LayerwiseRounding(Algorithm):
         work.ensure_calibrated(images)
         flow = record_dataflow(reference, work.teacher.example())
         wanted = solvable(student, flow)
+        blocks = find_blocks(reference, flow, student.layers)
+        others = wanted.keys() - student.expert_layers - {name for block in blocks for name in block.layers}
+        first = {op.module: index for index, op in reversed(list(enumerate(flow.ops)))}
+        parts: list[tuple[Block | None, list[str]]] = [(None, [name]) for name in others]
+        parts += [(block, [name for name in block.layers if name in wanted]) for block in blocks]
+        parts = [(block, names) for block, names in parts if names]
+        parts.sort(key=lambda part: min(first[name] for name in part[1]))
+        tell_left(self, student, {name for _, names in parts for name in names})
         rng = torch.Generator().manual_seed(work.seed)
         captures = Captures(student.module, reference, images, self.batch_size, work_dir, self.memory_bytes)
         with captures, progress_bar(type(self).__name__, len(wanted), "layers") as advance:
-            for block in find_blocks(reference, flow, student.layers):
-                names = [name for name in block.layers if name in wanted]
-                if not names:
-                    continue
+            for block, names in parts:
                 if not clock.allows_another():
                     return
-                captured = captures.of(block)
-                captured.token_weights = token_weights(
-                    reference, captured, self.token_weights, self.smallest_token_weight, self.batch_size
-                )
+                captured = None if block is None else captures.of(block)
+                if captured is not None:
+                    captured.token_weights = token_weights(
+                        reference, captured, self.token_weights, self.smallest_token_weight, self.batch_size
+                    )
                 for name in names:
                     if not clock.allows_another():
                         return
-                    self._round(student, reference, captured, name, rng)
+                    runs = partial(self._runs, student, reference, captures, captured)
+                    self._round(student, reference, runs, name, wanted[name], rng)
                     advance(1)
 
     def _round(
-        self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator
+        self, student: Student, reference: nn.Module, runs: Runs, name: str, count: int, rng: torch.Generator
     ) -> None:
-        """One layer: its weight is then on its grid."""
+        """One layer, which runs ``count`` times: its weight is then on its grid."""
         if (self.propagate or self.correct_bias) and name in student.expert_layers:
             # Other tokens may choose an expert in the float network: there is no pair of inputs to compare.
-            replace(self, propagate=0.0, correct_bias=False)._round(student, reference, captured, name, rng)
+            replace(self, propagate=0.0, correct_bias=False)._round(student, reference, runs, name, count, rng)
             return
         layer = student.layers[name]
-        moments = self._moments(student, reference, captured, name, rng)
+        moments = self._moments(student, reference, runs, name, count, rng)
         if moments.mean is None:  # an expert that no token chose: nearest rounding
             return
         centered = self.correct_bias and layer.bias is not None
@@ -398,26 +416,38 @@ class LayerwiseRounding(Algorithm):
             remember_bias_correction(layer, before, of_weight=True)
         layer.weight.copy_(rounded)
 
-    def _moments(
-        self, student: Student, reference: nn.Module, captured: Captured, name: str, rng: torch.Generator
-    ) -> Moments:
-        """Over all samples of the block."""
-        moments, device = Moments(), student.device
-        needs_float = self.propagate > 0 or self.correct_bias
+    def _runs(
+        self, student: Student, reference: nn.Module, captures: Captures, captured: Captured | None
+    ) -> Iterator[tuple[Callable[[], Any], Callable[[], Any], Tensor | None]]:
+        """Batch by batch what runs a block, or all, of the student and of the reference; and what its tokens count."""
+        if captured is None:
+            yield from ((mine, theirs, None) for mine, theirs in captures.forwards())
+            return
+
+        def run(network: nn.Module, inputs: Tensor) -> Tensor:
+            return run_block(network, captured.block, inputs.to(student.device), captured.arguments)
+
         for start in range(0, len(captured.inputs), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            x = captured.inputs[batch].to(device)
-            mine = product_in(student.module, captured.block, name, x, captured.arguments)
-            inputs = [mine.arguments["input"]]
-            if not inputs[0].numel():
+            counts = None if captured.token_weights is None else captured.token_weights[batch].to(student.device)
+            mine, theirs = captured.inputs[batch], captured.float_inputs[batch]
+            yield partial(run, student.module, mine), partial(run, reference, theirs), counts
+
+    def _moments(
+        self, student: Student, reference: nn.Module, runs: Runs, name: str, count: int, rng: torch.Generator
+    ) -> Moments:
+        """Over all samples, and all calls of the layer."""
+        moments = Moments()
+        needs_float = self.propagate > 0 or self.correct_bias
+        for run, run_float, counts in runs():
+            mine = products_in(student.module, name, count, run)
+            if not mine[0].arguments["input"].numel():
                 continue
-            if needs_float:
-                x = captured.float_inputs[batch].to(device)
-                theirs = product_in(reference, captured.block, name, x, captured.arguments)
-                inputs.append(theirs.arguments["input"])
-            counts = None if captured.token_weights is None else captured.token_weights[batch].to(device)
-            for columns, weights in self._columns(mine, inputs, counts, rng):
-                moments.add(columns[0], columns[1] if needs_float else None, self.propagate > 0, weights)
+            theirs = products_in(reference, name, count, run_float) if needs_float else []
+            for call, product in enumerate(mine):
+                inputs = [products[call].arguments["input"] for products in (mine, theirs) if products]
+                for columns, weights in self._columns(product, inputs, counts, rng):
+                    moments.add(columns[0], columns[1] if needs_float else None, self.propagate > 0, weights)
         return moments
 
     def _columns(
@@ -443,17 +473,17 @@ class LayerwiseRounding(Algorithm):
             yield [c.permute(1, 2, 0, 3).flatten(2) for c in columns], weights
 
 
-def solvable(student: Student, flow: Dataflow) -> set[str]:
-    """Names of the layers that have a problem of their own: one product reads the weight, and nothing else does."""
+def solvable(student: Student, flow: Dataflow) -> dict[str, int]:
+    """How often each layer runs that has a problem of its own: its products read the weight, and nothing else does."""
     numbers = {name: number for number, names in flow.parameters.items() for name in names}
     readers: dict[int, list[Op]] = {}
     for op in flow.ops:
         for number in set(op.inputs) & flow.parameters.keys():
             readers.setdefault(number, []).append(op)
-    found = set()
+    found = {}
     for name, layer in student.layers.items():
-        uses = [(op.module, op.name) for op in readers.get(numbers.get(f"{name}.weight".lstrip("."), -1), [])]
-        alone = len(uses) == 1 and uses[0][0] == name and uses[0][1] in PRODUCT_ARGUMENTS
-        if alone and layer.weight_quantizer.has_qparams:
-            found.add(name)
+        uses = readers.get(numbers.get(f"{name}.weight".lstrip("."), -1), [])
+        alone = all(op.module == name and op.name in PRODUCT_ARGUMENTS for op in uses)
+        if uses and alone and layer.weight_quantizer.has_qparams:
+            found[name] = len(uses)
     return found

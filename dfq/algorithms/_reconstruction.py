@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dfq.algorithms._base import Algorithm, Clock, Work
+from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._equalization import float_network
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
@@ -111,6 +111,7 @@ class BlockFitting(Algorithm):
         student.module.requires_grad_(False)
         flow = record_dataflow(reference, teacher.example())
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
+        tell_left(self, student, {name for block in blocks for name in block.layers})
         done, looking_s = _Done(work_dir), 0.0  # seconds from one block's fit to the next one's
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
@@ -128,6 +129,10 @@ class BlockFitting(Algorithm):
                 began = time.perf_counter()
                 rng = torch.Generator().manual_seed(seed * 100_003 + index)
                 captured = captures.of(block)
+                if captured is None:
+                    tell_left(self, student, student.layers.keys() - block.layers)
+                    advance(self.iterations)
+                    continue
                 weights = self.weights(reference, teacher, block, images, rng)
                 looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
                 limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
@@ -194,10 +199,10 @@ class BlockReconstruction(BlockFitting):
 
     def _sensitivity(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Squared gradients [N, ...] of log p(label) at the block's output (BRECQ, eq. 10), divided by their mean.
 
-        The label of a sample is drawn from what the teacher says of it.
+        None where no label depends on it. The label of a sample is drawn from what the teacher says of it.
         """
         task = task_of(teacher)
         last = reference.get_submodule(block.modules[-1])
@@ -213,6 +218,8 @@ class BlockReconstruction(BlockFitting):
                 outputs = task.raw_outputs(reference, batch.to(teacher.device))
             logits = task.class_logits(outputs) if hasattr(task, "class_logits") else outputs
             log_p = logits.flatten(0, -2).log_softmax(-1)
+            if not log_p.requires_grad:  # a block of boxes alone
+                return None
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=rng).to(log_p.device)
             (gradient,) = torch.autograd.grad(log_p.gather(1, labels).sum(), kept[0])
             parts.append(gradient.square().cpu())

@@ -241,8 +241,10 @@ class Distillation(DistillationSettings, Algorithm):
 
 
 def _is_of_samples(teacher: Teacher, name: str) -> bool:
-    """Whether a feature has a row a sample; those of a detector's proposals are of other places in each network."""
-    return teacher.dataflow.calls_of(name)[0].output_shape[0] == len(teacher.example())
+    """Whether a feature has a row a sample, and not of proposals or queries, which each network chooses anew."""
+    flow = teacher.dataflow
+    rows = flow.calls_of(name)[0].output_shape[0]
+    return rows == len(teacher.example()) and not flow.follows_choice(teacher.module, name)
 
 
 SHOWN = {"loss": "loss", "held_out_loss": "held-out"}

@@ -13,7 +13,7 @@ are there already, and students are compared place by place instead of by their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from dfq.errors import UserError
+from dfq.hooks import tensors_in
 from dfq.losses._box_overlap import area, pairwise_iou
 from dfq.losses.set_prediction import set_prediction_loss
 
@@ -46,6 +48,7 @@ class Candidates:
         exclusive: classes exclude each other (softmax); otherwise each has a sigmoid of its own.
         background: the class that says "nothing"; None: there is none.
         are_fixed: place a of one network is place a of another; otherwise they are found again by their boxes.
+        class_boxes: [N, A, K, 4], where each class has a box of its own; ``boxes`` is then that of the best class.
     """
 
     boxes: Tensor
@@ -54,6 +57,7 @@ class Candidates:
     exclusive: bool = False
     background: int | None = None
     are_fixed: bool = True
+    class_boxes: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -72,7 +76,7 @@ class Candidates:
         return scores
 
     def beside(self, other: Candidates) -> Candidates:
-        """In the places of ``other``: each box of ``other`` with the one here that overlaps it most."""
+        """In the places of ``other``: each box of ``other`` with the one here that overlaps it most, for its class."""
         if self.are_fixed:
             return self
         nearest = pairwise_iou(other.boxes.detach(), self.boxes.detach()).argmax(-1)  # [N, A of other]
@@ -82,10 +86,12 @@ class Candidates:
                 1, nearest.view(*nearest.shape, *[1] * (values.dim() - 2)).expand(*nearest.shape, *values.shape[2:])
             )
 
+        boxes = take(self.boxes)
+        if self.class_boxes is not None:
+            best = other.scores.argmax(-1)[..., None, None]
+            boxes = take(self.class_boxes).gather(2, best.expand(-1, -1, 1, 4)).squeeze(2)
         objectness = None if self.objectness is None else take(self.objectness)
-        return Candidates(
-            take(self.boxes), take(self.class_logits), objectness, self.exclusive, self.background, self.are_fixed
-        )
+        return Candidates(boxes, take(self.class_logits), objectness, self.exclusive, self.background, self.are_fixed)
 
 
 class Detector(nn.Module):
@@ -118,6 +124,13 @@ class Detector(nn.Module):
         """What a student is compared to its teacher on, stage by stage; one for detectors of one stage."""
         return (self.candidates(raw),)
 
+    def scores(self, found: Candidates) -> Tensor:
+        """[N, A, K] by which boxes are chosen, where that is another mixture of probabilities than ``found.scores``.
+
+        A file with boxes in it is written for adapters with a ``decode`` of their own if they say this as well.
+        """
+        return found.scores
+
     @property
     def has_candidates(self) -> bool:
         return type(self).candidates is not Detector.candidates
@@ -131,8 +144,42 @@ class Detector(nn.Module):
         found = self.candidates(raw)
         return [
             self.suppress(boxes, scores, size)
-            for boxes, scores, size in zip(found.boxes, found.scores, image_sizes, strict=True)
+            for boxes, scores, size in zip(found.boxes, self.scores(found), image_sizes, strict=True)
         ]
+
+    def detect(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
+        """What ``decode`` gives, as :class:`Boxes`, best first: tuples in that order and torchvision's mappings are
+        taken too; a UserError for what is neither."""
+        found = self.decode(raw, image_sizes)
+        if not isinstance(found, Sequence) or len(found) != len(image_sizes):
+            got = f"{len(found)} entries" if isinstance(found, Sequence) else f"a {type(found).__name__}"
+            raise self._wrong(f"{got} for {len(image_sizes)} images")
+        return [self._checked(row) for row in found]
+
+    def _checked(self, row: Any) -> Boxes:
+        if isinstance(row, Mapping):
+            row = [row.get(name) for name in Boxes._fields]
+        if not (isinstance(row, Sequence) and len(row) == 3 and all(isinstance(part, Tensor) for part in row)):
+            raise self._wrong(f"a {type(row).__name__} that is not boxes, scores and labels")
+        boxes, scores, labels = row
+        count = len(scores) if scores.dim() == 1 else -1
+        if boxes.shape != (count, 4) or labels.shape != (count,):
+            raise self._wrong(f"boxes {list(boxes.shape)}, scores {list(scores.shape)}, labels {list(labels.shape)}")
+        integers = not (labels.is_floating_point() or labels.dtype == torch.bool)
+        if not (boxes.is_floating_point() and scores.is_floating_point() and integers):
+            raise self._wrong(f"boxes of {boxes.dtype}, scores of {scores.dtype}, labels of {labels.dtype}")
+        if count and int(labels.min()) < 0:
+            raise self._wrong(f"a label of {int(labels.min())}")
+        if bool((scores[1:] > scores[:-1]).any()):
+            order = scores.detach().argsort(descending=True, stable=True)
+            boxes, scores, labels = boxes[order], scores[order], labels[order]
+        return Boxes(boxes, scores, labels.long())
+
+    def _wrong(self, got: str) -> UserError:
+        return UserError(
+            f"got {got} from the decode() of {type(self).__name__}",
+            "for each image dfq.Boxes: boxes [n, 4], scores [n] in floating point, labels [n], integers from 0",
+        )
 
     def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
         """Mean over images of :func:`set_prediction_loss`: of the candidates, or of what ``decode`` gives.
@@ -145,7 +192,14 @@ class Detector(nn.Module):
             pairs = list(zip(found.boxes, found.scores, strict=True))
         else:
             pairs = []
-            for row, wanted in zip(self.decode(raw, [(1.0, 1.0)] * len(targets)), targets, strict=True):
+            rows = self.detect(raw, [(1.0, 1.0)] * len(targets))
+            if _has_no_way_back(raw, rows):
+                raise UserError(
+                    f"got boxes without a gradient from the decode() of {type(self).__name__}",
+                    "scores and boxes computed from raw by differentiable operations (suppression may choose rows)",
+                    "leave .detach(), no_grad and numpy out of decode, or write loss(raw, targets)",
+                )
+            for row, wanted in zip(rows, targets, strict=True):
                 labels = torch.cat([row.labels, wanted.labels])
                 columns = int(labels.max()) + 1 if len(labels) else 1
                 certain = nn.functional.one_hot(row.labels, columns).to(row.scores)
@@ -169,3 +223,10 @@ class Detector(nn.Module):
         chosen, best, labels = chosen[there], best[there], labels[there]
         order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
         return Boxes(chosen[order], best[order], labels[order])
+
+
+def _has_no_way_back(raw: Any, rows: Sequence[Boxes]) -> bool:
+    """Whether ``raw`` wants a gradient and boxes that were decoded from it have none."""
+    wants = torch.is_grad_enabled() and any(values.requires_grad for values in tensors_in(raw))
+    found = [row for row in rows if len(row.scores)]
+    return wants and bool(found) and not any(part.requires_grad for row in found for part in (row.boxes, row.scores))

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from dfq.detectors._base import Boxes, Candidates, Detector
 from dfq.detectors._torchvision import anchors_of, decoded, features_of, image_list, unit
+from dfq.hooks import Choice
 from dfq.losses.set_prediction import set_prediction_loss
 
 NUM_PROPOSALS = 100  # an image; fewer are filled up with the whole image
@@ -31,6 +32,10 @@ class Adapter(Detector):
         "torchvision.models.detection.mask_rcnn.MaskRCNN",
     )
 
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        self.chosen = Choice()
+
     def raw(self, images: Tensor) -> dict[str, Tensor]:
         features = features_of(self.network, images)
         maps, rpn, roi = list(features.values()), self.network.rpn, self.network.roi_heads
@@ -42,14 +47,14 @@ class Adapter(Detector):
         with torch.no_grad():
             boxes = decoded(rpn.box_coder, deltas, anchors) * unit(images)
             found, _ = rpn.filter_proposals(boxes, objectness, image_list(images).image_sizes, levels)
-            found = [_filled(rows[:NUM_PROPOSALS], unit(images)) for rows in found]
-        pooled = roi.box_roi_pool(features, found, image_list(images).image_sizes)
+            proposals = self.chosen(torch.stack([_filled(rows[:NUM_PROPOSALS], unit(images)) for rows in found]))
+        pooled = roi.box_roi_pool(features, list(proposals), image_list(images).image_sizes)
         class_logits, box_deltas = roi.box_predictor(roi.box_head(pooled))
         return {
             "objectness": objectness,
             "deltas": deltas,
             "anchors": anchors,
-            "proposals": torch.stack(found) / unit(images),
+            "proposals": proposals / unit(images),
             "class_logits": class_logits.view(len(images), NUM_PROPOSALS, -1),
             "box_deltas": box_deltas.view(len(images), NUM_PROPOSALS, -1),
         }
@@ -57,8 +62,9 @@ class Adapter(Detector):
     def candidates(self, raw: Any) -> Candidates:
         """Of the second stage, each with the box of its best class."""
         best = raw["class_logits"][..., 1:].argmax(-1) + 1
-        boxes = self._boxes(raw).gather(2, best[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
-        return Candidates(boxes, raw["class_logits"], exclusive=True, background=0, are_fixed=False)
+        own = self._boxes(raw)
+        boxes = own.gather(2, best[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+        return Candidates(boxes, raw["class_logits"], exclusive=True, background=0, are_fixed=False, class_boxes=own)
 
     def stages(self, raw: Any) -> tuple[Candidates, ...]:
         boxes = decoded(self.network.rpn.box_coder, raw["deltas"], raw["anchors"])

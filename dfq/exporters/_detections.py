@@ -32,16 +32,18 @@ FOUND = ("boxes", "scores", "labels", "image")
 
 
 def decodable(student: Student) -> Detector:
-    """The student's adapter; a UserError unless what it finds follows from its candidates."""
+    """The student's adapter; a UserError unless what it finds follows from its candidates and their scores."""
     detector = student.module
     if not isinstance(detector, Detector):
         raise UserError("got exporter.decode=true and a network that is no detector", "exporter.decode=false")
-    if not detector.has_candidates or type(detector).decode is not Detector.decode:
+    kind = type(detector)
+    own_decode = kind.decode is not Detector.decode and kind.scores is Detector.scores
+    if not detector.has_candidates or own_decode:
         raise UserError(
-            f"got exporter.decode=true and the adapter {type(detector).__module__}.{type(detector).__name__}, which "
-            "decodes in a way of its own",
-            "exporter.decode=false, which exports raw outputs; or an adapter with candidates(raw) and no decode of its "
-            "own",
+            f"got exporter.decode=true and the adapter {kind.__module__}.{kind.__name__}, which "
+            "decodes in a way of its own, image by image, as no graph does",
+            "exporter.decode=false, which exports raw outputs; or an adapter with candidates(raw), and with "
+            "scores(candidates) where its own decode chooses by others",
         )
     return detector
 
@@ -54,7 +56,7 @@ class Places(Flat):
         found = detector.candidates(detector(inputs))
         boxes = found.boxes.clamp(0, 1)
         there = (boxes[..., 2:] > boxes[..., :2]).all(-1, keepdim=True)  # what lies outside has no area left
-        return boxes, (found.scores * there).mT.contiguous()
+        return boxes, (detector.scores(found) * there).mT.contiguous()
 
 
 def places_of(network: Student | Teacher) -> Callable[[Tensor], Any]:
@@ -115,7 +117,7 @@ def box_agreement(student: Student, content: bytes, images: Tensor, options: Map
     opened, shared, total = session(content, options), 0.0, 0.0
     for batch in batches_of(images):
         boxes, scores, labels, image = run(opened, batch)
-        wanted = detector.decode(student(batch), [(height, width)] * len(batch))
+        wanted = detector.detect(student(batch), [(height, width)] * len(batch))
         for index, theirs in enumerate(wanted):
             mine = image == index
             order = scores[mine].argsort(descending=True)[: detector.most]

@@ -88,7 +88,7 @@ class Detection:
     def detections(self, outputs: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
         """What is found in each image, best first, without a gradient."""
         with torch.no_grad():
-            return [Boxes(*(part.detach() for part in found)) for found in self.detector.decode(outputs, image_sizes)]
+            return [Boxes(*(part.detach() for part in found)) for found in self.detector.detect(outputs, image_sizes)]
 
     def annotate(self, outputs: Any, image_size: tuple[int, int]) -> dict[str, list[Tensor]]:
         """Labels of images by what was found in them: boxes in pixels, labels, scores, one of each an image."""

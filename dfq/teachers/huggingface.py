@@ -47,6 +47,7 @@ def load(
     attn_implementation: Literal["sdpa", "eager"] | None = None,  # null: sdpa where the network has it, else eager
     revision: str | None = None,  # on the hub: branch, tag or commit; null: main
     weights: bool = True,  # false: the structure alone, with random weights
+    adapter: str | None = None,  # of a detector: package.module:Adapter; null: that of its family
 ) -> Teacher:
     """Teacher from ``AutoModelFor....from_pretrained``; ``weights=False`` reads config.json alone."""
     if importlib.util.find_spec("transformers") is None:
@@ -94,7 +95,9 @@ def load(
     if its_task == "detection":
         from dfq.teachers._detector import as_detector
 
-        module = as_detector(module)
+        module = as_detector(module, adapter)
+    elif adapter is not None:
+        raise UserError(f"got teacher.adapter={adapter} and teacher.task={its_task}", "a detector")
     shown = Path(name).resolve().name if is_folder else name.rpartition("/")[2]
     return Teacher(module, its_task, spec, name=shown)
 

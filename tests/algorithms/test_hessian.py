@@ -23,14 +23,13 @@ from dfq.algorithms._hessian import (
     Solution,
     cholesky,
     damped,
-    product_in,
+    products_in,
     propagated,
     solvable,
 )
 from dfq.algorithms.round_to_nearest import RoundToNearest
-from dfq.blocks import Arguments, Block
 from dfq.calibration import calibration_images
-from dfq.hooks import record_dataflow
+from dfq.hooks import forward_hooks, record_dataflow
 from dfq.pipeline import quantize
 from dfq.quantization import choose_qparams
 from dfq.quantizers.min_max import MinMax
@@ -99,7 +98,7 @@ def numpy_columns(x, weight_shape, stride, padding, dilation, groups):
 def product_of_layer(layer, x):
     """The product of a network that is this layer alone."""
     network = nn.Sequential(layer)
-    return product_in(network, Block(("0",), ("0",)), "0", x, Arguments((x,), {}))
+    return products_in(network, "0", 1, lambda: network(x))[0]
 
 
 @pytest.mark.parametrize("settings", CONVOLUTIONS, ids=str)
@@ -430,21 +429,53 @@ class Awkward(nn.Module):
         return self.last(F.relu(F.linear(x, self.read.weight, self.read.bias)))
 
 
-def test_layers_without_a_problem_of_their_own_are_rounded_to_nearest(make_dataset, tmp_path):
+class Levels(nn.Module):
+    """A head that runs once a level, as those of detectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 10, 1)
+
+    def forward(self, x):
+        fine = F.relu(self.first(x))
+        return self.head(fine).mean((2, 3)) + self.head(F.avg_pool2d(fine, 2)).mean((2, 3))
+
+
+def test_moments_of_a_layer_that_runs_twice_are_those_of_all_its_calls(make_dataset, tmp_path):
+    torch.manual_seed(0)
+    teacher = as_teacher(Levels())
+    dataset, algorithm = make_dataset(teacher), Nearest(damping=0.0, batch_size=16, **PLAIN)
+    student = run(algorithm, teacher, dataset, tmp_path)
+    images, quantizer, calls = calibration_images(dataset, 40), student.layers["head"].input_quantizer, []
+    head = ("head", student.module.get_submodule("head"))
+    with forward_hooks([head], before=lambda _n, _m, given: calls.append(given[0])), torch.no_grad():
+        student(images)
+        columns = torch.cat([quantizer(x).movedim(1, 0).flatten(1).double() for x in calls], 1)
+    assert columns.shape[1] == len(images) * (64 + 16) and len(algorithm.problems) == 2
+    wanted = (2 * columns @ columns.T / columns.shape[1]).float()
+    torch.testing.assert_close(algorithm.problems[1].hessian[0], wanted)
+
+
+def test_layers_without_a_problem_of_their_own_are_rounded_to_nearest_and_named(make_dataset, tmp_path, capfd):
     torch.manual_seed(0)
     teacher = as_teacher(Awkward())
     dataset = make_dataset(teacher)
     algorithm = resolve("algorithm", "gptq", num_samples=40)
     student = run(algorithm, teacher, dataset, tmp_path)
-    assert solvable(student, record_dataflow(student.module, teacher.example())) == set()  # quantizers are in between
+    assert solvable(student, record_dataflow(student.module, teacher.example())) == {}  # quantizers are in between
     float_student = Student.from_teacher(teacher, W3A4)
-    assert solvable(float_student, record_dataflow(float_student.module, teacher.example())) == {"first", "last"}
+    assert solvable(float_student, record_dataflow(float_student.module, teacher.example())) == {
+        "first": 1,
+        "twice": 2,
+        "last": 1,
+    }
     changed = {
         name
         for name, layer in student.layers.items()
         if not torch.equal(layer.weight, float_student.layers[name].weight)
     }
-    assert changed == {"first", "last"}
+    assert changed == {"first", "twice", "last"}
+    assert "GPTQ leaves as they are: up, tied, other, read\n" in capfd.readouterr().err
     saved = student.freeze().save(tmp_path / "student")
     x = settle(NETS["bare"](), seed=8, num_samples=16)
     with torch.no_grad():

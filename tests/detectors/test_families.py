@@ -1,10 +1,14 @@
 """The adapters of torchvision's and transformers' detectors, on small ones with random weights."""
 
+import copy
+
 import pytest
 import torch
+from conftest import settle
 from tiny_detectors import CLASSES, FAMILIES, family_teacher
 
 from dfq.detectors._base import Boxes
+from dfq.hooks import given_choices, kept_choices
 from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 from dfq.teachers._detector import as_detector
@@ -65,7 +69,24 @@ def test_retinanet_finds_what_torchvision_finds():
         torch.testing.assert_close(mine.boxes[:3], theirs["boxes"][:3], atol=1e-2, rtol=1e-3)
 
 
-def transformers_teacher(name):
+def test_fcos_matches_fractions_as_torchvision_matches_pixels():
+    """On an image that is no square, with one box inside another: the smaller one wins where both are."""
+    height, width = SIZE, 2 * SIZE
+    detector = family_teacher("fcos", SIZE).module
+    images = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    wanted = torch.tensor([[8.0, 4.0, 120.0, 60.0], [40.0, 16.0, 72.0, 48.0]]), torch.tensor([1, 2])
+    with torch.no_grad():
+        raw = detector(images)
+        pixels = torch.tensor([width, height, width, height])
+        levels = [len(part) for part in raw["anchors"][0].split([16 * 8, 8 * 4, 4 * 2, 2 * 1, 1])]
+        theirs = detector.network.compute_loss(
+            [{"boxes": wanted[0], "labels": wanted[1]}], raw, [raw["anchors"][0] * pixels], levels
+        )
+        mine = detector.loss(raw, [Boxes(wanted[0] / pixels, torch.ones(2), wanted[1])])
+    torch.testing.assert_close(mine, sum(theirs.values()), rtol=1e-4, atol=1e-4)
+
+
+def transformers_teacher(name, derive=False):
     transformers = pytest.importorskip("transformers")
     small = {"num_labels": CLASSES}
     with torch.random.fork_rng(devices=[]):
@@ -76,6 +97,18 @@ def transformers_teacher(name):
                 image_size=[SIZE, SIZE], patch_size=16, num_detection_tokens=5, **small,
             )  # fmt: skip
             network = transformers.YolosForObjectDetection(config)
+        elif name == "rt_detr":
+            backbone = transformers.RTDetrResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+                out_features=["stage2", "stage3", "stage4"],
+            )  # fmt: skip
+            config = transformers.RTDetrConfig(
+                backbone_config=backbone, backbone=None, use_timm_backbone=False, use_pretrained_backbone=False,
+                encoder_hidden_dim=16, encoder_in_channels=[16, 16, 16], encoder_ffn_dim=16, d_model=16,
+                encoder_attention_heads=2, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16, decoder_layers=1,
+                decoder_attention_heads=2, num_queries=7, num_denoising=0, anchor_image_size=None, **small,
+            )  # fmt: skip
+            network = transformers.RTDetrForObjectDetection(config)
         else:
             backbone = transformers.ResNetConfig(
                 embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
@@ -87,11 +120,39 @@ def transformers_teacher(name):
                 encoder_attention_heads=2, decoder_attention_heads=2, **small,
             )  # fmt: skip
             network = transformers.DetrForObjectDetection(config)
+        if derive:
+            network.__class__ = type("Mine", (type(network),), {})
     spec = InputSpec((3, SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Teacher(as_detector(network.eval()), "detection", spec, name=name)
 
 
+@pytest.mark.parametrize("derive", [False, True])
 @pytest.mark.parametrize("name", ["yolos", "detr"])
-def test_family_of_transformers(name):
-    outputs = check(transformers_teacher(name), CLASSES)
+def test_family_of_transformers(name, derive):
+    """Or of a class derived from it."""
+    outputs = check(transformers_teacher(name, derive), CLASSES)
     assert outputs["logits"].shape == (2, 5, CLASSES + 1) and outputs["pred_boxes"].shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("derive", [False, True])
+def test_queries_that_are_chosen_are_shared(derive):
+    """A student that would choose others goes on with those of its teacher; and no feature of theirs is compared."""
+    teacher = transformers_teacher("rt_detr", derive)
+    settle(teacher.module, teacher.input_spec.size, num_samples=8)
+    check(teacher, None)
+    images, student = teacher.example(3), copy.deepcopy(teacher.module)
+    with torch.no_grad():
+        for layer in student.network.model.enc_score_head.parameters():
+            layer.mul_(-1)
+        with kept_choices(teacher.module) as theirs:
+            wanted = teacher(images)
+        with kept_choices(student) as mine:
+            other = student(images)
+        assert theirs["chosen"].shape == (3, 7) and not torch.equal(theirs["chosen"], mine["chosen"])
+        with given_choices(student, theirs):
+            shared = student(images)
+    assert not torch.allclose(other["pred_boxes"], wanted["pred_boxes"], atol=1e-3)
+    torch.testing.assert_close(shared, wanted)
+    flow = teacher.dataflow
+    behind = [name for name in ("encoder", "decoder") if flow.follows_choice(teacher.module, f"network.model.{name}")]
+    assert behind == ["decoder"] and not task_of(teacher).detector.candidates(wanted).are_fixed

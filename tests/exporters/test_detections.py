@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_detectors import DecodeOnly, cell_teacher, family_teacher
+from tiny_detectors import Cells, DecodeOnly, cell_teacher, family_teacher
 
 from dfq.calibration import calibrate
 from dfq.errors import UserError
@@ -64,8 +64,22 @@ def test_what_chooses_proposals_as_it_runs_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_boxes_in_the_graph_are_those_that_decode_gives(tmp_path):
-    teacher = cell_teacher()
+class Weighed(Cells):
+    """As examples/fastestdet.py: its decode chooses by scores of its own."""
+
+    def scores(self, found):
+        classes = found.class_logits.softmax(-1)
+        best = classes.amax(-1, keepdim=True)
+        return (found.objectness.sigmoid()[..., None] ** 0.6 * best**0.4) * (classes == best)
+
+    def decode(self, raw, image_sizes):
+        found = self.candidates(raw)
+        return [self.suppress(*row) for row in zip(found.boxes, self.scores(found), image_sizes, strict=True)]
+
+
+@pytest.mark.parametrize("adapter", [Cells, Weighed])
+def test_boxes_in_the_graph_are_those_that_decode_gives(adapter, tmp_path):
+    teacher = cell_teacher(adapter)
     student, images = quantized(teacher)
     made = OnnxQDQ(latency=False, decode=True).export(student, tmp_path / "a.onnx", teacher, images)
     found = found_by(tmp_path / "a.onnx", student, images)

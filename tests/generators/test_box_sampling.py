@@ -71,6 +71,9 @@ def test_relabeling_by_hand():
     patient = relabel(wanted, found, 0.15, 0.5, 4, 9)[1]
     assert len(patient.labels) == 1 and float(patient.boxes[0, 0]) == pytest.approx(0.6), "seen a little: it stays"
     assert [len(row.labels) for row in nothing] == [1, 1], "an image keeps an object"
+    # A teacher that sees nothing in noise: any score is plausible, but none at all is not.
+    first, second = relabel(wanted, found, 0.0, believed=0.0, most_boxes=4, most_of_class=9)
+    assert first.labels.tolist() == [1, 3, 3] and len(second.labels) == 1
 
 
 def test_scores_of_labels_are_those_of_their_class_and_place():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, cells
+from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, cells, two_stages
 from torch import nn
 
 import dfq
@@ -20,7 +20,7 @@ from dfq.losses._box_overlap import iou
 from dfq.settings import resolve
 from dfq.tasks._task import task_of
 from dfq.tasks.detection import shared_score
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 from dfq.teachers._detector import as_detector, thaw_norms
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +154,68 @@ def test_a_network_without_adapter_and_strange_outputs_are_told():
         task_of(teacher).raw_outputs(lambda images: torch.zeros(1, 9), teacher.example(2))
     with pytest.raises(UserError, match=r"got a generator that pulls each image to one class, and a detector"):
         task_of(teacher).synthesis_targets(4, 4, torch.Generator(), 0.0)
+
+
+def decoding(change):
+    """An adapter whose decode gives what ``change`` makes of boxes, scores and labels."""
+
+    class Changed(DecodeOnly):
+        def decode(self, raw, image_sizes):
+            return [change(*row) for row in super().decode(raw, image_sizes)]
+
+    return cell_teacher(Changed)
+
+
+FORMS = {
+    "tuples": lambda boxes, scores, labels: (boxes, scores, labels),
+    "torchvision's": lambda boxes, scores, labels: {"labels": labels, "boxes": boxes, "scores": scores},
+    "worst first": lambda boxes, scores, labels: Boxes(boxes.flip(0), scores.flip(0), labels.flip(0).int()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_decode_gives_is_taken_in_other_forms(form):
+    teacher, changed = cell_teacher(DecodeOnly), decoding(FORMS[form])
+    images = teacher.example(2)
+    targets = [Boxes(torch.tensor([[0.1, 0.1, 0.5, 0.6]]), torch.ones(1), torch.tensor([1]))] * 2
+    found = [task_of(t).detections(t(images), [(32, 32)] * 2) for t in (teacher, changed)]
+    for mine, theirs in zip(*found, strict=True):
+        assert isinstance(theirs, Boxes) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    losses = [task_of(t).synthesis_loss(t(images), targets) for t in (teacher, changed)]
+    torch.testing.assert_close(*losses)
+
+
+WRONG = {
+    "another order": (lambda b, s, k: Boxes(b, k, s), r"scores of torch\.int64, labels of torch\.float32"),
+    "lengths": (lambda b, s, k: Boxes(b, s[:3], k), r"boxes \[20, 4\], scores \[3\], labels \[20\]"),
+    "two of three": (lambda b, s, k: {"boxes": b, "labels": k}, "a list that is not boxes, scores and labels"),
+    "one tensor": (lambda b, s, k: b, "a Tensor that is not boxes, scores and labels"),
+    "no class": (lambda b, s, k: Boxes(b, s, k - 9), "a label of -"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_what_decode_should_not_give_is_told(mistake):
+    change, message = WRONG[mistake]
+    teacher = decoding(change)
+    with pytest.raises(UserError, match=rf"got .*{message}.* from the decode\(\) of Changed; allowed: for each image"):
+        task_of(teacher).detections(teacher(teacher.example(2)), [(32, 32)] * 2)
+
+
+def test_a_decode_for_another_number_of_images_is_told():
+    teacher = cell_teacher(DecodeOnly)
+    with pytest.raises(UserError, match=r"got 2 entries for 3 images from the decode\(\) of Few"):
+        Few = type("Few", (DecodeOnly,), {"decode": lambda self, raw, sizes: [Boxes(*torch.zeros(3, 0))] * 2})
+        task_of(cell_teacher(Few)).detections(teacher(teacher.example(3)), [(32, 32)] * 3)
+
+
+def test_a_loss_of_boxes_without_a_gradient_is_told():
+    teacher = decoding(lambda boxes, scores, labels: Boxes(boxes.detach(), scores.detach(), labels))
+    targets = [Boxes(torch.tensor([[0.1, 0.1, 0.5, 0.6]]), torch.ones(1), torch.tensor([1]))] * 2
+    images = teacher.example(2)
+    assert torch.isfinite(task_of(teacher).synthesis_loss(teacher(images), targets)), "where none is wanted"
+    with pytest.raises(UserError, match=r"got boxes without a gradient from the decode\(\) of Changed; allowed"):
+        task_of(teacher).synthesis_loss(teacher(images.requires_grad_()), targets)
 
 
 def test_load_teacher_takes_an_adapter(tmp_path, monkeypatch):
@@ -298,12 +360,62 @@ def test_broken_annotations_are_told(mistake, tmp_path):
     assert message in str(error.value) and "allowed: COCO's json" in str(error.value)
 
 
+def test_labels_that_no_object_has_are_told(tmp_path):
+    """Categories in the order of their ids, for a network whose class 0 is nothing."""
+    write_coco(tmp_path, ROWS, ids=(3, 1))
+    rows = json.loads((tmp_path / "boxes.json").read_text())
+    for entry in rows["annotations"]:
+        entry["category_id"] = 1 if entry["category_id"] == 7 else 3
+    (tmp_path / "boxes.json").write_text(json.dumps(rows))
+    teacher = two_stages()
+    paths = str(tmp_path / "images"), str(tmp_path / "boxes.json")
+    with pytest.raises(
+        UserError, match=r"got boxes with label 0 and a network of labels from 1 to 3; allowed: .*evaluation\.labels="
+    ):
+        measure(teacher, task_of(teacher), Coco(*paths).batches(SPEC), 3, "two stages")
+    found = measure(teacher, task_of(teacher), Coco(*paths, labels="id").batches(SPEC), 3, "two stages")
+    assert set(found) == {"map", "map_50"}
+
+
+def test_folders_that_are_not_there_are_told(tmp_path):
+    write_coco(tmp_path, ROWS)
+    paths = str(tmp_path / "images"), str(tmp_path / "boxes.json")
+    for evaluation, what in (
+        (Coco(str(tmp_path / "none"), paths[1]), "images=.*none, which can't be read"),
+        (Coco(paths[0], str(tmp_path / "none.json")), "annotations=.*none.json, which does not exist"),
+    ):
+        with pytest.raises(UserError, match=f"got evaluation.{what}"):
+            evaluation.fingerprint()
+    with pytest.raises(UserError, match=r"got evaluation.reference_path=.*none, which can't be read"):
+        Coco(*paths, reference_path=str(tmp_path / "none")).reference_images(SPEC, 2)
+
+
+def test_padding_of_images_as_long_as_a_line_and_of_networks_without_a_mean(tmp_path):
+    write_coco(tmp_path, ROWS, size=(3, 600))
+    spec = InputSpec((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
+    images, rows = next(iter(Coco(str(tmp_path / "images"), str(tmp_path / "boxes.json"), fit="pad").batches(spec)))
+    assert rows[0]["size"] == pytest.approx((600, 600))
+    assert (spec.to_pixels(images[0])[:, 1:] == 114).all() and not (spec.to_pixels(images[0])[:, :1] == 114).all()
+
+
+def test_boxes_of_a_class_are_compared_for_the_teachers_class():
+    """Each network is sure of another class; where the one that the teacher means is, both say alike."""
+    boxes = torch.tensor([[[[0.1, 0.1, 0.4, 0.4], [0.2, 0.2, 0.6, 0.6], [0.1, 0.1, 0.5, 0.5]]]])  # [1, 1, 3, 4]
+    logits = torch.tensor([[[0.0, 5.0, 1.0]]]), torch.tensor([[[0.0, 1.0, 5.0]]])
+    mine, theirs = (
+        Candidates(boxes[:, :, best], logit, None, True, 0, False, boxes)
+        for logit, best in zip(logits, (1, 2), strict=True)
+    )
+    assert torch.equal(mine.beside(theirs).boxes, theirs.boxes)
+
+
 def test_labels_beyond_the_network_and_broken_images_are_told(tmp_path):
     write_coco(tmp_path, ROWS)
     teacher = cell_teacher()
     evaluation = Coco(str(tmp_path / "images"), str(tmp_path / "boxes.json"), labels="id")
     with pytest.raises(
-        UserError, match="got labels from 3 to 7 and a network with 4 outputs; allowed: labels from 0 to 3"
+        UserError,
+        match=r"got boxes with label 7 and a network of labels from 0 to 3; allowed: .*evaluation\.labels=order",
     ):
         measure(teacher, task_of(teacher), evaluation.batches(SPEC), 3, "tiny")
     (tmp_path / "images" / "1.png").write_bytes(b"no image")

@@ -228,6 +228,14 @@ def test_a_detector_comes_behind_its_adapter(tmp_path):
     teacher = huggingface.load(name=str(tmp_path), mean=[0.5] * 3, std=[0.5] * 3)
     assert teacher.task == "detection" and teacher.input_spec.size == (3, 32, 32)
     assert teacher(teacher.example(2))["logits"].shape == (2, 3, 3)
+    own = huggingface.load(name=str(tmp_path), mean=[0.5] * 3, std=[0.5] * 3, adapter="tiny_detectors:Cells")
+    assert type(own.module).__name__ == "Cells"
+
+
+def test_an_adapter_is_one_of_a_detector(saved):
+    assert error_of(saved("vit"), mean=[0.5] * 3, std=[0.5] * 3, adapter="tiny_detectors:Cells") == (
+        "got teacher.adapter=tiny_detectors:Cells and teacher.task=classification; allowed: a detector"
+    )
 
 
 def test_networks_of_another_kind(saved, folder):
