@@ -487,10 +487,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         if estimate is not None:
             logits.append((output.cpu(), target.cpu()))
         for name in at:
-            reference = wanted[at[name]]
-            if (record := student.surgery.rescaled.get(name)) is not None:  # the student's layer has other units
-                shape = (-1, *[1] * (student.layers[name].weight.dim() - 2))
-                reference = reference / record.scale.to(reference).view(shape) - record.shift.to(reference).view(shape)
+            reference = student.in_its_units(name, wanted[at[name]])
             sums[name][0] += float(reference.square().sum())
             sums[name][1] += float((reference - got[here[name]]).square().sum())
     layers = []
