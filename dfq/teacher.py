@@ -17,6 +17,7 @@ from dfq.modules import BATCH_NORMS
 from dfq.ranks import local_rank
 
 LONGEST_EXAMPLE = 64  # tokens
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,9 @@ class Teacher:
     """A frozen float network with what is needed to feed it and to understand its outputs.
 
     Callable on a batch like the network itself. Its parameters require no gradient, so that a gradient with respect
-    to the input costs nothing more than that. ``config`` is what rebuilds it (the ``teacher`` part of a
-    configuration), None for a network handed over in Python.
+    to the input costs nothing more than that. What comes in half precision, as transformers loads it, is float32 from
+    here on, in place: the values are the same, and what is computed with them needs it. ``config`` is what rebuilds it
+    (the ``teacher`` part of a configuration), None for a network handed over in Python.
     """
 
     module: nn.Module
@@ -168,6 +170,8 @@ class Teacher:
             raise UserError(f"got a {type(self.module).__name__} as teacher", "a torch.nn.Module")
         self.name = self.name or type(self.module).__name__
         self.module.eval().requires_grad_(False)
+        if any(t.dtype in HALF for t in (*self.module.parameters(), *self.module.buffers())):
+            self.module.float()
         config: Any = getattr(self.module, "config", None)
         if getattr(config, "use_cache", False):  # transformers: keys and values that no later forward would read
             config.use_cache = False

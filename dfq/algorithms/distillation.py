@@ -2,9 +2,9 @@
 
 Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531) with learned steps (LSQ, arXiv 1902.08153; LSQ+, arXiv
 2004.09576, zero points too; StableQAT's gradient). By default KL to the teacher's soft outputs plus, but for language
-models, the relative error of features where the network changes width or resolution. Each loss is a file of :mod:`dfq.losses`, which states its
-paper and equations, and has a weight here; teacher intervention and block decomposition are described in
-:mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
+models, the relative error of features where the network changes width or resolution. Each loss is a file of
+:mod:`dfq.losses`, which states its paper and equations, and has a weight here; teacher intervention and block
+decomposition are described in :mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
 
 With ``low_rank`` weights stay and W + B A is rounded in their place (L4Q, arXiv 2402.04902), A, B, steps and biases
 being trained; with ``zeroth_order`` there is no backward pass (ZeroQAT; :class:`dfq.optimizer.ZerothOrder`).
