@@ -17,6 +17,8 @@ from dfq.modules import BATCH_NORMS
 from dfq.ranks import local_rank
 
 LONGEST_EXAMPLE = 64  # tokens
+MOST_TOKENS = 4096  # in a forward
+MOST_LOGITS = 2**26  # of all tokens in a forward: 256 MB
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -47,6 +49,10 @@ class InputSpec:
 
     def batch_shape(self, num_samples: int) -> tuple[int, ...]:
         return (num_samples, *self.size)
+
+    def batches(self, samples: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+        """``samples`` [N, ...] in the parts that run at a time."""
+        return samples.split(batch_size)
 
     def example(self, num_samples: int, rng: torch.Generator) -> Tensor:
         """Gaussian noise [N, C, H, W]."""
@@ -95,6 +101,15 @@ class TokenSpec:
 
     def batch_shape(self, num_samples: int) -> tuple[int, ...]:
         return (num_samples, *self.size)
+
+    def at_once(self, num_tokens: int, batch_size: int) -> int:
+        """Samples of ``num_tokens`` that run at a time, at most ``batch_size``: a token has as many logits as there are
+        ids."""
+        return max(1, min(batch_size, min(MOST_TOKENS, MOST_LOGITS // self.vocab_size) // max(num_tokens, 1)))
+
+    def batches(self, samples: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+        """``samples`` [N, T] in the parts that run at a time, of at most ``batch_size``."""
+        return samples.split(self.at_once(samples.shape[1], batch_size))
 
     def example(self, num_samples: int, rng: torch.Generator) -> Tensor:
         """Uniformly random ids [N, T]."""

@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import undo_bias_correction
@@ -175,12 +176,19 @@ class BlockReconstruction(BlockFitting):
         activations = [quantizer for quantizer in elements if quantizer.has_qparams]
         trainable = _Roundings(self, student.layers.values(), activations, elements, False)
 
-        def loss(_done: float) -> Tensor:
-            chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
-            batch = images[chosen].to(student.device)
+        def of_part(batch: Tensor) -> Tensor:
             with torch.no_grad(), evaluation_mode(reference):
                 wanted = task.raw_outputs(reference, batch)
             return task.distillation_loss(task.raw_outputs(student, batch), wanted)
+
+        def loss(_done: float) -> Tensor:
+            chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
+            parts = student.input_spec.batches(images[chosen].to(student.device), len(chosen))
+            if len(parts) == 1:
+                return of_part(*parts)
+            # Whole logits of one part at a time, in the backward pass too.
+            losses = [checkpoint(of_part, part, use_reentrant=False) * len(part) for part in parts]
+            return torch.stack(losses).sum() / len(chosen)
 
         with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
             descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
@@ -195,7 +203,7 @@ class BlockReconstruction(BlockFitting):
         task = task_of(teacher)
         last = reference.get_submodule(block.modules[-1])
         parts: list[Tensor] = []
-        for batch in images.split(4 * self.batch_size):
+        for batch in teacher.input_spec.batches(images, 4 * self.batch_size):
             kept: list[Tensor] = []
 
             def keep(_name: str, _module: nn.Module, _inputs: tuple, output: Any, kept: list = kept) -> Tensor:
