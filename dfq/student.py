@@ -244,7 +244,7 @@ class Student:
         return next(iter(self.layers.values())).weight.device
 
     def in_its_units(self, name: str, output: Tensor) -> Tensor:
-        """What ``name`` makes where the teacher's makes ``output``: the units of a layer that was rescaled are others."""
+        """What ``name`` makes where the teacher's makes ``output``: a layer that was rescaled has other units."""
         record = self.surgery.rescaled.get(name)
         if record is None:
             return output

@@ -419,8 +419,8 @@ def test_what_is_not_in_a_cache(name, tmp_path):
     teacher, (value, reason) = attending(), CACHE_LACKS[name]
     dataset = generate(teacher, SelfGeneration(cache_teacher=8, max_repetition=1.0), 32, 0, tmp_path / "d")
     assert message((teacher, dataset), **{name: value}) == (
-        f"got algorithm.{name}={value} and a dataset with the teacher's cache; allowed: a dataset without it: {reason}; "
-        f"leave algorithm.{name} away, or generate with generator.cache_teacher=0"
+        f"got algorithm.{name}={value} and a dataset with the teacher's cache; allowed: a dataset without it: {reason}"
+        f"; leave algorithm.{name} away, or generate with generator.cache_teacher=0"
     )
 
 

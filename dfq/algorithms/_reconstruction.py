@@ -126,8 +126,9 @@ class BlockFitting(Algorithm):
                 captured = captures.of(block)
                 weights = self.weights(reference, teacher, block, images, rng)
                 limit_s = (deadline - time.perf_counter()) / (len(blocks) - index + self.num_parts)
-                _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
-                done.save(index, student)
+                fit = _Fit(self, student, captured, elements, weights, rng)
+                fit.run(limit_s, advance)
+                done.save(index, student, block, fit.trainable.activations)
         self.finish(work, reference, images, elements, deadline - time.perf_counter())
         student.module.to(memory_format=torch.contiguous_format)
 
@@ -536,17 +537,20 @@ class _Done:
     def has(self, index: int) -> bool:
         return self._path(index).exists()
 
-    def save(self, index: int, student: Student) -> None:
+    def save(self, index: int, student: Student, block: Block, activations: Iterable[Quantizer]) -> None:
+        """What a fit of ``block`` can have changed: what is inside, and ``activations``, some of which lie elsewhere."""
+        ran = set(activations)
+        names = [*block.modules, *(name for name, part in student.activation_quantizers.items() if part in ran)]
+        inside = tuple(f"{name}." for name in names)
+        state = student.module.state_dict()
+        # Copies: of a tensor that is a part of another, the whole other one would be written.
+        state = {name: tensor.clone() for name, tensor in state.items() if name.startswith(inside)}
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._path(index).with_suffix(".tmp")
-        torch.save(student.module.state_dict(), temporary)
+        torch.save(state, temporary)
         temporary.replace(self._path(index))
-        if self.has(index - 1):
-            # The last one has it all; the others only say that they are done.
-            torch.save({}, self._path(index - 1))
 
     def load(self, index: int, student: Student) -> None:
         if self.has(index):
             state = torch.load(self._path(index), map_location=student.device, weights_only=True)
-            if state:
-                student.module.load_state_dict(state)
+            student.module.load_state_dict(state, strict=False)

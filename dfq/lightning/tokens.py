@@ -35,7 +35,7 @@ CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
 
 
 class TokenDistillationModule(DistillationModule):
-    """A divergence of each token's distribution (:class:`DistillationSettings` says which), and what else has a weight."""
+    """A divergence of each token's distribution (:class:`DistillationSettings` says which), and what has a weight."""
 
     confidence = 0.5  # the teacher's, on average: what cakld weighs its two parts with
 
