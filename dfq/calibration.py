@@ -16,10 +16,6 @@ from dfq.modules import Quantizer
 from dfq.progress import progress_bar
 from dfq.quantizers._observation import Histogram, Observation
 from dfq.student import Student
-from dfq.teacher import TokenSpec
-
-MOST_TOKENS = 4096  # in a forward
-MOST_LOGITS = 2**26  # of all tokens in a forward: 256 MB
 
 
 def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
@@ -61,15 +57,11 @@ def calibrate(
     Returns:
         Name of each of the student's activation quantizers → elements that it rounds in one sample.
     """
-    if not images.is_floating_point():  # a token has as many logits as there are ids
-        spec = student.input_spec
-        most = min(MOST_TOKENS, MOST_LOGITS // spec.vocab_size) if isinstance(spec, TokenSpec) else MOST_TOKENS
-        batch_size = max(1, min(batch_size, most // images[0].numel()))
     ranges = Ranges(student, weight_quantizer, activation_quantizer)
     enable(student, False)
     if ranges.seen or ranges.unreached:  # weights alone need no samples
         with ranges.watching(), progress_bar("calibrate", len(images), "samples") as advance:
-            for batch in images.split(batch_size):
+            for batch in student.input_spec.batches(images, batch_size):
                 student(batch)
                 advance(len(batch))
     ranges.choose()

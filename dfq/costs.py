@@ -395,8 +395,9 @@ def _of_more_held_out(teacher: Teacher, student: Student, dataset: SyntheticData
     held_out = dataset.samples(dataset.split()[1]).to(teacher.device)
 
     def look() -> None:
-        teacher(held_out)
-        student(held_out)
+        for batch in teacher.input_spec.batches(held_out, len(held_out)):
+            teacher(batch)
+            student(batch)
 
     look()
     return timed(look, teacher.device).times(more)

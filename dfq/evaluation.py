@@ -176,7 +176,7 @@ class Tokens:
     path: str  # .npz with input_ids [N, T], int; shorter rows end in negative numbers
     reference_path: str | None = None  # real rows in the same format for the real-data reference row
     length: PositiveInt | None = None  # tokens of a row at most, longer ones are cut into several; null: as they are
-    batch_size: PositiveInt = 16  # rows at a time
+    batch_size: PositiveInt = 16  # rows at a time at most; long rows and large vocabularies take fewer
 
     kind: ClassVar[str] = "token ids"
 
@@ -199,8 +199,9 @@ class Tokens:
     def batches(self, spec: TokenSpec) -> Iterator[Batch]:
         rows = self._rows(self.path)
         _check_ids(rows, spec, self.path)
-        for start in range(0, len(rows), self.batch_size):
-            yield padded(rows[start : start + self.batch_size])
+        at_once = spec.at_once(max(map(len, rows), default=1), self.batch_size)
+        for start in range(0, len(rows), at_once):
+            yield padded(rows[start : start + at_once])
 
     def fingerprint(self) -> str:
         """Changes when the file does."""
@@ -516,7 +517,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
     agreement = kl = 0.0
     estimate = getattr(task, "estimate_drop", None)
     logits: list[tuple[Tensor, Tensor]] = []  # of student and teacher, where they are for one answer a sample
-    for batch in images.split(batch_size):
+    for batch in teacher.input_spec.batches(images, batch_size):
         with capture_outputs(teacher.module, at.values()) as wanted, kept_choices(teacher.module) as chosen:
             target = task.raw_outputs(teacher, batch)
         with (
@@ -532,10 +533,7 @@ def fidelity(teacher: Teacher, student: Student, task: Any, images: Tensor, batc
         if estimate is not None:
             logits.append((output.cpu(), target.cpu()))
         for name in at:
-            reference = wanted[at[name]]
-            if (record := student.surgery.rescaled.get(name)) is not None:  # the student's layer has other units
-                shape = (-1, *[1] * (student.layers[name].weight.dim() - 2))
-                reference = reference / record.scale.to(reference).view(shape) - record.shift.to(reference).view(shape)
+            reference = student.in_its_units(name, wanted[at[name]])
             sums[name][0] += float(reference.square().sum())
             sums[name][1] += float((reference - got[here[name]]).square().sum())
     layers = []
@@ -573,7 +571,11 @@ def continuation(
     prompts = ids[:num_prompts, :start]
 
     def written(model: Teacher | Student) -> Tensor:
-        return greedy(Decoder(model.module, lambda x: task.raw_outputs(model, x), model.device), prompts, num_tokens)
+        def last(x: Tensor) -> Tensor:
+            parts = teacher.input_spec.batches(x, num_prompts)
+            return torch.cat([task.raw_outputs(model, part)[:, -1:] for part in parts])
+
+        return greedy(Decoder(model.module, last, model.device), prompts, num_tokens)
 
     wanted, got = written(teacher), written(student)
     same = (wanted == got).int().cumprod(1).sum(1).double()

@@ -260,7 +260,7 @@ def _agreement(teacher: Teacher, images: Tensor, held_out: Tensor) -> float | No
         return None
     student.freeze()
     task, total = task_of(teacher), 0.0
-    for batch in held_out.split(32):
+    for batch in teacher.input_spec.batches(held_out, 32):
         total += float(task.agreement(task.raw_outputs(student, batch), task.raw_outputs(teacher, batch))) * len(batch)
     return _finite(total / len(held_out))
 

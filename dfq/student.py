@@ -241,6 +241,14 @@ class Student:
     def device(self) -> torch.device:
         return next(iter(self.layers.values())).weight.device
 
+    def in_its_units(self, name: str, output: Tensor) -> Tensor:
+        """What ``name`` makes where the teacher's makes ``output``: a layer that was rescaled has other units."""
+        record = self.surgery.rescaled.get(name)
+        if record is None:
+            return output
+        shape = (-1, *[1] * (self.layers[name].weight.dim() - 2))
+        return output / record.scale.to(output).view(shape) - record.shift.to(output).view(shape)
+
     def __call__(self, images: Tensor) -> Any:
         with evaluation_mode(self.module):
             return self.module(images.to(self.device, copy=True))  # some networks write into their input

@@ -17,6 +17,9 @@ from dfq.modules import BATCH_NORMS
 from dfq.ranks import local_rank
 
 LONGEST_EXAMPLE = 64  # tokens
+MOST_TOKENS = 4096  # in a forward
+MOST_LOGITS = 2**26  # of all tokens in a forward: 256 MB
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class InputSpec:
 
     def batch_shape(self, num_samples: int) -> tuple[int, ...]:
         return (num_samples, *self.size)
+
+    def batches(self, samples: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+        """``samples`` [N, ...] in the parts that run at a time."""
+        return samples.split(batch_size)
 
     def example(self, num_samples: int, rng: torch.Generator) -> Tensor:
         """Gaussian noise [N, C, H, W]."""
@@ -94,6 +101,15 @@ class TokenSpec:
 
     def batch_shape(self, num_samples: int) -> tuple[int, ...]:
         return (num_samples, *self.size)
+
+    def at_once(self, num_tokens: int, batch_size: int) -> int:
+        """Samples of ``num_tokens`` that run at a time, at most ``batch_size``: a token has as many logits as there are
+        ids."""
+        return max(1, min(batch_size, min(MOST_TOKENS, MOST_LOGITS // self.vocab_size) // max(num_tokens, 1)))
+
+    def batches(self, samples: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+        """``samples`` [N, T] in the parts that run at a time, of at most ``batch_size``."""
+        return samples.split(self.at_once(samples.shape[1], batch_size))
 
     def example(self, num_samples: int, rng: torch.Generator) -> Tensor:
         """Uniformly random ids [N, T]."""
@@ -152,8 +168,9 @@ class Teacher:
     """A frozen float network with what is needed to feed it and to understand its outputs.
 
     Callable on a batch like the network itself. Its parameters require no gradient, so that a gradient with respect
-    to the input costs nothing more than that. ``config`` is what rebuilds it (the ``teacher`` part of a
-    configuration), None for a network handed over in Python.
+    to the input costs nothing more than that. What comes in half precision, as transformers loads it, is float32 from
+    here on, in place: the values are the same, and what is computed with them needs it. ``config`` is what rebuilds it
+    (the ``teacher`` part of a configuration), None for a network handed over in Python.
     """
 
     module: nn.Module
@@ -168,6 +185,8 @@ class Teacher:
             raise UserError(f"got a {type(self.module).__name__} as teacher", "a torch.nn.Module")
         self.name = self.name or type(self.module).__name__
         self.module.eval().requires_grad_(False)
+        if any(t.dtype in HALF for t in (*self.module.parameters(), *self.module.buffers())):
+            self.module.float()
         config: Any = getattr(self.module, "config", None)
         if getattr(config, "use_cache", False):  # transformers: keys and values that no later forward would read
             config.use_cache = False

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SPEC
+from conftest import SPEC, language
 from torch import nn
 
+import dfq
 from dfq.errors import UserError
 from dfq.teacher import InputSpec, Teacher, hash_tensors, resolve_device
 
@@ -101,6 +102,19 @@ def test_an_input_that_does_not_fit_is_the_users_mistake():
     ) as error:
         _ = teacher.dataflow
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", [torch.bfloat16, torch.float16])
+def test_half_precision_becomes_float32(form, tmp_path):
+    """Transformers loads a checkpoint as it was saved: its values stay, and everything else runs on them."""
+    module = language().module.to(form)
+    weight = module.head.weight.detach().clone()
+    teacher = dfq.load_teacher(module, "language_modeling", vocab_size=30, length=12, device="cpu")
+    assert {t.dtype for t in module.state_dict().values()} == {torch.float32}
+    assert torch.equal(module.head.weight, weight.float())
+    dataset = dfq.generate(teacher, "random_tokens", num_samples=8, dataset_dir=tmp_path / "d")
+    student = dfq.quantize(teacher, dataset, "w4a8", algorithm="round_to_nearest")
+    assert dfq.evaluate(teacher, student, dataset=dataset)["fidelity"]["agreement"] > 0.5
 
 
 def test_not_a_module():

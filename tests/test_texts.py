@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import language
+from conftest import _Language, language
 
 import dfq
+from dfq import quality
+from dfq.dataset import SyntheticDataset
 from dfq.decoding import Decoder, greedy
 from dfq.errors import UserError
 from dfq.evaluation import Text, Tokens, continuation
@@ -133,3 +135,43 @@ def test_files_that_do_not_fit(arrays, message, tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         dfq.evaluate(language(), evaluation="tokens", path="x.npz")
     assert str(error.value).startswith(f"got x.npz {message}")
+
+
+def run_of_everything(teacher, dataset, path):
+    """Figures of all that looks at whole logits of texts."""
+    found = {"quality": quality.assess(teacher, dataset)["agreement"]}
+    for algorithm, settings in {
+        "hqq": {},
+        "neuqi": {},
+        "auto": {"rungs": ["round_to_nearest"], "budget": "60s"},
+        "reconstruction": {"iterations": 2, "finish_iterations": 2, "bias_lr": 1e-3},
+    }.items():
+        student = dfq.quantize(teacher, dataset, "w4a8", algorithm=algorithm, **settings)
+        report = dfq.evaluate(teacher, student, "tokens", dataset=dataset, path=path)
+        found |= {f"{algorithm} kl": report["fidelity"]["kl"]} | report["student"]
+    return found
+
+
+def test_logits_of_a_few_texts_at_a_time(tmp_path, monkeypatch):
+    """Those of a large vocabulary, for a batch of 16 to 64 texts, would take more memory than the network."""
+    rows = torch.randint(30, (40, 12), generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "rows.npz", input_ids=rows.numpy())
+    largest, found = [], []
+    for most in (dfq.teacher.MOST_LOGITS, 30 * 12 * 2):  # of two texts
+        teacher = language()
+        monkeypatch.setattr(dfq.teacher, "MOST_LOGITS", most)
+        dataset = SyntheticDataset.create(tmp_path / str(most), {"seed": 0}, {"pixels": False, "labels": False})
+        dataset.write_shard(0, {"input_ids": rows}, 0.0)
+        plain, seen = _Language.forward, []
+
+        def noted(self, ids, plain=plain, seen=seen):
+            logits = plain(self, ids)
+            seen.append(logits.numel())
+            return logits
+
+        monkeypatch.setattr(_Language, "forward", noted)
+        found.append(run_of_everything(teacher, dataset, str(tmp_path / "rows.npz")))
+        largest.append(max(seen))
+    assert largest[0] >= 16 * 12 * 30 and largest[1] == 2 * 12 * 30
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-3), name

@@ -397,14 +397,41 @@ def test_what_does_not_go_together(written, make_teacher, make_dataset):
     assert message((plain, dataset), attention_map_weight=1.0).startswith(
         "got algorithm.attention_map_weight or attention_output_weight and language, in which 0 attention products were"
     )
-    assert message((plain, dataset), feature_places="blocks").startswith(
+    assert message((plain, dataset), feature_loss="cosine") == (
+        "got algorithm.feature_loss=cosine and language without algorithm.feature_weight; "
+        "allowed: algorithm.feature_weight above 0; of language models features are compared on request alone"
+    )
+    assert message((plain, dataset), feature_places="blocks", feature_weight=1.0).startswith(
         "got algorithm.feature_places=blocks and language, which has no list of blocks with outputs of one shape"
     )
 
 
-def test_attention_is_not_in_a_cache(tmp_path):
-    teacher = attending()
+CACHE_LACKS = {
+    "temperature": (2.0, "distributions are stored at a temperature of 1"),
+    "feature_weight": (1.0, "features are not stored"),
+    "attention_output_weight": (1.0, "what attention does is not stored"),
+}
+
+
+@pytest.mark.parametrize("name", CACHE_LACKS)
+def test_what_is_not_in_a_cache(name, tmp_path):
+    """Dropped without a word, or taken from a distribution of another temperature, it would be another training."""
+    teacher, (value, reason) = attending(), CACHE_LACKS[name]
     dataset = generate(teacher, SelfGeneration(cache_teacher=8, max_repetition=1.0), 32, 0, tmp_path / "d")
-    assert message((teacher, dataset), attention_output_weight=1.0).endswith(
-        "what attention does is not stored; generate with generator.cache_teacher=0"
+    assert message((teacher, dataset), **{name: value}) == (
+        f"got algorithm.{name}={value} and a dataset with the teacher's cache; allowed: a dataset without it: {reason}"
+        f"; leave algorithm.{name} away, or generate with generator.cache_teacher=0"
     )
+
+
+def test_a_cache_asks_for_what_the_teacher_asks_for(tmp_path, monkeypatch):
+    """With all but one token stored: the same loss, and nothing by default that a cache does not tell."""
+    teacher, losses, step = language(), [], TokenDistillationModule.step_loss
+    monkeypatch.setattr(
+        TokenDistillationModule, "step_loss", lambda self, batch: (losses.append(step(self, batch)), losses[-1])[1]
+    )
+    for cache in (0, 29):
+        generator = SelfGeneration(cache_teacher=cache, max_repetition=1.0)
+        trained(teacher, generate(teacher, generator, 32, 0, tmp_path / str(cache)), max_steps=1)
+    live, cached = (float(loss.detach()) for loss in losses)
+    assert live > 1e-3 and cached == pytest.approx(live, rel=0.02)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._equalization import channel_dim, shaped
-from dfq.calibration import MOST_TOKENS
 from dfq.hooks import forward_hooks
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.progress import progress_bar
@@ -48,11 +47,9 @@ def look_at_inputs(
     student: Student, images: Tensor, look: Callable[[str, nn.Module, tuple], None], batch_size: int = 64
 ) -> None:
     """``look(name, layer, inputs)`` before every call of a layer, for all ``images`` [N, ...], in float."""
-    if not images.is_floating_point():  # a token has as many logits as there are ids
-        batch_size = max(1, min(batch_size, MOST_TOKENS // images[0].numel()))
     layers = [(name, layer) for name, layer in student.layers.items() if not isinstance(layer, nn.Embedding)]
     with in_float(student), forward_hooks(layers, before=look), progress_bar("look", len(images), "samples") as advance:
-        for batch in images.split(batch_size):
+        for batch in student.input_spec.batches(images, batch_size):
             student(batch)
             advance(len(batch))
 

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import undo_bias_correction
@@ -136,8 +137,9 @@ class BlockFitting(Algorithm):
                 weights = self.weights(reference, teacher, block, images, rng)
                 looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
                 limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
-                _Fit(self, student, captured, elements, weights, rng).run(limit_s, advance)
-                done.save(index, block, student)
+                fit = _Fit(self, student, captured, elements, weights, rng)
+                fit.run(limit_s, advance)
+                done.save(index, student, block, fit.trainable.activations)
         if clock.left_s > 0:
             self.finish(work, reference, images, elements, clock.left_s)
         student.module.to(memory_format=torch.contiguous_format)
@@ -187,12 +189,19 @@ class BlockReconstruction(BlockFitting):
         activations = [quantizer for quantizer in elements if quantizer.has_qparams]
         trainable = _Roundings(self, student.layers.values(), activations, elements, False)
 
-        def loss(_done: float) -> Tensor:
-            chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
-            batch = images[chosen].to(student.device)
+        def of_part(batch: Tensor) -> Tensor:
             with torch.no_grad(), evaluation_mode(reference):
                 wanted = task.raw_outputs(reference, batch)
             return task.distillation_loss(task.raw_outputs(student, batch), wanted)
+
+        def loss(_done: float) -> Tensor:
+            chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
+            parts = student.input_spec.batches(images[chosen].to(student.device), len(chosen))
+            if len(parts) == 1:
+                return of_part(*parts)
+            # Whole logits of one part at a time, in the backward pass too.
+            losses = [checkpoint(of_part, part, use_reentrant=False) * len(part) for part in parts]
+            return torch.stack(losses).sum() / len(chosen)
 
         with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
             descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
@@ -207,7 +216,7 @@ class BlockReconstruction(BlockFitting):
         task = task_of(teacher)
         last = reference.get_submodule(block.modules[-1])
         parts: list[Tensor] = []
-        for batch in images.split(4 * self.batch_size):
+        for batch in teacher.input_spec.batches(images, 4 * self.batch_size):
             kept: list[Tensor] = []
 
             def keep(_name: str, _module: nn.Module, _inputs: tuple, output: Any, kept: list = kept) -> Tensor:
@@ -557,13 +566,17 @@ class _Done:
     def has(self, index: int) -> bool:
         return self._path(index).exists()
 
-    def save(self, index: int, block: Block, student: Student) -> None:
-        """What fitting ``block`` may have changed: all in it, and the grids of activations, which may lie elsewhere."""
-        own = tuple(f"{name}.".lstrip(".") for name in (*block.modules, *student.activation_quantizers))
+    def save(self, index: int, student: Student, block: Block, activations: Iterable[Quantizer]) -> None:
+        """What a fit of ``block`` can have changed: what is inside, and ``activations``, some of which lie elsewhere."""
+        ran = set(activations)
+        names = [*block.modules, *(name for name, part in student.activation_quantizers.items() if part in ran)]
+        inside = tuple(f"{name}." for name in names)
+        state = student.module.state_dict()
+        # Copies: of a tensor that is a part of another, the whole other one would be written.
+        state = {name: tensor.clone() for name, tensor in state.items() if name.startswith(inside)}
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self._path(index).with_suffix(".tmp")
-        state = student.module.state_dict()
-        torch.save({name: value for name, value in state.items() if name.startswith(own)}, temporary)
+        torch.save(state, temporary)
         temporary.replace(self._path(index))
 
     def load(self, index: int, student: Student) -> None:

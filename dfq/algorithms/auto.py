@@ -149,7 +149,9 @@ class _Judge:
         self.task = task_of(teacher)
         batch = collate([dataset[i] for i in dataset.split()[1]], dataset.lists)
         self.images, stored = samples_of(batch), from_store(batch)
-        self.target = self._outputs(teacher) if stored is None else moved(stored, "cpu")
+        self.teacher, self.target = teacher, None
+        if not hasattr(self.task, "writes"):  # of text there are too many logits to keep
+            self.target = self._outputs(teacher) if stored is None else moved(stored, "cpu")
         self.estimate = None if dataset.is_poor else getattr(self.task, "estimate_drop", None)
         self.seconds = 0.0
 
@@ -157,14 +159,24 @@ class _Judge:
     def __call__(self, student: Student, batch_size: int = 64) -> _Figures:
         start = time.perf_counter()
         frozen = copy.deepcopy(student).freeze()  # judged as it will be saved
-        output = self._outputs(frozen, batch_size)
-        kl = float(self.task.distillation_loss(output, self.target))
+        drop = None
+        if self.target is None:
+            kl, agreement = self._of_text(frozen, batch_size)
+        else:
+            output = self._outputs(frozen, batch_size)
+            kl = float(self.task.distillation_loss(output, self.target))
+            agreement = float(self.task.agreement(output, self.target))
+            drop = None if self.estimate is None else self.estimate(output, self.target).drop
         self.seconds = time.perf_counter() - start
-        return _Figures(
-            kl if kl == kl else float("inf"),
-            float(self.task.agreement(output, self.target)),
-            None if self.estimate is None else self.estimate(output, self.target).drop,
-        )
+        return _Figures(kl if kl == kl else float("inf"), agreement, drop)
+
+    def _of_text(self, student: Student, batch_size: int) -> tuple[float, float]:
+        kl = agreement = 0.0
+        for batch in self.teacher.input_spec.batches(self.images, batch_size):
+            output, target = (self.task.raw_outputs(model, batch) for model in (student, self.teacher))
+            kl += float(self.task.distillation_loss(output, target)) * len(batch) / len(self.images)
+            agreement += float(self.task.agreement(output, target)) * len(batch) / len(self.images)
+        return kl, agreement
 
     @torch.no_grad()
     def _outputs(self, model: Any, batch_size: int = 64) -> Any:

@@ -1,10 +1,10 @@
 """Distillation: train weights and steps of the student on the teacher's outputs for synthetic images.
 
 Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531) with learned steps (LSQ, arXiv 1902.08153; LSQ+, arXiv
-2004.09576, zero points too; StableQAT's gradient). By default KL to the teacher's soft outputs plus the relative error
-of features where the network changes width or resolution. Each loss is a file of :mod:`dfq.losses`, which states its
-paper and equations, and has a weight here; teacher intervention and block decomposition are described in
-:mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
+2004.09576, zero points too; StableQAT's gradient). By default KL to the teacher's soft outputs plus, but for language
+models, the relative error of features where the network changes width or resolution. Each loss is a file of
+:mod:`dfq.losses`, which states its paper and equations, and has a weight here; teacher intervention and block
+decomposition are described in :mod:`dfq.lightning.distillation`, frozen channels in :mod:`dfq.lightning.freezing`.
 
 With ``low_rank`` weights stay and W + B A is rounded in their place (L4Q, arXiv 2402.04902), A, B, steps and biases
 being trained; with ``zeroth_order`` there is no backward pass (ZeroQAT; :class:`dfq.optimizer.ZerothOrder`).
@@ -194,6 +194,14 @@ class Distillation(DistillationSettings, Algorithm):
                 "a language model, and no loss of another kind (reverse_kl_weight, logits_weight, intervention, ...)",
                 f"leave algorithm.{wrong[0]} away",
             )
+        asked = {"feature_loss": self.feature_loss != "relative_mse", "feature_places": self.feature_places != "stages"}
+        for name in [name for name, is_asked in asked.items() if is_asked and self.feature_weight is None]:
+            if teacher.task == "language_modeling":
+                raise UserError(
+                    f"got algorithm.{name}={getattr(self, name)} and {teacher.name} without algorithm.feature_weight",
+                    "algorithm.feature_weight above 0",
+                    "of language models features are compared on request alone",
+                )
         both = [name for name in ("frozen_channels", "dampen") if getattr(self, name)]
         if self.low_rank is not None and both:
             raise UserError(

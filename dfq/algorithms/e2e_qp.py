@@ -41,7 +41,7 @@ class E2EQP(Algorithm):
     bias_lr: NonNegativeFloat = 0.0  # Adam on biases and other float parameters; 0: they stay
     batch_size: PositiveInt = 16  # samples a step
     kl_weight: NonNegativeFloat = 1.0  # of the task's distillation loss
-    feature_weight: NonNegativeFloat = 1.0  # of the relative error of features where width or resolution change
+    feature_weight: NonNegativeFloat | None = None  # of features where width or resolution change; as distillation's
     divergence: Divergence = "forward"  # of text, weighted by kl_weight
     temperature: PositiveFloat = 1.0  # of both distributions
     top_k: PositiveInt = 64  # tokens that are told apart with top_k, all others being one

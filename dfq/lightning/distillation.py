@@ -96,7 +96,9 @@ class DistillationModule(pl.LightningModule):
         spec = teacher.input_spec
         self.limits = spec.limits(teacher.device) if isinstance(spec, InputSpec) else None
         self.finds_boxes = hasattr(task, "distillation_terms")
-        self.terms = _terms(s, bool(features), self.finds_boxes)
+        self.terms = _terms(s, bool(features), self.finds_boxes, teacher.task == "language_modeling")
+        if student.surgery.rotated:
+            self._check_rotated()
         self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
         self.cam_place = self._last_map() if s.cam_weight else None
         self.log_scales = nn.Parameter(torch.zeros(len(self.terms))) if s.balance == "learned" else None
@@ -401,7 +403,7 @@ class DistillationModule(pl.LightningModule):
             return self.task.distillation_loss(seen.output, seen.target)
         if name == "feature":
             return torch.stack(
-                [self._feature_loss(seen.got[n], seen.wanted[t]) for n, t in self.features.items()]
+                [self._feature_loss(n, seen.got[n], seen.wanted[t]) for n, t in self.features.items()]
             ).mean()
         if name == "loss":
             return s.loss(seen.output, seen.target)
@@ -421,7 +423,9 @@ class DistillationModule(pl.LightningModule):
         gradient = torch.autograd.grad(scores, seen.given[self.cam_place], retain_graph=True)
         return grad_cam_loss(class_activation_map(seen.got[self.cam_place], *gradient), seen.cam)
 
-    def _feature_loss(self, got: Tensor, wanted: Tensor) -> Tensor:
+    def _feature_loss(self, name: str, got: Tensor, wanted: Tensor) -> Tensor:
+        """Between what the student makes at ``name`` and what the teacher makes there."""
+        wanted = self._student[0].in_its_units(name, wanted)
         if self.settings.feature_loss == "affinity":
             return feature_affinity(
                 got, wanted, random_projection(num_positions(wanted), PROJECTIONS, self.rng, wanted)
@@ -515,6 +519,17 @@ class DistillationModule(pl.LightningModule):
 
     # -- places in the network ---------------------------------------------------------------------------------------
 
+    def _check_rotated(self) -> None:
+        """A UserError where features of a rotated student are wanted: they are the teacher's in other coordinates."""
+        s = self.settings
+        given = {"feature_weight": self.terms.get("feature"), "intervention": s.intervention}
+        for name in [name for name, value in given.items() if value]:
+            raise UserError(
+                f"got algorithm.{name}={given[name]} and a student whose residual stream was rotated",
+                f"algorithm.{name}=0",
+                "features of such a student are the teacher's in other coordinates",
+            )
+
     def _places_before_layers(self) -> list[str]:
         """Features with a weight layer between them and the next one: what is there can be taken from the teacher."""
         calls = [call.name for call in self._teacher[0].dataflow.calls]
@@ -555,12 +570,16 @@ LOGITS = ("reverse_kl", "jensen_shannon", "logits", "label", "cam")  # losses of
 BOXES = ("box", "task")
 
 
-def _terms(settings: DistillationSettings, has_features: bool, finds_boxes: bool = False) -> dict[str, float]:
+def _terms(
+    settings: DistillationSettings, has_features: bool, finds_boxes: bool = False, is_text: bool = False
+) -> dict[str, float]:
     """Name → weight of each loss that counts."""
     names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature", *(() if settings.loss is None else ("loss",)))
     if settings.loss is not None and not callable(settings.loss):
         raise UserError(f"got algorithm.loss={settings.loss!r}", "{_target_: package.module.Class} with a __call__")
     weights = {name: getattr(settings, f"{name}_weight") for name in names}
+    if settings.feature_weight is None:
+        weights["feature"] = 0.0 if is_text else 1.0
     wrong = {f"{name}_weight": getattr(settings, f"{name}_weight") for name in LOGITS} if finds_boxes else {}
     wrong |= {"temperature": settings.temperature - 1, "mixup": settings.mixup if settings.task_weight else 0}
     for name in [name for name, value in wrong.items() if value and finds_boxes]:

@@ -30,7 +30,7 @@ class DistillationSettings:
     jensen_shannon_weight: NonNegativeFloat = 0.0  # of the Jensen-Shannon divergence
     logits_weight: NonNegativeFloat = 0.0  # of the squared error of logits
     temperature: PositiveFloat = 1.0  # of the three divergences
-    feature_weight: NonNegativeFloat = 1.0  # of the feature loss, mean over the places where width or resolution change
+    feature_weight: NonNegativeFloat | None = None  # of the feature loss; null: 1, of language models 0
     feature_loss: Literal["relative_mse", "affinity", "qfd", "cosine"] = "relative_mse"  # qfd: teacher's, quantized
     feature_places: Literal["stages", "blocks"] = "stages"  # blocks: behind each block of the longest list of them
     feature_bits: FewBits = 4  # of the teacher's features with qfd

@@ -5,9 +5,9 @@ more than either network. The networks run up to the input of their heads [N, T,
 over ``chunk_tokens`` tokens at a time, and once more in the backward pass (gradient checkpointing, Chen et al., 2016,
 arXiv 1604.06174), so that logits of one chunk are all there ever is.
 
-A dataset with the teacher's largest log-probabilities takes the teacher's place: it does not run then, and features are
-not compared. Padding does not count. Beside the divergence: weights of tokens (:mod:`dfq.losses.token_scaling`),
-cross-entropy to the text itself, and what attention does (:mod:`dfq.losses.attention`).
+A dataset with the teacher's largest log-probabilities takes the teacher's place: it does not run then. Padding does not
+count. Beside the divergence: weights of tokens (:mod:`dfq.losses.token_scaling`), cross-entropy to the text itself,
+features, and what attention does (:mod:`dfq.losses.attention`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
 
 
 class TokenDistillationModule(DistillationModule):
-    """A divergence of each token's distribution (:class:`DistillationSettings` says which), and features."""
+    """A divergence of each token's distribution (:class:`DistillationSettings` says which), and what has a weight."""
 
     confidence = 0.5  # the teacher's, on average: what cakld weighs its two parts with
 
@@ -47,18 +47,20 @@ class TokenDistillationModule(DistillationModule):
         if student_head is not None and student.network is not None:
             student_head = None  # another network
         self.student_head = student_head
-        self.features = {mine: theirs for mine, theirs in self.features.items() if theirs != self.head}  # it is not run
-        if not self.features:
-            self.terms.pop("feature", None)
+        if "feature" in self.terms:
+            telling = _telling(teacher, [name for name in self.features.values() if name != self.head])  # it is not run
+            self.features = {mine: theirs for mine, theirs in self.features.items() if theirs in telling}
+            if not self.features:
+                del self.terms["feature"]
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def step_loss(self, batch: dict[str, Tensor]) -> Tensor:
         s, others = self.settings, []
         loss = self._token_loss(batch, s.divergence, training=True)
-        if self._seen is not None:
+        if self._seen:
             others.append(
-                self.terms["feature"] * torch.stack([self._feature_loss(*pair) for pair in self._seen]).mean()
+                self.terms["feature"] * torch.stack([self._feature_loss(*seen) for seen in self._seen]).mean()
             )
         if self._attention is not None:
             mine, theirs = self._attention
@@ -86,14 +88,10 @@ class TokenDistillationModule(DistillationModule):
             < batch.get("num_tokens", torch.full((len(ids),), ids.shape[1], device=ids.device)).to(ids.device)[:, None]
         )
         cached = all(name in batch for name in CACHE)
-        wants_features = training and not cached and "feature" in self.terms
+        if cached:
+            self._check_cached()
+        wants_features = training and "feature" in self.terms
         wants_attention = training and bool(s.attention_map_weight or s.attention_output_weight)
-        if wants_attention and cached:
-            raise UserError(
-                "got algorithm.attention_map_weight or attention_output_weight and a dataset with the teacher's cache",
-                "a dataset without it: what attention does is not stored",
-                "generate with generator.cache_teacher=0",
-            )
         with (
             capture_outputs(self.student_module, list(self.features) if wants_features else []) as got,
             self._recording(wants_attention) as mine_seen,
@@ -111,7 +109,8 @@ class TokenDistillationModule(DistillationModule):
                 self._recording(wants_attention) as theirs_seen,
             ):
                 theirs = self._outputs(self.fast_teacher[0], ids, self.head)[known]
-        self._seen = [(got[name], wanted[other]) for name, other in self.features.items()] if wants_features else None
+        pairs = self.features.items() if wants_features else ()
+        self._seen = [(name, got[name], wanted[other]) for name, other in pairs]
         self._attention = self._checked(mine_seen, theirs_seen) if wants_attention else None
         student_head, head = (
             self._head_of(self.student_module, self.student_head),
@@ -137,6 +136,23 @@ class TokenDistillationModule(DistillationModule):
             labels[known] if training and s.ntp_weight else None,
         )
         return loss * self.terms.get("kl", 0.0) + s.ntp_weight * ntp if training else loss
+
+    def _check_cached(self) -> None:
+        """A UserError for what a cache does not tell."""
+        s = self.settings
+        reasons = {
+            "temperature": (s.temperature != 1, "distributions are stored at a temperature of 1"),
+            "feature_weight": ("feature" in self.terms, "features are not stored"),
+            "attention_map_weight": (s.attention_map_weight > 0, "what attention does is not stored"),
+            "attention_output_weight": (s.attention_output_weight > 0, "what attention does is not stored"),
+        }
+        for name, (wanted, reason) in reasons.items():
+            if wanted:
+                raise UserError(
+                    f"got algorithm.{name}={getattr(s, name)} and a dataset with the teacher's cache",
+                    f"a dataset without it: {reason}",
+                    f"leave algorithm.{name} away, or generate with generator.cache_teacher=0",
+                )
 
     @contextmanager
     def _recording(self, wanted: bool) -> Iterator[AttentionRecord | None]:
@@ -205,6 +221,14 @@ class TokenDistillationModule(DistillationModule):
 
 class _Reached(Exception):
     """Ends a forward in front of the head."""
+
+
+@torch.no_grad()
+def _telling(teacher: Teacher, names: list[str]) -> set[str]:
+    """Those of ``names`` whose output depends on the text: positions, as rotary embeddings have them, do not."""
+    with capture_outputs(teacher.module, names) as found:
+        teacher(teacher.example())
+    return {name for name, rows in found.items() if not torch.equal(rows[0], rows[-1])}
 
 
 def find_head(teacher: Teacher) -> str | None:

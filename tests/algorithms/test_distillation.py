@@ -327,9 +327,9 @@ def test_stages_are_trained_apart_and_merged_from_the_input_on(counted):
         return [name for name, g in zip(layers, found, strict=True) if g is not None and float(g.abs().max()) > 0]
 
     assert reached(module._loss("kl", seen)) == ["8"]
-    assert reached(module._feature_loss(seen.got["5"], seen.wanted["5"])) == ["3"]
+    assert reached(module._feature_loss("5", seen.got["5"], seen.wanted["5"])) == ["3"]
     module._learn(images, seen, module._chances(0.4))
-    assert reached(module._feature_loss(seen.got["5"], seen.wanted["5"])) == ["0", "3"]
+    assert reached(module._feature_loss("5", seen.got["5"], seen.wanted["5"])) == ["0", "3"]
 
 
 def test_class_activation_maps_train_what_is_before_them(counted):

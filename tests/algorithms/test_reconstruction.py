@@ -1,5 +1,6 @@
 """Block reconstruction: its equations, what is trained and what is not, and a run that is killed and goes on."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,6 +214,16 @@ def test_a_killed_run_goes_on_with_the_block_it_was_at(parts, monkeypatch):
     resumed = made(teacher, dataset, work_dir=work_dir / "killed").freeze()
     assert len(captured) == 4 and captured[3] == captured[2]
     assert resumed.sha256 == whole.sha256
+
+
+def test_a_finished_run_is_read_again_bit_for_bit(parts, monkeypatch):
+    """Blocks from their files, quantizers between their layers too, on a student that was calibrated anew."""
+    teacher, dataset, work_dir = parts
+    scheme = replace(W3A4, policy="hardware")
+    first = made(teacher, dataset, work_dir=work_dir, scheme=scheme, activation_step_lr=1e-2).freeze()
+    monkeypatch.setattr(Captures, "of", lambda *_: pytest.fail("a finished block is fitted again"))
+    again = made(teacher, dataset, work_dir=work_dir, scheme=scheme, activation_step_lr=1e-2).freeze()
+    assert again.sha256 == first.sha256
 
 
 @pytest.fixture

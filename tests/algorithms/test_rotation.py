@@ -121,3 +121,50 @@ def test_networks_without_norms():
     with pytest.raises(UserError, match="in which no layer reads from a norm"):
         rotate(language().module, language(), torch.Generator())
     assert isinstance(language().module.head, nn.Linear)
+
+
+def distillation_of(student, teacher, **settings):
+    """The module that trains ``student``, and a batch that it has looked at with all terms."""
+    from dfq.algorithms.distillation import Distillation
+    from dfq.lightning.tokens import TokenDistillationModule
+    from dfq.modules import stage_ends
+    from dfq.tasks._task import task_of
+
+    places = {name: name for name in stage_ends(teacher.dataflow)}
+    module = TokenDistillationModule(student, teacher, task_of(teacher), places, Distillation(**settings))
+    loss = module._token_loss({"input_ids": teacher.example(4)}, "forward", training=True)
+    return module, float(loss)
+
+
+def test_distillation_behind_a_rotation_compares_no_features():
+    """Those of a float student are the teacher's in other coordinates: nothing to pull it away from."""
+    teacher = teacher_of("llama")
+    student = Student.from_teacher(teacher, W4A4)
+    rotate(student.module, teacher, torch.Generator().manual_seed(0))
+    student.surgery.rotated = True
+    module, loss = distillation_of(student, teacher)
+    assert module.terms == {"kl": 1.0} and loss < 1e-5
+    with pytest.raises(UserError) as error:
+        distillation_of(student, teacher, feature_weight=0.5)
+    assert str(error.value) == (
+        "got algorithm.feature_weight=0.5 and a student whose residual stream was rotated; "
+        "allowed: algorithm.feature_weight=0; features of such a student are the teacher's in other coordinates"
+    )
+    with pytest.raises(UserError, match="intervention=0"):
+        distillation_of(student, teacher, intervention=0.3)
+
+
+def test_features_in_the_units_that_awq_gave_them(tmp_path):
+    """A float student whose values were scaled has no error; positions, the same for every text, are no feature."""
+    from dfq.algorithms.awq import scale_inputs
+    from dfq.settings import resolve
+
+    teacher = teacher_of("llama")
+    student = Student.from_teacher(teacher, W4A4)
+    ids = teacher.input_spec.example(16, torch.Generator().manual_seed(3))
+    scale_inputs(student, teacher.example(), ids, resolve("quantizer", "min_max"), 20)
+    module, _ = distillation_of(student, teacher, feature_weight=1.0)
+    assert not any("rotary" in name for name in module.features)
+    assert any(name in student.surgery.rescaled for name in module.features), list(module.features)
+    for seen in module._seen:
+        assert float(module._feature_loss(*seen)) < 1e-6, seen[0]
