@@ -525,24 +525,26 @@ def test_stochastic_weight_averaging(tmp_path):
 # ------------------------------------------------------------------------------------------------ precision, compile
 
 
-def test_bfloat16_mixed():
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])  # on a CPU Lightning makes the former of the latter
+def test_mixed_precision(precision):
     module = Plain("bare", lr=0.01)
-    fit(module, QuantizationCallback("w4a4", num_calibration_batches=1, distill=True), precision="bf16-mixed")
+    fit(module, QuantizationCallback("w4a4", num_calibration_batches=1, distill=True), precision=precision)
     assert all(map(math.isfinite, module.losses)) and module.quantized[-1]
     assert all(p.dtype == torch.float32 for p in module.parameters())
     scales = [v for key, v in module.state_dict().items() if key.endswith("scale")]
     assert all(v.dtype == torch.float32 and torch.isfinite(v).all() and (v != 1).any() for v in scales)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["network", "module"])
 @pytest.mark.parametrize("ranges", ["dataset", "first batches"])
-def test_compiled_modules_compute_the_same(what, ranges):
+def test_compiled_modules_compute_the_same(what, ranges, backend):
     losses = []
     for compiled in (False, True):
         module = Plain(lr=0.05)
         if compiled and what == "network":
-            module.network = torch.compile(module.network, backend="eager")
-        given = torch.compile(module, backend="eager") if compiled and what == "module" else module
+            module.network = torch.compile(module.network, backend=backend)
+        given = torch.compile(module, backend=backend) if compiled and what == "module" else module
         module.training_step = lambda batch, _i, m=module: F.cross_entropy(m.network(batch[0]), batch[1])
         options = {"dataset": loader()} if ranges == "dataset" else {"num_calibration_batches": 2}
         fit(given, QuantizationCallback("w4a4", distill=what == "network", **options))
