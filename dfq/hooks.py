@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -60,6 +61,44 @@ def forward_hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Wrapped:
+    """What is called in the place of a method while something is around it."""
+
+    def __init__(self, owner: Any, name: str):
+        self.method = getattr(owner, name)
+        update_wrapper(self, self.method)
+        self.own = vars(owner).get(name)  # one of this object alone, such as torch.compile's
+        self.around: list[Callable[..., Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.method
+        for around in self.around:
+            call = partial(around, call)
+        return call(*args, **kwargs)
+
+
+@contextmanager
+def around_method(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """``owner.name(...)`` gives what ``around(method, ...)`` gives, ``method`` being what it was.
+
+    A module's ``forward`` is seen this way also where it is called by its name, which no hook of the module sees.
+    Several may be around one method, the first one innermost, and leave in any order.
+    """
+    own = vars(owner)
+    wrapped = own.get(name)
+    if not isinstance(wrapped, _Wrapped):
+        wrapped = own[name] = _Wrapped(owner, name)
+    wrapped.around.append(around)
+    try:
+        yield
+    finally:
+        wrapped.around.remove(around)
+        if not wrapped.around and own.get(name) is wrapped:
+            del own[name]
+            if wrapped.own is not None:
+                own[name] = wrapped.own
 
 
 @contextmanager

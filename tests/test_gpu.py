@@ -59,3 +59,38 @@ def test_no_step_waits_for_the_gpu(generator):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_in_half_precision_takes_its_teacher_from_the_gpu_again():
+    import pytorch_lightning as pl
+
+    from dfq.lightning import QuantizationCallback, student_of
+
+    class Plain(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+        def training_step(self, batch, _index):
+            return self.network(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-3)
+
+    rng = torch.Generator().manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 8, generator=rng))
+    loader, module = torch.utils.data.DataLoader(data, batch_size=8), Plain()
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="gpu",
+        devices=1,
+        precision="16-mixed",
+        callbacks=[QuantizationCallback("w8a8", loader, distill=True)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, loader)
+    assert float(trainer.callback_metrics["distillation_loss"]) >= 0 and student_of(module).has_grids
+    assert {p.device.type for p in module.float_networks["network"].network.parameters()} == {"cpu"}

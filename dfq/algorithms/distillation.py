@@ -108,7 +108,7 @@ class Distillation(DistillationSettings, Algorithm):
             features = _replace_network(student, teacher, self.student_network, self.feature_loss != "affinity", seed)
         to_memory(student.module)
         self._learn_steps(student, work.ensure_calibrated(work.images(self.num_calibration_samples)), seed)
-        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed, shard=training.world_size > 1)
+        data = SyntheticDataModule(work.dataset, batch_size=self.batch_size, seed=seed)
         task = task_of(teacher)
         kind = TokenDistillationModule if self._is_of_tokens(teacher) else DistillationModule
         # What is sharded for training doesn't come back; the one to keep takes the weights over.

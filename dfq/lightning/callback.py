@@ -21,8 +21,8 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel
 from dfq.calibration import Ranges, calibrate, calibration_images
 from dfq.dataset import SAMPLES, SyntheticDataset, samples_of
 from dfq.errors import UserError
-from dfq.hooks import capture_outputs, evaluation_mode, tensors_in
+from dfq.hooks import around_method, capture_outputs, evaluation_mode, tensors_in
 from dfq.lightning.packages import PACKAGES, for_all_packages
 from dfq.lightning.quantized import (
     ITSELF,
@@ -61,6 +61,7 @@ else:
 
 Gradient = Literal["straight_through", "lsq", "lsq_plus", "stable"]
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+FIRST_STEPS = 10  # quantized ones, in which a distillation has to have begun
 SMALLEST_STEP = 1e-2  # of the step that training starts with: one that crossed zero would flip its tensor's sign
 
 
@@ -163,6 +164,8 @@ class QuantizationCallback(Callback):
         self._ranges: Ranges | None = None  # while batches are looked at
         self._num_wanted = 0  # batches to look at still
         self._chosen_at = -1  # the step
+        self._num_undistilled: int | None = None  # quantized steps before the first one with a distillation loss
+        self._metric = ""
         self._smallest: list[tuple[nn.Parameter, Tensor]] = []
         self._held: list[tuple[Tensor, Tensor]] | None = None  # ranges that stay, with their values
         self._watch, self._hooks = ExitStack(), ExitStack()
@@ -233,14 +236,25 @@ class QuantizationCallback(Callback):
         if given is not None:
             return next(tensors_in(given))
         source = getattr(trainer.fit_loop, "_data_source", None)
-        with torch.random.fork_rng(devices=[]):
-            loader = None if source is None else source.dataloader()
-        if not isinstance(loader, Iterable) or isinstance(loader, Mapping):  # a mapping: of several loaders
+        wanted = "QuantizationCallback(example=...), a tensor [N, ...] that it takes"
+        try:
+            with _isolated_rng():
+                loader = None if source is None else source.dataloader()
+            if isinstance(loader, Iterable) and not isinstance(loader, Mapping):  # a mapping: of several loaders
+                return _first_samples(loader, 2)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's loader raises that is asked before the module's own setup()
+            reason = str(error).splitlines()[0] if str(error) else ""
             raise UserError(
-                f"got a {type(pl_module).__name__} and nothing to see what its network takes",
-                "QuantizationCallback(example=...), a tensor [N, ...] that it takes",
-            )
-        return _first_samples(loader, 2)
+                f"got an error from the training data of {type(pl_module).__name__}, which is looked at before the "
+                f"module's setup() runs: {type(error).__name__}: {reason}",
+                wanted,
+            ) from error
+        raise UserError(
+            f"got a {type(pl_module).__name__} and nothing to see what its network takes",
+            wanted,
+        )
 
     def _check_compiled(self, pl_module: Any) -> None:
         """A graph that torch.compile has made calls no hook that comes later."""
@@ -279,7 +293,12 @@ class QuantizationCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         student = self.student(pl_module)
         if self.loss is not None:
+            others = [other for other in trainer.callbacks if other is not self]
+            several = any(isinstance(other, QuantizationCallback) and other.loss is not None for other in others)
+            self._metric = f"distillation_loss_{self._name}" if several else "distillation_loss"
+            self._num_undistilled = 0
             teacher = self._teacher(pl_module, student)
+            self._hooks.callback(teacher.to, next((p.device for p in teacher.parameters()), student.device))
             teacher.to(student.device)
             self._hooks.enter_context(self._distilling(pl_module, student, teacher))
         if student.has_grids:
@@ -351,19 +370,32 @@ class QuantizationCallback(Callback):
                                 if tensor is not None:
                                     copies[key].copy_(tensor)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing where nobody will ask: Lightning misses callbacks that a checkpoint has something of."""
+        return {"chosen_at": self._chosen_at} if self.settings.refresh_steps else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._chosen_at = state_dict["chosen_at"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._chosen_at = min(self._chosen_at, trainer.global_step)  # another Trainer counts from zero
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         student, s, step = self.student(pl_module), self.settings, trainer.global_step
         if student.has_grids:
             is_frozen = s.freeze_step is not None and step >= s.freeze_step
             if is_frozen and self._held is None:
                 self._held = [(tensor, tensor.detach().clone()) for tensor in _grids(student.module).values()]
-            if s.refresh_steps and not is_frozen and step % s.refresh_steps == 0 and step != self._chosen_at:
-                self._ranges, self._num_wanted, self._chosen_at = Ranges(student, *self.quantizers), 1, step
+            # Several optimizers make several steps a batch: a multiple of the interval may never be seen.
+            due = s.refresh_steps and step // s.refresh_steps > self._chosen_at // s.refresh_steps
+            if due and not is_frozen:
+                self._ranges, self._num_wanted = Ranges(student, *self.quantizers), 1
         elif step >= s.start_step and self.dataset is not None:
             self._calibrate(trainer, pl_module)
         elif step >= s.start_step and self._ranges is None:
             self._ranges, self._num_wanted = Ranges(student, *self.quantizers), s.num_calibration_batches
         if self._ranges is not None:
+            self._chosen_at = step
             self._watch.enter_context(self._ranges.watching())
 
     @torch.no_grad()
@@ -392,6 +424,8 @@ class QuantizationCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._choose(trainer, pl_module)
         student = self.student(pl_module)
+        if 0 < (self._num_undistilled or 0) < FIRST_STEPS:
+            self._warn_undistilled(pl_module)
         if not student.has_grids and trainer.global_step > self.settings.start_step:
             unseen = self._ranges.unseen if self._ranges is not None else []
             warnings.warn(
@@ -421,87 +455,82 @@ class QuantizationCallback(Callback):
         """``training_step`` gives a loss with the distillation's in it, or ``manual_backward`` takes one."""
         forwards: list[_Forward] = []
         called = self._called(pl_module)
-        step = pl_module.training_step
 
-        @functools.wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
+        def forward(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            """The teacher's too, on the same input, where gradients are wanted."""
+            if not torch.is_grad_enabled():
+                return method(*args, **kwargs)
+            copies = map_tensors(torch.clone, [args, kwargs])  # a network may write into its input
+            with torch.no_grad(), evaluation_mode(teacher), capture_outputs(teacher, self.features) as wanted:
+                target = teacher.forward(*copies[0], **copies[1])
+            with capture_outputs(student.module, self.features) as got:
+                output = method(*args, **kwargs)
+            # Here, ahead of what is done to the output, which may be written into.
+            loss = self._distance(output, target, got, wanted)
+            forwards.append(_Forward({tensor.grad_fn for tensor in tensors_in(output)} - {None}, loss))
+            return output
+
+        def training_step(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             forwards.clear()
             if not student.has_grids:
-                return step(*args, **kwargs)
-            with self._watching(called, student.module, teacher, forwards):
-                result = step(*args, **kwargs)
-            if not pl_module.automatic_optimization:
-                return result
-            if isinstance(result, Mapping):
-                return {**result, "loss": self._added(pl_module, result["loss"], forwards)}
-            return result if result is None else self._added(pl_module, result, forwards)
+                return method(*args, **kwargs)
+            with around_method(called, "forward", forward):
+                result = method(*args, **kwargs)
+            if pl_module.automatic_optimization and isinstance(result, Mapping):
+                result = {**result, "loss": self._added(pl_module, result["loss"], forwards)}
+            elif pl_module.automatic_optimization and result is not None:
+                result = self._added(pl_module, result, forwards)
+            if self._num_undistilled is not None:
+                self._num_undistilled += 1
+                if self._num_undistilled == FIRST_STEPS:
+                    self._warn_undistilled(pl_module)
+            return result
 
-        backward = pl_module.manual_backward
+        def manual_backward(method: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            method(self._added(pl_module, loss, forwards), *args, **kwargs)
 
-        @functools.wraps(backward)
-        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            backward(self._added(pl_module, loss, forwards), *args, **kwargs)
-
-        own = vars(pl_module)
-        before = {key: own[key] for key in ("training_step", "manual_backward") if key in own}  # torch.compile's
-        own["training_step"], own["manual_backward"] = training_step, manual_backward
-        try:
+        with (
+            around_method(pl_module, "training_step", training_step),
+            around_method(pl_module, "manual_backward", manual_backward),
+        ):
             yield
-        finally:
-            del own["training_step"], own["manual_backward"]
-            own.update(before)
 
-    @contextmanager
-    def _watching(
-        self, called: nn.Module, network: nn.Module, teacher: nn.Module, forwards: list[_Forward]
-    ) -> Iterator[None]:
-        """Each forward with gradients, and the teacher's on the same input."""
-        started: list[_Forward] = []
-
-        def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if torch.is_grad_enabled():
-                args, kwargs = map_tensors(torch.clone, args), map_tensors(torch.clone, kwargs)
-                with torch.no_grad(), evaluation_mode(teacher), capture_outputs(teacher, self.features) as wanted:
-                    started.append(_Forward(teacher(*args, **kwargs), wanted))
-
-        def after(_module: nn.Module, _args: tuple, output: Any) -> None:
-            if started:
-                forward = started.pop()
-                forward.output, forward.features = output, dict(features)
-                forwards.append(forward)
-
-        with capture_outputs(network, self.features) as features:
-            handles = [called.register_forward_pre_hook(before, with_kwargs=True)]
-            handles.append(called.register_forward_hook(after))
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+    def _distance(self, output: Any, target: Any, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
+        """The distillation loss of one forward; copies, since its gradient may need what it is computed from."""
+        assert self.loss is not None
+        total = self.loss(map_tensors(torch.clone, output), target)
+        for name in self.features:
+            total = total + self.settings.feature_weight * relative_mse(got[name].clone(), wanted[name])
+        return total
 
     def _added(self, pl_module: Any, loss: Tensor, forwards: list[_Forward]) -> Tensor:
-        """``loss`` and the distillation loss of those forwards that it was computed from."""
-        assert self.loss is not None
+        """``loss`` and the mean distillation loss of those forwards that it was computed from."""
         reached = _graph(loss) if forwards else set()
-        mine = [f for f in forwards if any(t.grad_fn in reached for t in tensors_in(f.output))]
+        mine = [forward.loss for forward in forwards if forward.operations & reached]
         if not mine:
             return loss
-        total = torch.stack([self.loss(f.output, f.target) for f in mine]).mean()
-        for name in self.features:
-            distances = [relative_mse(f.features[name], f.wanted[name]) for f in mine]
-            total = total + self.settings.feature_weight * torch.stack(distances).mean()
-        pl_module.log("distillation_loss", total.detach())
+        total = torch.stack(mine).mean()
+        pl_module.log(self._metric, total.detach())
+        self._num_undistilled = None
         return loss + self.settings.distill_weight * total
+
+    def _warn_undistilled(self, pl_module: Any) -> None:
+        what = "its own" if self._name == ITSELF else f"{self._name}'s"
+        warnings.warn(
+            f"QuantizationCallback(distill=...) has added nothing to the losses of {type(pl_module).__name__}: none of "
+            f"the first {self._num_undistilled} quantized steps computed its loss from what {what} forward gave. "
+            "Call the network as a whole, or name the part that is called as attribute=; with manual optimization, "
+            "give losses to self.manual_backward",
+            stacklevel=2,
+        )
 
 
 @dataclass
 class _Forward:
-    """Of the student and of the teacher, for the same input."""
+    """Of the network, with gradients: the last operations of its outputs, and what it adds to a loss."""
 
-    target: Any
-    wanted: dict[str, Tensor]
-    output: Any = None
-    features: dict[str, Tensor] = field(default_factory=dict)
+    operations: set[Any]
+    loss: Tensor
 
 
 def _graph(loss: Tensor) -> set[Any]:
@@ -556,6 +585,12 @@ def _check_trainer(trainer: Any, settings: CallbackSettings) -> None:
             "swapped layers do not come back",
             'Trainer(strategy="ddp") and other strategies that start processes of their own',
         )
+    if strategy.restore_checkpoint_after_setup:
+        raise UserError(
+            f"got {type(strategy).__name__}, which shards the module, and ranges are chosen by running parts of it",
+            'Trainer(strategy="ddp"), or one process',
+            "distil larger networks with dfq run algorithm=distillation trainer=fsdp",
+        )
     if precision not in PRECISIONS:
         raise UserError(f"got Trainer(precision={precision!r}), in which ranges are no float32", " | ".join(PRECISIONS))
     # A step that nothing is rounded with yet has no gradient, for which DDP waits.
@@ -596,11 +631,18 @@ def _inputs(batches: Iterable[Any]) -> Iterator[Tensor]:
         yield found
 
 
+def _isolated_rng() -> AbstractContextManager[None]:
+    """torch's, numpy's and Python's random numbers go on afterwards as if nothing had been drawn."""
+    from pytorch_lightning.utilities.seed import isolate_rng  # here: what is imported decides what a callback is
+
+    return isolate_rng(include_cuda=False)
+
+
 def _first_samples(batches: Iterable[Any], num_samples: int) -> Tensor:
     """Up to ``num_samples`` samples [N, ...]; what is given afterwards, and in which order, stays what it would be."""
     state = batches.state_dict() if hasattr(batches, "state_dict") else None
     found: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]):
+    with _isolated_rng():
         for x in _inputs(batches):
             found.append(x)
             if sum(map(len, found)) >= num_samples:

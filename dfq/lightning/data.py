@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subset
 
 from dfq.dataset import SyntheticDataset, collate
 from dfq.errors import UserError
@@ -20,9 +21,8 @@ from dfq.lightning.packages import for_all_packages
 class ShuffledOrder(RandomSampler):
     """A new order of all samples in each epoch; which one, and where it begins, can be set.
 
-    Still a RandomSampler: Lightning puts a distributed one in its place where there are several devices, unless this
-    one is told its share: of ``world_size`` processes this one then takes, of each ``world_size * batch_size`` samples
-    in a row, every ``world_size``-th. What does not fill such a step waits for the next epoch, as in one process.
+    Of ``world_size`` processes this one takes, of each ``world_size * batch_size`` samples in a row, every
+    ``world_size``-th. What does not fill such a step waits for the next epoch, as in one process.
     """
 
     def __init__(self, samples: Subset, seed: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
@@ -48,17 +48,22 @@ class ShuffledOrder(RandomSampler):
         yield from order[self.first :].tolist()
 
 
+class SharedOrder(ShuffledOrder, DistributedSampler):  # type: ignore[override]  # num_samples: an attribute
+    """One that has been told its share. Lightning puts a DistributedSampler in the place of any other RandomSampler
+    where there are several processes, and with it an order of its own."""
+
+
 class ResumableLoader(DataLoader):
     """Goes on behind the batches it has given. Lightning saves how many these are, and where it resumes, sets it."""
 
     num_given = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
+        epoch, position = divmod(self.num_given, len(self))
         if isinstance(self.sampler, ShuffledOrder):
             assert self.batch_size is not None
-            self.sampler.epoch, position = divmod(self.num_given, len(self))
-            self.sampler.first = position * self.batch_size
-        for batch in super().__iter__():
+            self.sampler.epoch, self.sampler.first, position = epoch, position * self.batch_size, 0
+        for batch in islice(super().__iter__(), position, None):
             self.num_given += 1
             yield batch
 
@@ -82,8 +87,10 @@ class SyntheticDataModule(pl.LightningDataModule):
         seed: of the order of training samples; two modules with the same seed give the same batches, and a run that is
             resumed gets those that it has not had.
         num_workers: processes that read; 0 reads in this one.
-        shard: share training samples out over the trainer's processes, each taking ``batch_size`` a step, and show all
-            held-out samples to each of them; for a Trainer with ``use_distributed_sampler=False``.
+
+    Where the Trainer that it is given to has several processes, each takes ``batch_size`` training samples a step from
+    the one order of ``seed``. Held-out samples Lightning shares out; with ``use_distributed_sampler=False`` each
+    process sees all of them. A loader that is given to such a Trainer by itself gets Lightning's order.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> SyntheticDataModule:
@@ -96,23 +103,21 @@ class SyntheticDataModule(pl.LightningDataModule):
         held_out: float = 0.1,
         seed: int = 0,
         num_workers: int = 0,
-        shard: bool = False,
     ):
         super().__init__()
         self.dataset = dataset if isinstance(dataset, SyntheticDataset) else SyntheticDataset(dataset)
-        self.batch_size, self.seed, self.num_workers, self.shard = batch_size, seed, num_workers, shard
+        self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.train_indices, self.held_out_indices = self.dataset.split(held_out)
         self.collate = partial(collate, lists=self.dataset.lists)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         subset = Subset(self.dataset, self.train_indices)
-        rank, world_size = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.shard and self.trainer else (0, 1)
-        )
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        order = SharedOrder if world_size > 1 else ShuffledOrder
         return ResumableLoader(
             subset,
             batch_size=self.batch_size,
-            sampler=ShuffledOrder(subset, self.seed, rank, world_size, self.batch_size),
+            sampler=order(subset, self.seed, rank, world_size, self.batch_size),
             num_workers=self.num_workers,
             drop_last=world_size == 1 and len(subset) > self.batch_size,
             collate_fn=self.collate,

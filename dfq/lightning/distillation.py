@@ -9,18 +9,19 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dfq.dataset import samples_of
+from dfq.calibration import calibrate, calibration_images
+from dfq.dataset import SyntheticDataset, samples_of
 from dfq.detectors._base import Boxes
 from dfq.errors import UserError
 from dfq.hooks import forward_hooks, tensors_in
 from dfq.lightning.augmentation import Moves, augment, draw_moves
 from dfq.lightning.freezing import FrozenChannels
+from dfq.lightning.packages import for_all_packages, settle
 from dfq.lightning.settings import DistillationSettings
 from dfq.lightning.sharding import average_gradients, is_sharded, local_part, shard
 from dfq.losses._box_overlap import area
@@ -37,18 +38,26 @@ from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
 from dfq.modules import LowRank, Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
 from dfq.optimizer import ScaledAdam, ZerothOrder, local
-from dfq.settings import locate
+from dfq.quantizers.lsq import learn_steps
+from dfq.scheme import MixedScheme, Scheme
+from dfq.settings import load, locate, resolve
 from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.tasks._outputs import outputs_of
+from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+else:
+    LightningModule = nn.Module  # of the packages that are there when a module is made
 
 PROJECTIONS = 64  # k of the fast feature affinity
 LOG_STEPS = 10  # between two figures for loggers and bars: Lightning's log costs as much as a small layer
 BALANCE_LR = 0.02  # of the logarithms of the learned balance
 
 
-class DistillationModule(pl.LightningModule):
+class DistillationModule(LightningModule):
     """Losses between student and teacher (see :class:`DistillationSettings`), Adam, and a cosine schedule.
 
     Features are compared where the network changes resolution or width. The student stays in evaluation mode: its batch
@@ -65,29 +74,38 @@ class DistillationModule(pl.LightningModule):
     sample by sample; StableKD's stages are where resolution or width change, merged at equal intervals.
 
     Args:
-        student: a calibrated student; its weights and, where they are parameters, its quantizers' steps are trained.
+        student: a calibrated student (:func:`student_to_train`); those of its parameters that require gradients are
+            trained: weights and, where they are parameters, its quantizers' steps.
         teacher: the float network, on the same device as the data.
-        task: gives ``raw_outputs``, ``distillation_loss`` and ``agreement``.
-        features: sub-module of the student → sub-module of the teacher whose outputs are compared.
+        task: gives ``raw_outputs``, ``distillation_loss`` and ``agreement``; None: the teacher's own.
+        features: sub-module of the student → sub-module of the teacher whose outputs are compared; None: outputs alone.
         settings: losses, learning rates, what is done to images and student.
         seed: of everything random.
         start: when the run began on the clock of ``time.perf_counter``; None: when training does.
     """
 
+    def __new__(cls, *_: Any, **__: Any) -> DistillationModule:
+        return object.__new__(for_all_packages(cls, "LightningModule"))
+
     def __init__(
         self,
         student: Student,
         teacher: Teacher,
-        task: Any,
-        features: Mapping[str, str],
+        task: Any = None,
+        features: Mapping[str, str] | None = None,
         settings: DistillationSettings | None = None,
         seed: int = 0,
         start: float | None = None,
     ):
         super().__init__()
+        if not any(p.requires_grad for p in student.module.parameters()):
+            raise UserError(
+                "got a student of which nothing is trained",
+                "dfq.lightning.student_to_train(teacher, dataset, ...), or student.module.requires_grad_(True)",
+            )
         self.student_module = student.module
         self._student, self._teacher = [student], [teacher]  # lists: not registered as sub-modules
-        self.task, self.features = task, dict(features)
+        self.task, self.features = task_of(teacher) if task is None else task, dict(features or {})
         self.settings = s = settings or DistillationSettings()
         self.seed, self.rng = seed, torch.Generator().manual_seed(seed)
         self.automatic_optimization = not s.zeroth_order
@@ -95,8 +113,8 @@ class DistillationModule(pl.LightningModule):
         self.fast_teacher, self.layout = [teacher.module], torch.contiguous_format
         spec = teacher.input_spec
         self.limits = spec.limits(teacher.device) if isinstance(spec, InputSpec) else None
-        self.finds_boxes = hasattr(task, "distillation_terms")
-        self.terms = _terms(s, bool(features), self.finds_boxes, teacher.task == "language_modeling")
+        self.finds_boxes = hasattr(self.task, "distillation_terms")
+        self.terms = _terms(s, bool(self.features), self.finds_boxes, teacher.task == "language_modeling")
         if student.surgery.rotated:
             self._check_rotated()
         self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
@@ -113,6 +131,16 @@ class DistillationModule(pl.LightningModule):
         self.averages = [p.detach().clone() for p in self.trained.values()] if s.average else None
         self.set_aside: list[Tensor] | None = None  # the trained weights, while their averages are looked at
         self.seed, self.agreed, self.is_sharded = seed, 0.0, False
+
+    @property
+    def trainer(self) -> Any:
+        return super().trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        if trainer is not None:
+            settle(self, trainer)
+        super(DistillationModule, type(self)).trainer.fset(self, trainer)  # type: ignore[attr-defined]
 
     # -- the schedule ------------------------------------------------------------------------------------------------
 
@@ -564,6 +592,37 @@ class _Seen:
     terms: dict[str, Tensor] = field(default_factory=dict)  # losses between the outputs of two detectors
     got: dict[str, Tensor] = field(default_factory=dict)  # the student's features
     given: dict[str, Tensor] = field(default_factory=dict)  # what it went on with in their place
+
+
+def student_to_train(
+    teacher: Teacher,
+    dataset: SyntheticDataset,
+    scheme: Scheme | str = "w4a4",
+    weight_quantizer: Any = "mse",
+    activation_quantizer: Any = "mse",
+    gradient: Literal["lsq", "lsq_plus", "stable", "straight_through"] = "lsq",
+    num_calibration_samples: int = 512,
+) -> Student:
+    """A student of ``teacher`` for a :class:`DistillationModule`: calibrated, weights not rounded, all of it trained.
+
+    ``student.freeze()`` ends the training, ahead of ``save`` and ``dfq.export``.
+
+    Args:
+        scheme: a yaml's name or a :class:`~dfq.Scheme`.
+        gradient: of the quantizers' steps; straight_through: ranges stay as calibrated.
+    """
+    chosen = Scheme.from_dict(load("scheme", scheme)) if isinstance(scheme, str) else scheme
+    if isinstance(chosen, MixedScheme):
+        raise UserError(
+            f"got scheme={chosen.name}, whose bits are chosen layer by layer", "a scheme with bits of its own"
+        )
+    student = Student.from_teacher(teacher, chosen)
+    methods = resolve("quantizer", weight_quantizer), resolve("quantizer", activation_quantizer)
+    elements = calibrate(student, calibration_images(dataset, num_calibration_samples), *methods)
+    student.module.requires_grad_(True)
+    if gradient != "straight_through":
+        learn_steps(student, gradient, elements)
+    return student
 
 
 LOGITS = ("reverse_kl", "jensen_shannon", "logits", "label", "cam")  # losses of what has one answer a sample

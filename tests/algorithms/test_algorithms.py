@@ -166,11 +166,15 @@ def test_an_interrupted_run_goes_on(make_teacher, make_dataset, tmp_path, monkey
         return train(self, batch, index)
 
     monkeypatch.setattr(lightning_distillation.DistillationModule, "training_step", counted)
-    monkeypatch.setattr(lightning_distillation.DistillationModule, "configure_callbacks", lambda self: [Stop(14)])
+    monkeypatch.setattr(
+        lightning_distillation.DistillationModule, "configure_callbacks", lambda self: [Stop(14)], raising=False
+    )
     with pytest.raises(RuntimeError, match="killed"):
         run(SHORT, teacher, dataset, tmp_path)
     assert max(steps) == 13
-    monkeypatch.setattr(lightning_distillation.DistillationModule, "configure_callbacks", lambda self: [])
+    monkeypatch.setattr(
+        lightning_distillation.DistillationModule, "configure_callbacks", lambda self: [], raising=False
+    )
     steps.clear()
     student = run(SHORT, teacher, dataset, tmp_path)
     assert min(steps) == 12 and max(steps) == 23  # looked at every 6 steps: 12 of the 14 were kept

@@ -65,7 +65,7 @@ def calibrated(teacher, scheme=W3A3, **settings):
 def counted(monkeypatch):
     """Lightning's ``trainer`` property gives whatever was set, without asking whether it is one."""
     monkeypatch.setattr(DistillationModule, "trainer", property(lambda self: self._trainer))
-    monkeypatch.setattr(DistillationModule, "log", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(DistillationModule, "log", lambda *_args, **_kwargs: None, raising=False)
 
 
 # ------------------------------------------------------------------------------------------------ every option
@@ -138,13 +138,13 @@ def test_all_options_at_once_are_repeatable_and_survive_an_interruption(shared, 
         states.append((self.rng.get_state(), [a.clone() for a in self.averages], self.earlier_s, checkpoint))
 
     monkeypatch.setattr(DistillationModule, "on_load_checkpoint", loaded)
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(8)])
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(8)], raising=False)
     with pytest.raises(RuntimeError, match="killed"):
         run(teacher, dataset, tmp_path / "c", **everything)
     kept = torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 6 and not states
     fresh = torch.Generator().manual_seed(0).get_state()
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [])
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [], raising=False)
     resumed = run(teacher, dataset, tmp_path / "c", **everything)
     ((rng, averages, earlier_s, checkpoint),) = states
     assert torch.equal(rng, kept["distillation"]["rng"]) and not torch.equal(rng, fresh)
@@ -171,12 +171,14 @@ def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_interrupted(
     whole = run(teacher, dataset, tmp_path / "whole", checks=checks, **options)
     expected, at = seen[:], {2: 6, 4: 9}[checks]
     seen.clear()
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(at + 1, KeyboardInterrupt)])
+    monkeypatch.setattr(
+        DistillationModule, "configure_callbacks", lambda self: [Stop(at + 1, KeyboardInterrupt)], raising=False
+    )
     with pytest.raises(KeyboardInterrupt):
         run(teacher, dataset, tmp_path / "parts", checks=checks, **options)
     assert torch.load(tmp_path / "parts" / "last.ckpt", weights_only=True)["global_step"] == at
     del seen[at:]
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [])
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [], raising=False)
     resumed = run(teacher, dataset, tmp_path / "parts", checks=checks, **options)
     assert len(seen) == len(expected) == 12 and all(map(torch.equal, seen, expected))
     state, wanted = resumed.module.state_dict(), whole.module.state_dict()
@@ -188,7 +190,7 @@ def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_interrupted(
 def test_the_bar_is_off_the_terminal_when_training_fails(shared, tmp_path, monkeypatch, error):
     """Else rich's thread would go on drawing it under whatever comes after, the error's own message first."""
     teacher, dataset, _ = shared
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(2, error)])
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Stop(2, error)], raising=False)
     bars, start = [], Progress.start
     monkeypatch.setattr(Progress, "start", lambda self: (bars.append(self), start(self))[1])
     with pytest.raises(error):

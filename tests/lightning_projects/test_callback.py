@@ -3,6 +3,8 @@
 import copy
 import logging
 import math
+import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,12 @@ import pytorch_lightning as pl
 import torch
 from conftest import NETS, as_teacher, settle
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from pytorch_lightning.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -217,6 +225,54 @@ def test_ranges_are_chosen_anew_until_freeze_step():
         assert (first[1:] != first[:-1]).nonzero().flatten().tolist() == wanted
 
 
+@pytest.mark.parametrize("first_batches", [False, True])
+def test_ranges_are_chosen_anew_with_several_optimizers(first_batches):
+    """Two steps a batch, seen at odd numbers alone: no multiple of the interval is among them."""
+
+    class Odd(Manual):
+        def training_step(self, batch, index):
+            super().training_step(batch, index)
+            with torch.no_grad():
+                self.network[0].weight.mul_(2)
+            if self.trainer.global_step == 2:
+                self.optimizers()[0].step()
+
+    module, scales = Odd(), Scales()
+    options = {"num_calibration_batches": 2} if first_batches else {"dataset": loader()}
+    fit(module, QuantizationCallback("w4a4", attribute="network", refresh_steps=4, **options), scales, epochs=2)
+    first = torch.stack([seen[0] for seen in scales.seen])
+    changed = (first[1:] != first[:-1]).nonzero().flatten().tolist()  # steps before each batch: 0, 3, 5, 7, 9, ...
+    assert changed == ([1, 2, 4, 6] if first_batches else [2, 4, 6])
+
+
+def test_a_resumed_run_chooses_ranges_when_the_whole_one_does(tmp_path):
+    class Growing(Mixed):
+        def on_train_batch_start(self, *_):
+            with torch.no_grad():
+                self.network[0].weight.mul_(2)
+
+    def run(epochs, **options):
+        module, scales = Growing("bare"), Scales()
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            callbacks=[QuantizationCallback("w4a4", loader(), refresh_steps=3), scales],
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(module, loader(), weights_only=True, **options)
+        return trainer, [float(seen[0]) for seen in scales.seen]
+
+    _, whole = run(3)
+    half, first = run(2)
+    half.save_checkpoint(tmp_path / "x.ckpt")
+    _, rest = run(3, ckpt_path=tmp_path / "x.ckpt")
+    assert first + rest == whole and len(set(whole)) == 4
+    again = Mixed.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert fit(again, None).callback_metrics is not None  # without the callback too
+
+
 # ------------------------------------------------------------------------------------------------ distillation
 
 
@@ -279,6 +335,112 @@ def test_manual_backward_gets_it_where_the_loss_comes_from_the_network():
     assert max(gradient for _, gradient in apart.graded[::2]) == 0
     torch.manual_seed(0)
     assert all(gradient > 0 for _, gradient in module.graded[1::2])
+
+
+def distilled(step, attribute=None, **options):
+    """The distillation losses of a fit whose ``training_step`` is ``step(module, images)``."""
+    module, seen = Plain("bare"), []
+    module.training_step = lambda batch, _i, m=module: step(m, batch[0])
+
+    class Notes(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(trainer.callback_metrics.get("distillation_loss"))
+
+    options = {"distill": True, **options}
+    fit(module, QuantizationCallback("w4a4", loader(), attribute=attribute, **options), Notes())
+    return seen
+
+
+@pytest.mark.parametrize("attribute", [None, "."])
+@pytest.mark.filterwarnings("error:QuantizationCallback")
+def test_a_forward_counts_by_either_of_its_names(attribute):
+    if attribute is None:
+        ways = [lambda m, x: m.network(x).mean(), lambda m, x: m.network.forward(x).mean()]
+    else:
+        ways = [lambda m, x: m(x).mean(), lambda m, x: m.forward(x).mean()]
+    by_call, by_name = (distilled(step, attribute, features=["2"] if attribute is None else []) for step in ways)
+    assert len(by_name) == 4 and all(loss > 0 for loss in by_name) and by_name == by_call
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, x: m.network[1:](m.network[0](x)).mean(),  # part by part
+        lambda m, x: m.network(x).detach().mean() + m.network[0].weight.sum(),
+    ],
+)
+def test_a_distillation_of_nothing_is_said(step):
+    with pytest.warns(
+        UserWarning, match=r"added nothing to the losses of Plain: none of the first 4 .* network's forwa"
+    ):
+        assert distilled(step) == [None] * 4
+    with pytest.warns(UserWarning, match="none of the first 10 quantized steps") as found:
+        module = Plain("bare")
+        module.training_step = lambda batch, _i, m=module: step(m, batch[0])
+        fit(module, QuantizationCallback("w4a4", loader(), distill=True), epochs=6)
+    assert sum("added nothing" in str(warning.message) for warning in found) == 1
+
+
+@pytest.mark.parametrize("distill", [True, "mse", lambda mine, theirs: (mine * mine * theirs).mean()])
+def test_what_is_done_to_an_output_does_not_change_its_distillation(distill):
+    """Masks of logits are written in place. The last part's output is the network's own."""
+
+    def masked(module, x):
+        outputs = module.network(x)
+        outputs[:, 0] = -1e4
+        return outputs[:, 1:].mean()
+
+    options = {"distill": distill, "features": [str(len(network("bare")) - 1)]}
+    losses = [distilled(s, **options) for s in (masked, lambda m, x: m.network(x)[:, 1:].mean())]
+    assert losses[0] == losses[1]
+
+
+class Both(Plain):
+    """Two networks of which one goes through the other."""
+
+    def __init__(self):
+        super().__init__("bare")
+        self.second = nn.Sequential(nn.Linear(10, 12), nn.ReLU(), nn.Linear(12, 5))
+
+    def training_step(self, batch, _index):
+        return self.second(self.network(batch[0])).square().mean()
+
+
+def test_two_networks_of_a_module_are_distilled(tmp_path):
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    rows = DataLoader(TensorDataset(logits), batch_size=4)
+
+    def callbacks():
+        return [
+            QuantizationCallback("w4a4", loader(), attribute="network", distill=True),
+            QuantizationCallback("w4a4", rows, attribute="second", distill="mse", distill_weight=2.0),
+        ]
+
+    module = Both()
+    before = module.training_step
+    trainer = fit(module, None, *callbacks(), epochs=2)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert found.keys() == {"distillation_loss_network", "distillation_loss_second"}
+    assert all(value > 0 for value in found.values()) and module.training_step == before
+    assert not {"training_step", "manual_backward", "forward"} & vars(module).keys()
+    assert "forward" not in {**vars(module.network), **vars(module.second)}
+    x = IMAGES[24:]
+    with torch.no_grad():
+        task = float(module.second(module.network(x)).square().mean())
+    added = found["distillation_loss_network"] + 2 * found["distillation_loss_second"]
+    assert module.losses[-1] == pytest.approx(task + added, rel=1e-4)
+    fit(module, None, *callbacks())  # and again
+
+
+def test_the_teacher_goes_back_to_where_it_was():
+    class Moved(nn.Sequential):
+        def to(self, device):
+            moves.append(str(device))
+            return self
+
+    moves = []
+    fit(Plain("bare"), QuantizationCallback("w4a4", loader(), distill=True, teacher=Moved(*network("bare"))))
+    assert moves == ["cpu", "cpu"]
 
 
 def test_a_graph_is_what_a_loss_depends_on():
@@ -363,24 +525,26 @@ def test_stochastic_weight_averaging(tmp_path):
 # ------------------------------------------------------------------------------------------------ precision, compile
 
 
-def test_bfloat16_mixed():
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])  # on a CPU Lightning makes the former of the latter
+def test_mixed_precision(precision):
     module = Plain("bare", lr=0.01)
-    fit(module, QuantizationCallback("w4a4", num_calibration_batches=1, distill=True), precision="bf16-mixed")
+    fit(module, QuantizationCallback("w4a4", num_calibration_batches=1, distill=True), precision=precision)
     assert all(map(math.isfinite, module.losses)) and module.quantized[-1]
     assert all(p.dtype == torch.float32 for p in module.parameters())
     scales = [v for key, v in module.state_dict().items() if key.endswith("scale")]
     assert all(v.dtype == torch.float32 and torch.isfinite(v).all() and (v != 1).any() for v in scales)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["network", "module"])
 @pytest.mark.parametrize("ranges", ["dataset", "first batches"])
-def test_compiled_modules_compute_the_same(what, ranges):
+def test_compiled_modules_compute_the_same(what, ranges, backend):
     losses = []
     for compiled in (False, True):
         module = Plain(lr=0.05)
         if compiled and what == "network":
-            module.network = torch.compile(module.network, backend="eager")
-        given = torch.compile(module, backend="eager") if compiled and what == "module" else module
+            module.network = torch.compile(module.network, backend=backend)
+        given = torch.compile(module, backend=backend) if compiled and what == "module" else module
         module.training_step = lambda batch, _i, m=module: F.cross_entropy(m.network(batch[0]), batch[1])
         options = {"dataset": loader()} if ranges == "dataset" else {"num_calibration_batches": 2}
         fit(given, QuantizationCallback("w4a4", distill=what == "network", **options))
@@ -557,6 +721,59 @@ def test_trainers_that_do_not_work():
         fit(Plain(), QuantizationCallback("w4a4", example=torch.zeros(2, 7)))
     with pytest.raises(UserError, match="got features with 'nothing', which is no part of network"):
         fit(Plain(), QuantizationCallback("w4a4", loader(), distill=True, features=["nothing"]))
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_strategies_that_shard_are_refused(kind):
+    trainer = SimpleNamespace(strategy=object.__new__(kind), precision="32-true", world_size=2)
+    trainer.strategy._launcher = None
+    with pytest.raises(UserError, match=rf"got {kind.__name__}, which shards the module.*allowed: Trainer\(strategy="):
+        QuantizationCallback("w4a4", loader()).setup(trainer, Plain(), "fit")
+
+
+def test_data_that_the_module_makes_in_its_setup_asks_for_an_example():
+    class Late(Plain):
+        def setup(self, stage):
+            self.data = loader()
+
+        def train_dataloader(self):
+            return self.data
+
+    def run(**options):
+        trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                             callbacks=[QuantizationCallback("w4a4", **options)])  # fmt: skip
+        module = Late("bare")
+        trainer.fit(module)
+        return module
+
+    with pytest.raises(
+        UserError, match=r"training data of Late.* setup\(\) runs: AttributeError: .*; allowed: Quantiza"
+    ):
+        run()
+    assert run(example=IMAGES[:2], num_calibration_batches=2).quantized == [False, False, True, True]
+
+
+def test_a_look_at_samples_draws_no_random_numbers_of_any_library():
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            return IMAGES[index] + 0 * float(np.random.rand() + random.random() + torch.rand(())), LABELS[index]
+
+    def drawn(callback):
+        pl.seed_everything(0, verbose=False)
+        callback.setup(pl_trainer(callback, Noisy()), Plain("bare"), "fit")
+        return np.random.rand(), random.random(), float(torch.rand(()))
+
+    def pl_trainer(callback, data):
+        loop = SimpleNamespace(_data_source=SimpleNamespace(dataloader=lambda: DataLoader(data, 8, shuffle=True)))
+        strategy = SingleDeviceStrategy("cpu")
+        return SimpleNamespace(
+            strategy=strategy, precision="32-true", world_size=1, fit_loop=loop, callbacks=[callback]
+        )
+
+    assert drawn(QuantizationCallback("w4a4")) == drawn(QuantizationCallback("w4a4", example=IMAGES[:2]))
 
 
 def test_a_network_that_cannot_be_quantized_stays_as_it_is():

@@ -1,13 +1,19 @@
 """LightningModules in the rest of dfq: ``dfq.quantize``, the teacher loader, and the modules that are derived from."""
 
 import importlib
+import json
 import logging
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import NETS, SPEC, as_teacher
+from launching import launch
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 import dfq
 from dfq import cli
@@ -212,6 +218,54 @@ def test_modules_are_derived_from(make_teacher, make_dataset):
     assert isinstance(data, Twice) and len(data.train_dataloader()) == 2
 
 
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_a_distillation_module_of_public_names_in_either_package(package, make_dataset, tmp_path):
+    """As docs/lightning.md has it, with a loss of one's own; neither package takes its methods for overridden ones."""
+    found = pytest.importorskip(package, reason="pip install lightning")
+    importlib.import_module("pytorch_lightning")
+    teacher = dfq.load_teacher(NETS["plain"](), task="classification", **PLACE)
+    dataset = make_dataset(as_teacher(teacher.module))
+
+    class Mine(dfq.lightning.DistillationModule):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return loss + 1e-3 * sum(p.square().mean() for p in self.student_module.parameters())
+
+    student = dfq.lightning.student_to_train(teacher, dataset, scheme="w4a4", num_calibration_samples=16)
+    module = Mine(student, teacher, settings=dfq.lightning.DistillationSettings(max_steps=6))
+    assert isinstance(module, found.LightningModule) and isinstance(module, Mine)
+    before = hash_tensors(student.module.state_dict())
+    trainer = found.Trainer(max_steps=6, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(module, SyntheticDataModule(dataset, batch_size=8))
+    assert trainer.global_step == 6 and "held_out_loss" in trainer.callback_metrics
+    assert hash_tensors(student.module.state_dict()) != before
+    overridden = importlib.import_module(f"{package}.utilities.model_helpers").is_overridden
+    hooks = ("configure_sharded_model", "train_dataloader", "predict_step", "lr_scheduler_step")
+    assert overridden("training_step", module) and not any(overridden(name, module) for name in hooks)
+    again = Mine(student, teacher, settings=dfq.lightning.DistillationSettings(max_steps=8))
+    other = found.Trainer(max_steps=8, **QUIET)  # without a loader of validation batches, from a checkpoint
+    checkpoint = trainer.checkpoint_callback.best_model_path
+    other.fit(again, SyntheticDataModule(dataset, batch_size=8).train_dataloader(), ckpt_path=checkpoint)
+    assert other.global_step == 8
+    student.freeze()
+    with pytest.raises(UserError, match="got a student of which nothing is trained; allowed: "):
+        Mine(student, teacher)
+    student.save(tmp_path / "student")
+    assert dfq.load_student(tmp_path / "student", teacher).sha256 == student.sha256
+
+
+def test_students_to_train():
+    with pytest.raises(UserError, match="got scheme=mixed, whose bits are chosen layer by layer"):
+        dfq.lightning.student_to_train(as_teacher(NETS["plain"]()), None, scheme="mixed")
+
+
+def test_what_is_of_both_packages_can_be_sent_to_a_process(make_teacher, make_dataset):
+    pytest.importorskip("lightning.pytorch", reason="pip install lightning")
+    data = SyntheticDataModule(make_dataset(make_teacher()), batch_size=8, seed=5)
+    read = pickle.loads(pickle.dumps(data))
+    assert type(read) is type(data) and read.seed == 5 and read.train_indices == data.train_indices
+
+
 class Squared:
     calls = 0
 
@@ -242,6 +296,67 @@ def test_losses_and_optimizers_by_config(make_teacher, make_dataset, tmp_path):
     dataset = make_dataset(teacher)
     student, _ = quantize(teacher, dataset, W4A8, method, MSE(), MSE(), 0, tmp_path / "s")
     assert student.settings["algorithm"]["optimizer"] == {"name": "torch.optim.SGD", "lr": 0.0}
+
+
+def rank_of(dataset, rank, world_size=2, batch_size=4):
+    data = SyntheticDataModule(dataset, batch_size=batch_size, seed=3)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    return data.train_dataloader()
+
+
+def rows(batches):
+    return [batch["images"].double().sum((1, 2, 3)).tolist() for batch in batches]
+
+
+def test_processes_of_any_trainer_share_the_order_of_the_seed(make_teacher, make_dataset):
+    dataset = make_dataset(make_teacher(), 40)
+    loaders = [rank_of(dataset, rank) for rank in (0, 1)]
+    one = rows(rank_of(dataset, 0, 1, 8))
+    assert not isinstance(rank_of(dataset, 0, 1).sampler, DistributedSampler)  # Lightning may share it out
+    assert all(isinstance(loader.sampler, DistributedSampler) for loader in loaders)  # no other is put in its place
+    for epoch in range(2):
+        parts = [rows(loader) for loader in loaders]
+        both = [sorted(x + y) for x, y in zip(*parts, strict=True)]
+        assert (both == [sorted(row) for row in one]) == (epoch == 0), "the seed's order, and another in the next epoch"
+        assert len({sample for step in both for sample in step}) == 32, "no sample comes twice"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_epoch_goes_on_in_its_middle(replaced, make_teacher, make_dataset):
+    """Also with another sampler in the place of its own, which Lightning puts there for a loader without a trainer."""
+    dataset = make_dataset(make_teacher(), 40)
+
+    def loader():
+        found = rank_of(dataset, 1)
+        if replaced:
+            sampler = DistributedSampler(found.dataset, 2, 1, seed=3)
+            found = type(found)(found.dataset, 4, sampler=sampler, collate_fn=found.collate_fn)
+        return found
+
+    first, resumed = loader(), loader()
+    whole = rows(loader())
+    batches = iter(first)
+    assert rows([next(batches)]) == whole[:1]
+    resumed.load_state_dict(first.state_dict())
+    assert rows(resumed) == whole[1:]
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_users_trainer(tmp_path, make_teacher, make_dataset):
+    """They see what one with twice the batch sees, also where the run is interrupted in the middle of an epoch."""
+    dataset = make_dataset(make_teacher(), 40)
+    script = str(Path(__file__).parent / "batches_in_ranks.py")
+
+    def seen(name, world_size, batch_size, *steps):
+        launch(
+            [script, str(dataset.path), str(tmp_path / name), str(batch_size), *map(str, steps)], world_size, tmp_path
+        )
+        parts = [json.loads((tmp_path / f"{name}_{rank}.json").read_text()) for rank in range(world_size)]
+        return [sorted(sample for part in step for sample in part) for step in zip(*parts, strict=True)]
+
+    one = seen("one", 1, 8, 7)
+    assert len(one) == 7 and one[0] != one[4]
+    assert seen("two", 2, 4, 7) == one and seen("resumed", 2, 4, 2, 7) == one
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
