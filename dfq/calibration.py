@@ -19,9 +19,9 @@ from dfq.student import Student
 
 
 def calibration_images(dataset: SyntheticDataset, num_samples: int) -> Tensor:
-    """Up to ``num_samples`` images [N, C, H, W], or ids [N, T], that are not held out."""
+    """Up to ``num_samples`` images [N, C, H, W], or ids [N, T] without padding, that are not held out."""
     indices, _ = dataset.split()
-    return dataset.samples(indices[:num_samples])
+    return dataset.without_padding(indices[:num_samples])
 
 
 def ensure_calibrated(

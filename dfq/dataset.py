@@ -400,6 +400,18 @@ class SyntheticDataset(torch.utils.data.Dataset):
             raise UserError(f"got {path}, {what}", do="generate the dataset into a new folder")
         return load_file(path)
 
+    def without_padding(self, indices: Sequence[int]) -> Tensor:
+        """:meth:`samples` of these numbers for whoever lets every token count: where texts end before their row does,
+        [M, T] in which one goes on with the next, as text is cut that networks are trained on; less than a row is left
+        away."""
+        found = self.samples(indices)
+        counts = self.tensors(names=("num_tokens",)).get("num_tokens")
+        if counts is None or bool((counts[list(indices)] >= found.shape[1]).all()):
+            return found
+        ids = torch.cat([row[:count] for row, count in zip(found, counts[list(indices)].tolist(), strict=True)])
+        length = min(found.shape[1], len(ids))
+        return ids[: len(ids) // length * length].view(-1, length)
+
     def texts(self) -> Iterator[list[int]]:
         """Token ids of each sample, without padding."""
         for sample in self:

@@ -571,7 +571,7 @@ def prepare(
     probe = replace(scheme.weight, num_bits=min(scheme.weight_bits))
     student = Student.from_teacher(teacher, replace(scheme, weight=probe))
     kept = dataset.split()[0][: scheme.num_samples]
-    images = dataset.samples(kept)
+    images = dataset.without_padding(kept)
     return Rounding(student, teacher, find_units(student, scheme), images, weight_quantizer, activation_quantizer)
 
 

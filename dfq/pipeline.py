@@ -716,7 +716,7 @@ class _Told:
 
 def held_out_images(dataset: SyntheticDataset) -> Tensor:
     """The samples that selection and fidelity look at, and training does not."""
-    return dataset.samples(dataset.split()[1])
+    return dataset.without_padding(dataset.split()[1])
 
 
 def _allocate(

@@ -331,8 +331,10 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
     if known is not None:
         return known
     kept, held_out = (
-        dataset.samples([indices[i] for i in places(len(indices), most)])
-        for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
+        read([indices[i] for i in places(len(indices), most)])
+        for indices, most, read in zip(
+            dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), (dataset.samples, dataset.without_padding), strict=True
+        )
     )
     stored = dataset.tensors(names=("logits", "labels"))
     labels = stored["labels"] if "labels" in dataset.lists else None

@@ -186,6 +186,52 @@ def test_padding_does_not_count(tmp_path):
         torch.testing.assert_close(layer.weight, students[1].layers[name].weight)
 
 
+PADDED = {
+    "calibration": {"algorithm": "round_to_nearest", "scheme": "w4a4"},
+    "inputs": {"algorithm": "neuqi"},
+    "gptq": {"algorithm": "gptq"},
+    "blocks": {"algorithm": "block_ap", "iterations": 3, "batch_size": 8},
+    "features": {"algorithm": "distillation", "max_steps": 3, "batch_size": 8, "feature_weight": 1.0},
+    "affinity": {"algorithm": "distillation", "max_steps": 3, "feature_weight": 1.0, "feature_loss": "affinity"},
+    "attention": {
+        "algorithm": "distillation",
+        "max_steps": 3,
+        "attention_map_weight": 1.0,
+        "attention_output_weight": 1,
+    },
+    "cakld": {"algorithm": "distillation", "max_steps": 3, "divergence": "cakld"},
+}
+
+
+@pytest.mark.parametrize("what", PADDED)
+def test_padding_counts_nowhere(what, tmp_path):
+    """Statistics of inputs, moments, outputs of blocks, every loss, and figures of fidelity."""
+    teacher, found = attending(), []
+    ids = torch.randint(3, 30, (40, 12), generator=torch.Generator().manual_seed(3))
+    counts = torch.randint(4, 13, (40,), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():  # what stands there can't be overlooked
+        teacher.module.tokens.weight[0] *= 5
+    for padding in (0, 2):
+        padded = torch.where(torch.arange(12) < counts[:, None], ids, padding)
+        dataset = SyntheticDataset.create(tmp_path / str(padding), {"seed": 0}, {"pixels": False, "labels": False})
+        dataset.write_shard(0, {"input_ids": padded, "num_tokens": counts}, 0.0)
+        student = dfq.quantize(teacher, dataset, **{"scheme": W3, **PADDED[what]})
+        figures = dfq.evaluate(teacher, student, dataset=dataset)["fidelity"]
+        found.append((student.module.state_dict(), figures["kl"]))
+    for name in found[0][0]:
+        torch.testing.assert_close(found[0][0][name], found[1][0][name], msg=name)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+
+
+def test_texts_go_on_with_the_next_one_where_padding_would_be(tmp_path):
+    dataset = SyntheticDataset.create(tmp_path / "d", {"seed": 0}, {"pixels": False, "labels": False})
+    ids, counts = torch.arange(20).view(5, 4), torch.tensor([4, 2, 3, 1, 4])
+    dataset.write_shard(0, {"input_ids": ids, "num_tokens": counts}, 0.0)
+    assert dataset.without_padding([0, 4]).tolist() == [[0, 1, 2, 3], [16, 17, 18, 19]]
+    assert dataset.without_padding([1, 2, 3]).tolist() == [[4, 5, 8, 9]], "10 and 12 are left over"
+    assert dataset.without_padding([3, 1]).tolist() == [[12, 4, 5]], "less than a row in all"
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     teacher = language()
     dataset = generate(teacher, SelfGeneration(max_repetition=1.0), 48, 0, tmp_path / "d")

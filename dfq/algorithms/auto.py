@@ -150,7 +150,9 @@ class _Judge:
         batch = collate([dataset[i] for i in dataset.split()[1]], dataset.lists)
         self.images, stored = samples_of(batch), from_store(batch)
         self.teacher, self.target = teacher, None
-        if not hasattr(self.task, "writes"):  # of text there are too many logits to keep
+        if hasattr(self.task, "writes"):  # of text there are too many logits to keep
+            self.images = dataset.without_padding(dataset.split()[1])
+        else:
             self.target = self._outputs(teacher) if stored is None else moved(stored, "cpu")
         self.estimate = None if dataset.is_poor else getattr(self.task, "estimate_drop", None)
         self.seconds = 0.0

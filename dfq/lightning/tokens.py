@@ -110,8 +110,14 @@ class TokenDistillationModule(DistillationModule):
             ):
                 theirs = self._outputs(self.fast_teacher[0], ids, self.head)[known]
         pairs = self.features.items() if wants_features else ()
-        self._seen = [(name, got[name], wanted[other]) for name, other in pairs]
+        whole = s.feature_loss == "affinity"
+        self._seen = [
+            (name, *(of_tokens(x, known, whole) for x in (got[name], wanted[other]))) for name, other in pairs
+        ]
         self._attention = self._checked(mine_seen, theirs_seen) if wants_attention else None
+        for record in self._attention or ():
+            for values in (record.maps, record.outputs):  # [N, H, T, ...]
+                values[:] = [of_tokens(x.transpose(1, 2), known) for x in values]
         student_head, head = (
             self._head_of(self.student_module, self.student_head),
             self._head_of(self.fast_teacher[0], self.head),
@@ -197,11 +203,13 @@ class TokenDistillationModule(DistillationModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         rows = [data.dataset[i] for i in data.train_indices[: 10 * data.batch_size]]
         if all(name in rows[0] for name in CACHE):
-            return float(torch.stack([row["teacher_log_probs"][:, 0].float().exp().mean() for row in rows]).mean())
+            stored = [row["teacher_log_probs"][: row.get("num_tokens"), 0] for row in rows]
+            return float(torch.stack([values.float().exp().mean() for values in stored]).mean())
         teacher, head = self._teacher[0], self._head_of(self.fast_teacher[0], self.head)
         found = []
         for row in rows:
-            x = self._outputs(self.fast_teacher[0], samples_of(row)[None].to(teacher.device), self.head)[0]
+            ids = samples_of(row)[: int(row.get("num_tokens", len(samples_of(row))))]
+            x = self._outputs(self.fast_teacher[0], ids[None].to(teacher.device), self.head)[0]
             found.append(
                 torch.cat([head(part).softmax(-1).amax(-1) for part in x.split(self.settings.chunk_tokens)]).mean()
             )
@@ -259,6 +267,13 @@ def hidden(module: nn.Module, head: str, ids: Tensor) -> Tensor:
     except _Reached:
         return found[0]
     raise RuntimeError(f"{head} was not called")
+
+
+def of_tokens(x: Tensor, known: Tensor, whole: bool = False) -> Tensor:
+    """Of ``x`` [N, T, ...] what is no padding [M, ...]; ``whole``: all of it, padding being zero."""
+    if x.shape[:2] != known.shape or bool(known.all()):
+        return x
+    return x * known.view(*known.shape, *[1] * (x.dim() - 2)) if whole else x[known]
 
 
 def next_tokens(ids: Tensor, known: Tensor) -> Tensor:
