@@ -330,12 +330,11 @@ def assess(teacher: Teacher, dataset: SyntheticDataset) -> dict[str, Any]:
     known = read(dataset)
     if known is not None:
         return known
-    kept, held_out = (
-        read([indices[i] for i in places(len(indices), most)])
-        for indices, most, read in zip(
-            dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), (dataset.samples, dataset.without_padding), strict=True
-        )
+    first, last = (
+        [indices[i] for i in places(len(indices), most)]
+        for indices, most in zip(dataset.split(), (MOST_SAMPLES, CALIBRATED_ON), strict=True)
     )
+    kept, held_out = dataset.samples(first), dataset.without_padding(last)
     stored = dataset.tensors(names=("logits", "labels"))
     labels = stored["labels"] if "labels" in dataset.lists else None
     logits = None if labels is not None else stored.get("logits")

@@ -112,7 +112,7 @@ class TokenDistillationModule(DistillationModule):
         pairs = self.features.items() if wants_features else ()
         whole = s.feature_loss == "affinity"
         self._seen = [
-            (name, *(of_tokens(x, known, whole) for x in (got[name], wanted[other]))) for name, other in pairs
+            (name, of_tokens(got[name], known, whole), of_tokens(wanted[other], known, whole)) for name, other in pairs
         ]
         self._attention = self._checked(mine_seen, theirs_seen) if wants_attention else None
         for record in self._attention or ():
