@@ -243,7 +243,8 @@ def test_a_distillation_module_of_public_names_in_either_package(package, make_d
     hooks = ("configure_sharded_model", "train_dataloader", "predict_step", "lr_scheduler_step")
     assert overridden("training_step", module) and not any(overridden(name, module) for name in hooks)
     again = Mine(student, teacher, settings=dfq.lightning.DistillationSettings(max_steps=8))
-    other = found.Trainer(max_steps=8, **QUIET)  # without a loader of validation batches, from a checkpoint
+    # without a loader of validation batches, from a checkpoint
+    other = found.Trainer(max_steps=8, default_root_dir=tmp_path, **QUIET)
     checkpoint = trainer.checkpoint_callback.best_model_path
     other.fit(again, SyntheticDataModule(dataset, batch_size=8).train_dataloader(), ckpt_path=checkpoint)
     assert other.global_step == 8
