@@ -60,7 +60,6 @@ class FreshImages(pl.Callback):
         self.source, self.teacher, self.share, self.seed = source, teacher, share, seed
         self.num_samples, self.weight = num_samples, weight
         self.optimizer = torch.optim.Adam(source.network.parameters(), lr=lr)
-        self.schedule = ConstantLR(self.optimizer, factor=1.0, total_iters=0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, _index: int) -> None:
         assert isinstance(module, DistillationModule)
@@ -79,8 +78,9 @@ class FreshImages(pl.Callback):
             wanted = task.raw_outputs(lambda _: outputs, images)
             return -self.weight * task.distillation_loss(task.raw_outputs(student, images.clone()), wanted)
 
+        constant = ConstantLR(self.optimizer, factor=1.0, total_iters=0)  # here: it does not travel to other processes
         with _held(student):
-            self.source.step(self.teacher, self.schedule, self.num_samples, self.seed, step, gain)
+            self.source.step(self.teacher, constant, self.num_samples, self.seed, step, gain)
 
     def state_dict(self) -> dict[str, Any]:
         if self.weight == 0:
