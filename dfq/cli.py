@@ -503,10 +503,11 @@ def _run(
         except Exception as error:
             if ended:
                 ended(None, error)
+            if os.getpid() != pid:  # a launcher's own process: the error travels back as its result, and is shown there
+                raise
+            if ended:
                 _say(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
                 error.shown = True  # type: ignore[attr-defined]
-            if os.getpid() != pid:  # a launcher's own process: the error travels back as its result
-                raise
             failures.append(error)  # raised below: Hydra would wrap it into lines of its own
             return math.nan
 

@@ -285,7 +285,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
         )
     task = task_of(e.teacher)
     _check_kind(e.teacher, e.evaluation, "evaluation")  # now rather than after hours
-    dataset = _generate(e, e.generator, e.dataset_dir)
+    dataset = _generate(e, e.generator, e.dataset_dir, *from_environment())
     student, student_path = _quantize(e, dataset, e.student_dir, e.training)
     # Here, where no process is ahead: others would wait for rank 0 to have exported and evaluated.
     noise = _noise(e) if "gaussian" in e.references else None
@@ -472,9 +472,11 @@ def _reference(
     }
 
 
-def _generate(e: Experiment, generator: Generator, dataset_dir: Path | None) -> SyntheticDataset:
+def _generate(
+    e: Experiment, generator: Generator, dataset_dir: Path | None, rank: int, world_size: int
+) -> SyntheticDataset:
     """The whole dataset: this process's share of it, and then those of others, which a launcher has started too."""
-    dataset = generate(e.teacher, generator, e.num_samples, e.seed, dataset_dir, *from_environment())
+    dataset = generate(e.teacher, generator, e.num_samples, e.seed, dataset_dir, rank, world_size)
     count, since = len(dataset), time.monotonic()
     while len(dataset) < e.num_samples:
         time.sleep(1)
@@ -493,7 +495,9 @@ def _generate(e: Experiment, generator: Generator, dataset_dir: Path | None) -> 
 def _noise(e: Experiment) -> SyntheticDataset:
     """As many samples without any knowledge."""
     noise = resolve("generator", NOISE[e.teacher.input_spec.kind][0], batch_size=e.generator.batch_size)
-    return _generate(e, noise, None)
+    # Rank 0 makes all of it: behind training it may not know of the others, which Lightning has started.
+    share = (e.num_samples, e.num_samples + 1) if from_environment()[0] else (0, 1)
+    return _generate(e, noise, None, *share)
 
 
 def _real_dataset(e: Experiment) -> SyntheticDataset | None:

@@ -18,6 +18,8 @@ from dfq.quantizers.min_max import MinMax
 from dfq.scheme import Scheme, TensorScheme
 from dfq.student import Student
 from dfq.tasks.classification import Classification
+from dfq.tasks.detection import BoxMetrics
+from dfq.tasks.language_modeling import LanguageModeling
 from dfq.teacher import InputSpec, Teacher, TokenSpec
 
 TASK = Classification()
@@ -284,3 +286,19 @@ def test_rows_longer_than_a_network_has_positions(tmp_path):
         "give evaluation.length=32"
     )
     assert dfq.evaluate(teacher, None, "tokens", path=str(path), length=32)["teacher"]["perplexity"] > 1
+
+
+def test_one_process_of_several_evaluates_alone(monkeypatch):
+    """The others do something else meanwhile, and nobody would answer."""
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    logits, labels = torch.eye(8)[:4], torch.arange(4)
+    metrics = Classification().metrics(8)
+    metrics.update(logits, labels)
+    assert float(metrics.compute()["top1"]) == 1.0
+    metrics = LanguageModeling().metrics(8)
+    metrics.update(torch.zeros(1, 4, 8), labels[None])
+    assert float(metrics.compute()["perplexity"]) == pytest.approx(8)
+    metrics = BoxMetrics(None)
+    box = {"boxes": torch.tensor([[0.0, 0.0, 8.0, 8.0]]), "labels": torch.ones(1, dtype=torch.long)}
+    metrics.metric.update([{**box, "scores": torch.ones(1)}], [box])
+    assert float(metrics.compute()["map"]) == pytest.approx(1)

@@ -207,10 +207,9 @@ def test_a_rank_ends_with_the_process_that_started_it(tmp_path):
 
 def test_ranks_that_add_nothing_any_more_are_not_waited_for(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("dfq.pipeline.QUIET_S", 0.5)
-    monkeypatch.setattr("dfq.pipeline.from_environment", lambda: (0, 2))
     waiting = SimpleNamespace(teacher=teacher, num_samples=SAMPLES, seed=3)
     with pytest.raises(UserError, match=r"got 12 of 22 samples in .*, and no more for \d+ s; allowed: ranks that all"):
-        _generate(waiting, ZEROQ, tmp_path / "data")
+        _generate(waiting, ZEROQ, tmp_path / "data", 0, 2)
 
 
 def test_half_written_files_of_other_computers_stay(teacher, tmp_path):

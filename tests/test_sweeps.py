@@ -8,9 +8,12 @@ import types
 from pathlib import Path
 
 import pytest
+from launching import environment
 
 import dfq
 from dfq.cli import main
+from dfq.commands import plugins
+from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 
 
@@ -179,6 +182,28 @@ def test_a_sweeper_that_draws_its_values(api, capsys):
     words = ["hydra/sweeper=optuna", *trials, "generator.learning_rate=interval(0.1,0.5)"]
     assert main(["run", "-m", *words, "optimized_metric=kl"]) == 0
     assert len({row["generator.learning_rate"] for row in table()}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_in_processes_of_a_launcher(launcher, tmp_path, monkeypatch, capfd):
+    """One that goes well and one that does not; a folder of the user's own yamls is known in their processes too."""
+    if launcher not in plugins("launcher"):
+        pytest.skip(f"hydra/launcher={launcher} is not installed: pip install 'dfq[launch]'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    Path("conf/generator").mkdir(parents=True)
+    Path("conf/generator/mine.yaml").write_text("_target_: dfq.generators.gaussian.Gaussian\nbatch_size: 8\n")
+    words = ["--config-dir", "conf", "generator=mine", "dataset_dir=data", f"hydra/launcher={launcher}"]
+    assert main(["generate", *words[:-1], "num_samples=16"]) == 0
+    capfd.readouterr()
+    assert main(["generate", "-m", *words, "num_samples=8,24"]) == 2
+    rows = table()
+    assert [(row["job"], row["num_samples"]) for row in rows] == [("0", "8"), ("1", "24")]
+    assert "got num_samples=8 and dataset_dir=data, which holds" in rows[0]["error"] and rows[1]["error"] == ""
+    assert capfd.readouterr().err.count("dfq: got num_samples=8 and dataset_dir=data, which holds") == 1
+    [job] = Path("outputs").glob("*/multirun_*/1")
+    assert (job / "job.json").is_file() and len(SyntheticDataset("data")) == 24
 
 
 def test_a_sweeper_that_is_not_installed(api, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 import csv
 import importlib.machinery
+import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_in_ranks as ranks
-from launching import launch
+from launching import environment, launch
 from torch.utils.data import Subset
 
 from dfq.algorithms.distillation import Distillation
@@ -111,6 +113,37 @@ def test_a_rank_that_is_killed_and_started_again(killed, tmp_path):
     launch([SCRIPT, str(tmp_path), "ddp", "plain", "-1", "0"], 2, tmp_path)
     found = [Student.load(folder, ranks.teacher_of("plain")) for folder in (path, tmp_path / "undisturbed")]
     assert found[0].sha256 == found[1].sha256
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_its_other_processes_and_none_is_left(tmp_path):
+    """Once with a rank 0 that fails behind training, in the export; then to the end."""
+    pytest.importorskip("onnxruntime")
+    quick = ["num_samples=40", "generator.iterations=2", "generator.batch_size=20", "device=cpu"]
+    train = ["algorithm.max_steps=4", "algorithm.checks=2", "algorithm.batch_size=8"]
+    words = ["run", "trainer=ddp", "trainer.devices=2", *quick, *train, "references=[gaussian]"]
+    mine = tmp_path / "mine.onnx"
+    mine.write_text("the user's own")
+
+    def run():
+        """Its status and all that its processes have said: until the last of them has closed its end."""
+        line = [sys.executable, "-m", "dfq", *words, "artifact_path=mine.onnx"]
+        with subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=-1, stderr=-2, text=True) as process:
+            try:
+                said = process.communicate(timeout=900)[0]
+            finally:
+                process.kill()
+        return process.returncode, said
+
+    status, said = run()
+    assert status == 2 and "got artifact_path=mine.onnx, a file that dfq did not make" in said, said
+    mine.unlink()
+    status, said = run()
+    assert status == 0, said
+    [details] = tmp_path.glob("outputs/*/*/details.json")
+    assert [row["role"] for row in json.loads(details.read_text())["references"]] == ["teacher", "student", "reference"]
+    students = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/students/*/student.json")]
+    assert [student["settings"]["processes"] for student in students] == [2, 2]
 
 
 def task_loss(teacher, student, samples):

@@ -52,9 +52,10 @@ class Classification:
 
     def metrics(self, num_classes: int) -> MetricCollection:
         """top1, and top5 where there are more than five classes, as fractions."""
-        found: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, average="micro")}
+        options: dict[str, Any] = {"average": "micro", "sync_on_compute": False}  # rank 0 alone evaluates
+        found: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, **options)}
         if num_classes > 5:
-            found["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+            found["top5"] = MulticlassAccuracy(num_classes, top_k=5, **options)
         return MetricCollection(found)
 
     def estimate_drop(self, student_logits: Tensor, teacher_logits: Tensor) -> DropEstimate:

@@ -186,7 +186,9 @@ class BoxMetrics:
     def __init__(self, task: Detection):
         from torchmetrics.detection import MeanAveragePrecision
 
-        self.task, self.metric = task, MeanAveragePrecision(backend=coco_backend())  # type: ignore[arg-type]
+        self.task = task
+        # Rank 0 alone evaluates.
+        self.metric = MeanAveragePrecision(backend=coco_backend(), sync_on_compute=False)  # type: ignore[arg-type]
         self.metric.warn_on_many_detections = False
 
     def update(self, outputs: Any, targets: Sequence[Mapping[str, Any]]) -> None:

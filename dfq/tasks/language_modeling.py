@@ -73,7 +73,7 @@ class Perplexity(Metric):
     count: Tensor
 
     def __init__(self, causal: bool = True):
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # rank 0 alone evaluates
         self.causal = causal
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
