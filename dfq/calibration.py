@@ -61,7 +61,7 @@ def calibrate(
     enable(student, False)
     if ranges.seen or ranges.unreached:  # weights alone need no samples
         with ranges.watching(), progress_bar("calibrate", len(images), "samples") as advance:
-            for batch in student.input_spec.batches(images, batch_size):
+            for batch in student.batches(images, batch_size):
                 student(batch)
                 advance(len(batch))
     ranges.choose()

@@ -237,6 +237,11 @@ class Student:
     def input_spec(self) -> AnyInputSpec:
         return input_spec_from_dict(self.teacher["input_spec"])
 
+    def batches(self, samples: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+        """``samples`` [N, ...] in the parts that run at a time; also where nothing is known of the input."""
+        known = self.teacher["input_spec"] is not None
+        return self.input_spec.batches(samples, batch_size) if known else samples.split(batch_size)
+
     @property
     def device(self) -> torch.device:
         return next(iter(self.layers.values())).weight.device

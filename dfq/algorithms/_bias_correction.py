@@ -86,7 +86,7 @@ def correct_bias(
 
     seen = 0
     with progress_bar("correct biases", len(images), "samples") as advance:
-        for batch in student.input_spec.batches(images, batch_size):
+        for batch in student.batches(images, batch_size):
             seen += len(batch)
             share = len(batch) / seen
             with kept_choices(network.module) as chosen, _products_of(network.module, names, remember):

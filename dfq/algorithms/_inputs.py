@@ -49,7 +49,7 @@ def look_at_inputs(
     """``look(name, layer, inputs)`` before every call of a layer, for all ``images`` [N, ...], in float."""
     layers = [(name, layer) for name, layer in student.layers.items() if not isinstance(layer, nn.Embedding)]
     with in_float(student), forward_hooks(layers, before=look), progress_bar("look", len(images), "samples") as advance:
-        for batch in student.input_spec.batches(images, batch_size):
+        for batch in student.batches(images, batch_size):
             student(batch)
             advance(len(batch))
 

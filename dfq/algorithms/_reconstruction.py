@@ -196,7 +196,7 @@ class BlockReconstruction(BlockFitting):
 
         def loss(_done: float) -> Tensor:
             chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
-            parts = student.input_spec.batches(images[chosen].to(student.device), len(chosen))
+            parts = student.batches(images[chosen].to(student.device), len(chosen))
             if len(parts) == 1:
                 return of_part(*parts)
             # Whole logits of one part at a time, in the backward pass too.

@@ -89,12 +89,12 @@ def test_a_resumed_run_ends_at_the_bits_of_one_that_was_not_interrupted(made, tm
     whole = run(made, tmp_path / "whole", **options)
     expected = seen[:]
     seen.clear()
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Killed()])
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [Killed()], raising=False)
     with pytest.raises(KeyboardInterrupt):
         run(made, tmp_path / "parts", **options)
     assert torch.load(tmp_path / "parts" / "last.ckpt", weights_only=True)["global_step"] == 3
     del seen[3:]
-    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [])
+    monkeypatch.setattr(DistillationModule, "configure_callbacks", lambda self: [], raising=False)
     resumed = go_on(*made, tmp_path / "parts", **options)
     assert len(seen) == 6 and all(map(torch.equal, seen, expected))
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -126,6 +126,7 @@ def test_the_network_learns_what_the_student_gets_wrong_and_the_student_does_not
 def test_a_step_of_every_process_is_taken_on_the_same_images(made):
     teacher, dataset = made
     student = Student.from_teacher(teacher, W3A3)
+    student.module.requires_grad_(True)
     weights, batches = [], []
     for rank in (0, 1):
         source = GENERATOR.restored(teacher, dataset.source())

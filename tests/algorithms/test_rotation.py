@@ -131,9 +131,10 @@ def distillation_of(student, teacher, **settings):
     from dfq.tasks._task import task_of
 
     places = {name: name for name in stage_ends(teacher.dataflow)}
+    student.module.requires_grad_(True)
     module = TokenDistillationModule(student, teacher, task_of(teacher), places, Distillation(**settings))
     loss = module._token_loss({"input_ids": teacher.example(4)}, "forward", training=True)
-    return module, float(loss)
+    return module, float(loss.detach())
 
 
 def test_distillation_behind_a_rotation_compares_no_features():
