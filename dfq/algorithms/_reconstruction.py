@@ -538,7 +538,7 @@ class _Done:
         return self._path(index).exists()
 
     def save(self, index: int, student: Student, block: Block, activations: Iterable[Quantizer]) -> None:
-        """What a fit of ``block`` can have changed: what is inside, and ``activations``, some of which lie elsewhere."""
+        """What a fit of ``block`` can have changed: all inside, and ``activations``, some of which lie elsewhere."""
         ran = set(activations)
         names = [*block.modules, *(name for name, part in student.activation_quantizers.items() if part in ran)]
         inside = tuple(f"{name}." for name in names)
