@@ -16,6 +16,7 @@ from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators.self_generation import SelfGeneration, teacher_cache
 from dfq.lightning.tokens import (
+    Head,
     TokenDistillationModule,
     chunked_divergence,
     find_head,
@@ -118,9 +119,9 @@ def test_a_cache_tells_the_same_as_the_teacher_up_to_what_is_within_the_rest():
     assert torch.allclose(buckets(p, p.topk(5).indices).exp().sum(-1), torch.ones(48), atol=1e-5)
 
 
-def test_the_head_is_found_and_not_run():
+def test_the_head_is_found_and_not_run(make_dataset, capsys):
     teacher = language()
-    assert find_head(teacher) == "head"
+    assert find_head(teacher) == Head("head")
     ids = teacher.example(3)
     with torch.no_grad():
         assert torch.equal(teacher.module.head(hidden(teacher.module, "head", ids)), teacher.module(ids))
@@ -132,6 +133,32 @@ def test_the_head_is_found_and_not_run():
     capped = Capped()
     other = dfq.load_teacher(capped, "language_modeling", vocab_size=30, length=12, device="cpu")
     assert find_head(other) is None
+    trained(other, make_dataset(other), max_steps=1)
+    assert "distill: logits of Capped are no output of its last layer, so they stand whole" in capsys.readouterr().err
+
+
+SHAPE = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+HEADS = {
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0}, Head("lm_head", 0.125)),
+    "cohere": ("CohereConfig", {"logit_scale": 0.0625}, Head("lm_head", 0.0625)),
+    "gemma 2": ("Gemma2Config", {"final_logit_softcapping": 2.0, "head_dim": 8}, Head("lm_head", cap=2.0)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_that_are_scaled_or_capped_do_not_stand_whole_either(name):
+    from tiny_language import random_teacher, transformers
+
+    kind, settings, wanted = HEADS[name]
+    teacher = random_teacher(getattr(transformers, kind)(**SHAPE, num_key_value_heads=2, **settings))
+    head = find_head(teacher)
+    assert head is not None and (head.name, head.cap) == (wanted.name, wanted.cap)
+    assert head.scale == pytest.approx(wanted.scale, rel=1e-5)
+    ids = teacher.example(3)
+    with torch.no_grad():
+        logits = teacher(ids).logits
+        found = head(teacher.module, hidden(teacher.module, head.name, ids))
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from dfq.lightning.distillation import LOG_STEPS, DistillationModule
 from dfq.losses.attention import attention_map_loss, attention_output_loss
 from dfq.losses.token_divergence import buckets, divergence
 from dfq.losses.token_scaling import token_scales
+from dfq.progress import say
 from dfq.tasks.language_modeling import NO_LABEL
 from dfq.teacher import Teacher
 
@@ -43,12 +46,12 @@ class TokenDistillationModule(DistillationModule):
         super().__init__(*args, **kwargs)
         teacher, student = self._teacher[0], self._student[0]
         self.head = find_head(teacher)
-        student_head = self.head
-        if student_head is not None and student.network is not None:
-            student_head = None  # another network
-        self.student_head = student_head
+        if self.head is None:
+            say(f"distill: logits of {teacher.name} are no output of its last layer, so they stand whole in memory")
+        self.student_head = self.head if student.network is None else None  # None: of another network
         if "feature" in self.terms:
-            telling = _telling(teacher, [name for name in self.features.values() if name != self.head])  # it is not run
+            head_name = None if self.head is None else self.head.name
+            telling = _telling(teacher, [name for name in self.features.values() if name != head_name])  # it is not run
             self.features = {mine: theirs for mine, theirs in self.features.items() if theirs in telling}
             if not self.features:
                 del self.terms["feature"]
@@ -182,13 +185,13 @@ class TokenDistillationModule(DistillationModule):
             )
         return mine, theirs
 
-    def _outputs(self, module: nn.Module, ids: Tensor, head: str | None) -> Tensor:
+    def _outputs(self, module: nn.Module, ids: Tensor, head: Head | None) -> Tensor:
         """[N, T, H] in front of the head, or logits [N, T, V] of a network whose head is not known."""
-        return self.task.raw_outputs(module, ids) if head is None else hidden(module, head, ids)
+        return self.task.raw_outputs(module, ids) if head is None else hidden(module, head.name, ids)
 
     @staticmethod
-    def _head_of(module: nn.Module, head: str | None) -> Callable[[Tensor], Tensor]:
-        return (lambda x: x) if head is None else module.get_submodule(head)
+    def _head_of(module: nn.Module, head: Head | None) -> Callable[[Tensor], Tensor]:
+        return (lambda x: x) if head is None else partial(head, module)
 
     # -- before training ---------------------------------------------------------------------------------------------
 
@@ -239,18 +242,42 @@ def _telling(teacher: Teacher, names: list[str]) -> set[str]:
     return {name for name, rows in found.items() if not torch.equal(rows[0], rows[-1])}
 
 
-def find_head(teacher: Teacher) -> str | None:
-    """The last layer, if the network's logits are its output and nothing more is done to them; else None."""
+@dataclass(frozen=True)
+class Head:
+    """The last layer of a network and what makes logits of its output y: scale y, or cap tanh(y / cap)."""
+
+    name: str
+    scale: float = 1.0  # Granite and Cohere have another
+    cap: float | None = None  # Gemma 2 has one
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Logits [..., V] of x [..., H], of a network that has such a head."""
+        found = module.get_submodule(self.name)(x)
+        found = found if self.scale == 1 else found * self.scale
+        return found if self.cap is None else torch.tanh(found / self.cap) * self.cap
+
+
+def find_head(teacher: Teacher) -> Head | None:
+    """The last layer, if the network's logits are its output, scaled or capped at most; else None."""
     flow, example = teacher.dataflow, teacher.example()
     called = [call.name for call in flow.calls if call.name]
     layers = [name for name in called if not list(teacher.module.get_submodule(name).children())]
     if not layers or len(flow.calls_of(layers[-1])) != 1:
         return None
     with torch.no_grad():
-        logits = next(tensors_in(teacher(example)))
-        found = teacher.module.get_submodule(layers[-1])(hidden(teacher.module, layers[-1], example))
-    same = isinstance(found, Tensor) and found.shape == logits.shape and torch.allclose(found, logits, 1e-4, 1e-5)
-    return layers[-1] if same else None
+        logits, x = next(tensors_in(teacher(example))), hidden(teacher.module, layers[-1], example)
+        plain = Head(layers[-1])
+        found = plain(teacher.module, x)
+        if not isinstance(found, Tensor) or found.shape != logits.shape:
+            return None
+        ratio = float((logits.double() * found).sum() / found.double().square().sum().clamp(min=1e-30))
+        config: Any = getattr(teacher.module, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        cap = getattr(text, "final_logit_softcapping", None)
+        for head in (plain, Head(layers[-1], ratio), *([] if cap is None else [Head(layers[-1], cap=cap)])):
+            if torch.allclose(head(teacher.module, x), logits, 1e-4, 1e-5 * float(logits.std().clamp(max=1))):
+                return head
+    return None
 
 
 def hidden(module: nn.Module, head: str, ids: Tensor) -> Tensor:
