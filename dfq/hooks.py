@@ -123,6 +123,11 @@ class Choice(nn.Identity):
     def forward(self, chosen: Tensor) -> Tensor:
         return chosen.clone()  # an operation of its own, by which a dataflow shows what depends on it
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at what is chosen, or says it; else it need not come here."""
+        return bool(self._forward_hooks)
+
 
 @contextmanager
 def kept_choices(network: nn.Module) -> Iterator[dict[str, Tensor]]:

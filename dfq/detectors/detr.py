@@ -52,7 +52,8 @@ class Adapter(Detector):
         self.chosen = Choice()
 
     def raw(self, images: Tensor) -> dict[str, Tensor]:
-        with _ChosenBy(self.chosen) if self.chooses else nullcontext():
+        # Not while it is traced: torch.export does not follow a mode.
+        with _ChosenBy(self.chosen) if self.chooses and self.chosen.is_watched else nullcontext():
             found = self.network(pixel_values=images)
         return {"logits": found.logits, "pred_boxes": found.pred_boxes}
 

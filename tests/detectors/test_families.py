@@ -156,3 +156,13 @@ def test_queries_that_are_chosen_are_shared(derive):
     flow = teacher.dataflow
     behind = [name for name in ("encoder", "decoder") if flow.follows_choice(teacher.module, f"network.model.{name}")]
     assert behind == ["decoder"] and not task_of(teacher).detector.candidates(wanted).are_fixed
+
+
+@pytest.mark.slow  # half a minute
+def test_what_chooses_queries_can_be_traced():
+    teacher = transformers_teacher("rt_detr")
+    program = torch.export.export(
+        teacher.module, (teacher.example(2),), dynamic_shapes=({0: torch.export.Dim("N")},), strict=True
+    )
+    images = teacher.example(3)
+    torch.testing.assert_close(program.module()(images), teacher(images))
