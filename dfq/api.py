@@ -322,8 +322,7 @@ def export(
 
 def command(name: str, config: Mapping[str, Any]) -> float | None:
     """Run a command of the command line with its resolved configuration; returns the figure a sweeper optimizes."""
-    if ranks.from_environment()[0]:
-        ranks.end_with_parent()
+    ranks.end_with_parent()
     return {
         "run": _run,
         "plan": _plan,

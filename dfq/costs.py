@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfq import pipeline, quality
-from dfq.algorithms._base import is_timed
+from dfq.algorithms._base import STEPS as TRAINING_STEPS
+from dfq.algorithms._base import trains
 from dfq.algorithms.auto import Auto, seconds_of
 from dfq.algorithms.sequence import Sequence
 from dfq.dataset import SyntheticDataset, samples_of
@@ -39,7 +40,7 @@ from dfq.settings import resolve
 from dfq.student import Student
 from dfq.teacher import Teacher, TokenSpec
 
-STEPS = ("iterations", "final_iterations", "max_steps", "finish_iterations")
+STEPS = (*TRAINING_STEPS, "final_iterations")  # the last is a generator's
 SAMPLES = ("num_samples", "num_calibration_samples")
 TRIAL_S = 0.4  # what one setting's part of a trial may take
 FORWARDS = 8  # a training step with two networks, in forwards of one; says how large a trial may be, not what it costs
@@ -152,11 +153,6 @@ def _count(seconds_each: float, least: int, most: int, trial_s: float = TRIAL_S)
 def _has(method: Any, names: tuple[str, ...]) -> list[str]:
     known = {field.name for field in fields(method)}
     return [name for name in names if name in known]
-
-
-def _trains(algorithm: Any) -> bool:
-    """Whether it takes steps: what stops by the clock without them rounds."""
-    return is_timed(algorithm) and bool(_has(algorithm, STEPS))
 
 
 # ------------------------------------------------------------------------------------------------ generation
@@ -311,11 +307,11 @@ def _of_algorithm(
     teacher: Teacher, dataset: SyntheticDataset, num_samples: int, scheme: Scheme, algorithm: Any, *quantizers: Any
 ) -> tuple[Cost, Student]:
     each, kept, last = forward_seconds(teacher), len(dataset.split()[0]), Student.from_teacher(teacher, scheme)
-    trains = _trains(algorithm)
+    takes_steps = trains(algorithm)
     full_batch = min(getattr(algorithm, "batch_size", 1), max(1, round(0.9 * num_samples)))
     batch = min(_count(FORWARDS * each, 2, full_batch), kept)
     settings: dict[str, tuple[int, int, float]] = {}  # small, larger, full
-    for name in _has(algorithm, STEPS) if trains else []:
+    for name in _has(algorithm, STEPS) if takes_steps else []:
         full = getattr(algorithm, name)
         if full:
             settings[name] = (2, 2 + _count(FORWARDS * each * batch, 2, 30), full)
@@ -329,7 +325,7 @@ def _of_algorithm(
     def run(counted: bool, **values: float) -> Cost:
         nonlocal last
         changed = {name: int(value) for name, value in values.items()}
-        if trains:
+        if takes_steps:
             changed["batch_size"] = changed.get("batch_size", batch)
             if "checks" in changed:  # a look needs a step
                 changed["max_steps"] = max(changed["max_steps"], changed["checks"])
@@ -373,7 +369,7 @@ def _of_algorithm(
         time_ = time_ + _of_more_held_out(teacher, last, dataset, num_samples).times(checks + 1)
     once = difference(first, again)
     sizes: dict[str, tuple[int, int, float]] = {k: v for k, v in settings.items() if k in SAMPLES}
-    if trains:
+    if takes_steps:
         sizes["batch_size"] = (max(1, batch // 2), batch, full_batch)
     fixed = {name: value for name, value in small.items() if name not in SAMPLES}
     few_of, more_of, all_of = ({name: values[i] for name, values in sizes.items()} for i in range(3))
@@ -512,7 +508,7 @@ def counted_quantization(counts: Counts, machine: Machine, algorithm: Any, num_s
     for step in steps_of(algorithm):
         kept = min(max((getattr(step, name) for name in _has(step, SAMPLES)), default=num_samples), num_samples)
         work, alive, copies = 2 * kept * counts.macs, 4 * counts.activation_bytes, 1  # the student
-        if _trains(step):
+        if trains(step):
             trained = sum(getattr(step, name) for name in _has(step, STEPS)) * step.batch_size
             work += 4 * trained * counts.macs
             looks = 0.1 * num_samples * (getattr(step, "checks", 0) + 1)
@@ -581,8 +577,8 @@ def trains_in_processes(algorithm: Any) -> bool:
 
 
 def trains_whole(algorithm: Any) -> bool:
-    """Whether it is a distillation, or trains by one; others that have a clock go block by block."""
-    return bool(_has(algorithm, ("time_limit_s",))) and not _has(algorithm, ("memory_bytes",))
+    """Whether it is a distillation, or trains by one; others that train go block by block."""
+    return trains(algorithm) and not _has(algorithm, ("memory_bytes",))
 
 
 def steps_of(algorithm: Any) -> list[Any]:

@@ -21,6 +21,7 @@ LAUNCHERS = (
     ("PMI_RANK", "PMI_SIZE"),
     ("LOCAL_RANK", "WORLD_SIZE"),
 )
+STARTED_BY = "DFQ_STARTED_BY"  # variable with the number of the process of dfq that has started this one
 LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
@@ -47,12 +48,15 @@ def local_rank() -> int:
 
 
 def end_with_parent() -> None:
-    """End this process, whatever it waits for, as soon as the one that has started it has ended.
+    """End this process, whatever it waits for, as soon as the one that has started it has ended, if that is one of dfq.
 
     Lightning's launcher ends its processes where training fails, and nobody where rank 0 fails behind it; those that
-    wait for it in a collective would do so for a day, with their GPU.
+    wait for it in a collective would do so for a day, with their GPU. What a shell has started outlives the shell.
     """
-    parent = os.getppid()
+    parent, starter = os.getppid(), os.environ.get(STARTED_BY)
+    os.environ[STARTED_BY] = str(os.getpid())  # for those that this one starts
+    if starter != str(parent):
+        return
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -48,8 +48,9 @@ def arithmetic(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """For what is measured in the middle of such a forward, of maps made float32."""
-    return torch.autocast(device.type, enabled=False)
+    """For what is measured in the middle of such a forward, of maps made float32; once a layer and step, so that it
+    costs nothing where there is no such arithmetic."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def as_float(outputs: Any) -> Any:

@@ -192,16 +192,20 @@ def test_a_rank_that_is_killed_and_started_again(tmp_path):
     assert content(found.path) == content(whole.path) and found.sha256 == whole.sha256
 
 
-def test_a_rank_ends_with_the_process_that_started_it(tmp_path):
-    """Whatever it waits for; here it would for a minute."""
-    rank = "from dfq.ranks import end_with_parent as end; import time; end(); print('here', flush=True); time.sleep(60)"
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_rank_ends_with_the_one_that_started_it(is_ours):
+    """Whatever it waits for. One that a shell or a script has started goes on when that ends."""
+    end, rest_s = "from dfq.ranks import end_with_parent as end; import time; end()", 60 if is_ours else 4
+    rank = f"{end}; print('here', flush=True); time.sleep({rest_s}); print('still here')"
     start = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(60)"
+    start = f"{end}; {start}" if is_ours else start
     with subprocess.Popen([sys.executable, "-c", start], env=environment(), stdout=-1, stderr=-2, text=True) as parent:
         assert parent.stdout.readline() == "here\n"
         began = time.monotonic()
         parent.kill()
         said = parent.stdout.read()  # until the rank has closed its end too
-    assert said == "dfq: the process that has started this rank has ended, and so does this one\n"
+    ended = "dfq: the process that has started this rank has ended, and so does this one\n"
+    assert said == (ended if is_ours else "still here\n")
     assert time.monotonic() - began < 30
 
 

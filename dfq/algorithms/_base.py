@@ -20,6 +20,7 @@ from dfq.student import Student
 from dfq.teacher import Teacher
 
 MOST_NAMES = 12  # of layers in a line
+STEPS = ("iterations", "finish_iterations", "max_steps")  # settings that say how long an algorithm trains
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class Algorithm:
 def is_timed(algorithm: Any) -> bool:
     """Whether an algorithm stops by the clock if it is told to."""
     return any(field.name == "time_limit_s" for field in fields(algorithm))
+
+
+def trains(algorithm: Any) -> bool:
+    """Whether it takes steps: what stops by the clock without them rounds."""
+    return is_timed(algorithm) and any(hasattr(algorithm, name) for name in STEPS)
 
 
 def within(algorithm: Any, limit_s: float) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dfq.algorithms._base import Algorithm, Work, is_timed, within
+from dfq.algorithms._base import STEPS, Algorithm, Work, is_timed, trains, within
 from dfq.dataset import SyntheticDataset, collate, samples_of
 from dfq.errors import UserError
 from dfq.progress import say
@@ -36,7 +36,6 @@ from dfq.teacher import Teacher
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 RESERVE = 0.03  # of the budget: judging and copying at the end
-STEPS = ("iterations", "finish_iterations", "max_steps")  # settings that say how long an algorithm trains
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Auto(Algorithm):
         climb = _Climb(work, seconds_of(self.budget))
         rungs = [(_name(rung), resolve("algorithm", rung)) for rung in self.rungs]
         for position, (name, rung) in enumerate(rungs):
-            left_s, trains = climb.left_s, is_timed(rung) and any(hasattr(rung, setting) for setting in STEPS)
+            left_s = climb.left_s
             if is_timed(rung):
                 others = any(is_timed(later) for _, later in rungs[position + 1 :])
                 limit_s = min(left_s * self.share if others else left_s, self._worth_s(climb)) - climb.judge.seconds
@@ -78,13 +77,13 @@ class Auto(Algorithm):
             steps, tries_again = 1, True
             while tries_again:
                 steps, before = steps * self.growth, climb.figures
-                attempt = within(_stretched(rung, steps) if trains else rung, limit_s)
+                attempt = within(_stretched(rung, steps) if trains(rung) else rung, limit_s)
                 took_s, gain = climb.attempt(name, attempt, f"{position}_{name}_{steps}")
                 limit_s = min(limit_s - took_s, self._worth_s(climb))
                 # One that begins anew does not get further than before in less than twice the time.
                 enough = took_s / self.growth if climb.goes_on(rung) else 2 * took_s
                 paid = climb.figures is not before and gain >= self.min_gain
-                tries_again = trains and self.growth > 1 and paid and limit_s > enough
+                tries_again = trains(rung) and self.growth > 1 and paid and limit_s > enough
             if is_timed(rung) and climb.goes_on(rung) and gain < self.min_gain:
                 say(f"auto: ends, {name} raised the agreement by {max(gain, 0):.5f} a minute")
                 break

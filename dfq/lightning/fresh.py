@@ -53,9 +53,9 @@ class FreshImages(pl.Callback):
         teacher: Teacher,
         share: float,
         seed: int,
-        num_samples: int = 64,
-        weight: float = 0.0,
-        lr: float = 1e-3,
+        num_samples: int,
+        weight: float,
+        lr: float,
     ):
         self.source, self.teacher, self.share, self.seed = source, teacher, share, seed
         self.num_samples, self.weight = num_samples, weight

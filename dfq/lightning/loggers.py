@@ -1,7 +1,7 @@
 """Who is told of losses and looks while a distillation runs: ``logger=csv | tensorboard | wandb | mlflow``.
 
 Each fit has a log of its own, which ends with it: ``distillation`` is the student's, ``distillation/gaussian`` that of
-a reference row, ``distillation/step_1`` and ``distillation/4_distillation`` those of a step of a sequence and of a rung
+a reference row, ``distillation/step_1`` that of a step of a sequence, ``distillation/4_distillation_4`` that of a rung
 of auto.
 """
 
