@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shlex
 import subprocess
@@ -340,6 +341,12 @@ def _run(config: Mapping[str, Any]) -> float | None:
     if not report:  # another process has it
         return None
     return _figure(report, config["optimized_metric"])
+
+
+def figure(folder: Path, name: str | None) -> float | None:
+    """The one that a sweeper optimizes, of the run in ``folder``; None where another process has it."""
+    path = folder / "report.json"
+    return _figure(json.loads(path.read_text(encoding="utf-8")), name) if path.exists() else None
 
 
 def _figure(report: Mapping[str, Any], name: str | None) -> float:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfq import __version__, checks, commands, settings
+from dfq import __version__, checks, commands, ranks, settings
 from dfq.errors import UserError, did_you_mean
 from dfq.scheme import Scheme
 
@@ -489,7 +489,7 @@ def _run(
 
     from dfq import sweeps
 
-    pid, folders = os.getpid(), settings.search_path[1:]
+    pid, folders, told = os.getpid(), settings.search_path[1:], os.environ.pop(sweeps.TOLD, None)
     failures: list[Exception] = []
 
     def job(composed: Any) -> Any:
@@ -501,11 +501,13 @@ def _run(
                 ended(result)
             return result
         except Exception as error:
+            if told:  # the process that has started this one for a job of a sweep wants to know
+                Path(told).write_text(sweeps.in_one_line(error), encoding="utf-8")
             if ended:
                 ended(None, error)
             if os.getpid() != pid:  # a launcher's own process: the error travels back as its result, and is shown there
                 raise
-            if ended:
+            if ended and not getattr(error, "shown", False):
                 _say(error if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
                 error.shown = True  # type: ignore[attr-defined]
             failures.append(error)  # raised below: Hydra would wrap it into lines of its own
@@ -525,20 +527,21 @@ def _run(
         raise failures[0]
 
 
-def _check_processes(launcher: str, trainer: Any) -> None:
-    """A UserError for jobs one after the other that share training: the others of one process serve its first job."""
+def _shares_training(trainer: Any) -> bool:
+    """Whether the others of its processes serve one job; a UserError where they are there from the start, for all."""
     given = trainer or {}
-    shares = given.get("strategy") in ("ddp", "fsdp") and given.get("devices", 1) * given.get("num_nodes", 1) > 1
-    if shares and launcher.endswith("BasicLauncher"):
+    if given.get("strategy") not in ("ddp", "fsdp") or given.get("devices", 1) * given.get("num_nodes", 1) == 1:
+        return False
+    if (world_size := ranks.from_environment()[1]) > 1:
         raise UserError(
-            f"got --multirun and trainer.strategy={trainer.strategy} in one process for all jobs",
-            "trainer=ddp_spawn; or a process for each job: hydra/launcher=joblib | submitit_local | submitit_slurm",
+            f"got --multirun and trainer.strategy={trainer.strategy} in one launch of {world_size} processes for all",
+            "a launch for each job; or --multirun without a launcher",
         )
+    return True
 
 
 def _job(command: str, words: list[str], request: checks.Request, swept: set[str], composed: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import read_write
 
     from dfq import sweeps
 
@@ -548,9 +551,11 @@ def _job(command: str, words: list[str], request: checks.Request, swept: set[str
         words = [f"--config-dir={folder.resolve()}" for folder in settings.search_path[1:]] + list(run.overrides.task)
         values = [f"{key}={value}" for key, value in sweeps.values(swept).items()]
         print(f"job {run.job.num}: {' '.join(values)}", flush=True)
-        _check_processes(run.launcher._target_, composed.get("trainer"))
-        with read_write(run):  # type: ignore[arg-type]  # declared as the dataclass that the node stands for
-            run.run.dir = output_dir  # where a process that Lightning starts for this job is told to work
+        if _shares_training(composed.get("trainer")):
+            sweeps.apart([command, *words], Path(output_dir))
+            from dfq import api
+
+            return api.figure(Path(output_dir), composed.get("optimized_metric"))
     sys.argv = [sys.argv[0], command, *words]  # so does such a process learn which command it belongs to
     config = {
         key: value

@@ -9,6 +9,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,8 +26,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
+from dfq.errors import UserError
+from dfq.ranks import STARTED_BY
+
 JOB, TABLE = "job.json", "runs.csv"
 FIGURES = ("agreement", "kl")  # of how a student follows its teacher
+TOLD = "DFQ_ERROR_FILE"  # variable with the file in which a job's process leaves its error
 UNFINISHED, UNKNOWN = "still running, or killed", "did not begin, or could not say so"
 
 
@@ -64,10 +72,47 @@ def note(swept: Collection[str]) -> Callable[..., None]:
             (folder / JOB).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def ended(result: Any, error: BaseException | None = None) -> None:
-        write(result, "" if error is None else " ".join(str(error).split()) or type(error).__name__)
+        write(result, "" if error is None else in_one_line(error))
 
     write(None, UNFINISHED)
     return ended
+
+
+def in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def apart(words: list[str], folder: Path) -> None:
+    """Run this job in a process of its own, to its end: one whose training is shared out, whatever runs the jobs.
+
+    Lightning starts the other processes once in a process, and what it tells them (a port, LOCAL_RANK) stays in its
+    environment; so a second job there would wait for others that have served the first.
+
+    Args:
+        words: the command and its options.
+        folder: of the job.
+
+    Raises:
+        UserError: with what that process said; it has shown it.
+    """
+    quoted = str(folder).replace("\\", r"\\").replace("'", r"\'")
+    with tempfile.TemporaryDirectory() as scratch:
+        told = Path(scratch) / "error"
+        line = [sys.executable, "-m", "dfq", *words, f"hydra.run.dir='{quoted}'"]
+        with subprocess.Popen(line, env={**os.environ, TOLD: str(told), STARTED_BY: str(os.getpid())}) as process:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:  # it was told as well, and saves what it has
+                process.wait()
+                raise
+        if status == 0:
+            return
+        if status == 130:
+            raise KeyboardInterrupt
+        said = told.read_text(encoding="utf-8") if told.exists() else ""
+    error = UserError(said or f"got a job whose process ended with status {status}")
+    error.shown = bool(said)  # type: ignore[attr-defined]
+    raise error
 
 
 def _plain(key: str) -> str:

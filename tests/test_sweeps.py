@@ -43,12 +43,33 @@ def table(folder="outputs/*/multirun_*"):
         return list(csv.DictReader(file))
 
 
-def test_jobs_one_after_the_other_do_not_share_training(api, capsys):
-    """Lightning's other processes serve the first of them: the second would wait for a day."""
-    assert main(["run", "-m", "seed=0,1", "trainer=ddp"]) == 2
-    assert "got --multirun and trainer.strategy=ddp in one process for all jobs; allowed: trainer=ddp_spawn; or" in (
-        capsys.readouterr().err
+def test_jobs_in_one_launch_do_not_share_training(api, capsys, monkeypatch):
+    """The processes of a launcher are there from the start, once for all jobs."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", "-m", "seed=0,1", "trainer=ddp", "trainer.devices=2"]) == 2
+    said = (
+        "got --multirun and trainer.strategy=ddp in one launch of 2 processes for all; allowed: a launch for each job"
     )
+    assert said in capsys.readouterr().err
+
+
+QUICK = ["num_samples=24", "generator=gaussian", "algorithm=round_to_nearest", "device=cpu", "references=[]"]
+
+
+def test_jobs_that_share_training_have_a_process_each(tmp_path, monkeypatch, capfd):
+    """Their errors and figures come back; ``hydra.sweep.dir`` has what a path may have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    words = [*QUICK, "trainer=ddp", "trainer.devices=2", "hydra.sweep.dir='it\\'s, mine'"]
+    Path("mine.onnx").write_text("the user's own")
+    assert main(["run", "-m", *words, "artifact_path=new.onnx,mine.onnx", "optimized_metric=student.size_bytes"]) == 2
+    rows = table("it's, mine")
+    assert rows[0]["error"] == "" and float(rows[0]["result"]) > 1000 and rows[0]["result"] == rows[0]["size_bytes"]
+    assert "got artifact_path=mine.onnx, a file that dfq did not make" in rows[1]["error"]
+    assert capfd.readouterr().err.count("got artifact_path=mine.onnx") == 1
+    report = json.loads(Path("it's, mine/0/report.json").read_text())
+    assert str(report["student"]["size_bytes"]) == rows[0]["result"]
 
 
 def test_a_sweep_ends_with_a_table_of_its_runs(api, capsys):
@@ -176,12 +197,40 @@ def test_a_figure_that_there_is_not():
     )
 
 
+def test_options_of_a_sweeper_on_the_command_line(api, capsys):
+    assert main(["run", "-m", '+hydra.sweeper.params.seed="3,4"', "generator.iterations=5"]) == 0
+    assert [(row["job"], row["seed"]) for row in table()] == [("0", "3"), ("1", "4")]
+
+
 def test_a_sweeper_that_draws_its_values(api, capsys):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     trials = ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=maximize"]
     words = ["hydra/sweeper=optuna", *trials, "generator.learning_rate=interval(0.1,0.5)"]
     assert main(["run", "-m", *words, "optimized_metric=kl"]) == 0
     assert len({row["generator.learning_rate"] for row in table()}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_jobs_that_share_training(launcher, tmp_path, monkeypatch):
+    """Two of them in one process of the launcher: each trains with another process, and none waits for the first's."""
+    if launcher not in ["basic", *plugins("launcher")]:
+        pytest.skip(f"hydra/launcher={launcher} is not installed: pip install 'dfq[launch]'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    train = [
+        "algorithm.max_steps=4",
+        "algorithm.checks=2",
+        "algorithm.batch_size=8",
+        "trainer=ddp",
+        "trainer.devices=2",
+    ]
+    words = [*QUICK, "algorithm=distillation", *train, f"hydra/launcher={launcher}"]
+    words += ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []
+    assert main(["run", "-m", *(word for word in words if word != QUICK[2]), "seed=0,1"]) == 0
+    assert [row["seed"] for row in table() if "error" not in row] == ["0", "1"]
+    students = [json.loads(path.read_text()) for path in Path("outputs/students").glob("*/student.json")]
+    assert [student["settings"]["processes"] for student in students] == [2, 2]
 
 
 @pytest.mark.slow
