@@ -274,6 +274,8 @@ def export(
 def run(experiment: Experiment) -> dict[str, Any]:
     """All five arrows, and the reference rows; returns the report.
 
+    Raises the UserError of an export that fails behind the report, which has all but the artifact.
+
     Of several processes (torchrun, srun, ``trainer=ddp``) each makes its share of samples and trains; the others return
     nothing but an empty report.
     """
@@ -294,7 +296,13 @@ def run(experiment: Experiment) -> dict[str, Any]:
             if (found := noise if reference == "gaussian" else _real_dataset(e)) is not None:
                 _quantize(e, found, None, e.training.within(reference))
         return {}
-    artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset) if e.exporter is not None else None
+    artifact, refused = None, None
+    try:
+        if e.exporter is not None:
+            artifact = export(student, e.exporter, e.artifact_path, e.teacher, dataset)
+    except UserError as error:  # a network that can't be exported has a student and a report nevertheless
+        refused = error
+        say(f"export: {error}; the report follows")
     # From here on real data may be read: nothing above will change any more.
     figures = evaluate(e.teacher, student, e.evaluation, dataset)
     report = describe(e.teacher, dataset, student, student_path, figures, artifact, e.seed, e.command)
@@ -305,7 +313,11 @@ def run(experiment: Experiment) -> dict[str, Any]:
         if row is not None:
             details["references"].append(row)
     details["notes"].append(f"the whole run took {time.perf_counter() - start:.0f} s")
+    if refused is not None:
+        details["notes"].append(f"nothing was exported: {refused}")
     _write(e.output_dir, e.teacher, dataset, report, details, student)
+    if refused is not None:
+        raise refused
     return report
 
 

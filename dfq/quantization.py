@@ -383,8 +383,9 @@ def scale_through(scale: Tensor, scheme: TensorScheme) -> Tensor:
 def soft_quantize(
     base: Tensor, scale: Tensor, zero_point: Tensor, scheme: TensorScheme, logits: Tensor, axis: int | None = None
 ) -> Tensor:
-    """AdaRound's soft rounding on a uniform grid: codes base + h(logits), base = floor(x / scale).
+    """AdaRound's soft rounding on evenly spaced levels: codes base + h(logits) + zero_point, base = floor(x / scale).
 
+    A fractional ``zero_point`` asks for the ``base`` that makes base + zero_point a code.
     h(V) = clamp(sigmoid(V) (zeta - gamma) + gamma, 0, 1), zeta = 1.1, gamma = -0.1 (Nagel et al., ICML 2020, arXiv
     2004.10568, eq. 22-23). Differentiable with respect to ``logits`` and ``scale``, which may be trained together
     because ``base`` stays what it is (Genie, CVPR 2023, arXiv 2212.04780, section 3.2).

@@ -304,6 +304,31 @@ def test_a_student_with_a_network_of_its_own(tmp_path, monkeypatch, capsys):
         dfq.load_student("student")
 
 
+def test_an_export_that_fails_costs_neither_student_nor_report(tmp_path, monkeypatch, capsys):
+    """A network that chooses its proposals as it runs: hours of work, and no file format that takes it."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_):
+        raise UserError("got a network that can't be exported", "another one")
+
+    monkeypatch.setattr("dfq.exporters.pt2.PT2.export", refuse)
+    quick = [
+        "generator=gaussian",
+        "num_samples=32",
+        "algorithm=round_to_nearest",
+        "device=cpu",
+        "references=[gaussian]",
+    ]
+    assert main(["run", *quick, "exporter=pt2", "name=mine"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("dfq: got a network that can't be exported; allowed: another one\n")
+    report, details = report_of("mine")
+    assert report["artifact"] is None and "top1" in report["student"]["metrics"]
+    assert [row["role"] for row in details["references"]] == ["teacher", "student", "reference"]
+    assert "nothing was exported: got a network" in only("outputs/mine/*/report.html").read_text().replace("&#39;", "'")
+    assert not list(Path("outputs").glob("artifacts/*/*.pt2"))
+
+
 def test_a_mistake_found_late_leaves_nothing_behind(tmp_path, monkeypatch):
     """A network that a generator or a scheme can do nothing with is only known once it is there."""
     monkeypatch.chdir(tmp_path)

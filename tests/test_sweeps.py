@@ -67,7 +67,7 @@ def test_jobs_that_share_training_have_a_process_each(tmp_path, monkeypatch, cap
     rows = table("it's, mine")
     assert rows[0]["error"] == "" and float(rows[0]["result"]) > 1000 and rows[0]["result"] == rows[0]["size_bytes"]
     assert "got artifact_path=mine.onnx, a file that dfq did not make" in rows[1]["error"]
-    assert capfd.readouterr().err.count("got artifact_path=mine.onnx") == 1
+    assert capfd.readouterr().err.count("dfq: got artifact_path=mine.onnx") == 1
     report = json.loads(Path("it's, mine/0/report.json").read_text())
     assert str(report["student"]["size_bytes"]) == rows[0]["result"]
 

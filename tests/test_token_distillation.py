@@ -227,6 +227,22 @@ PADDED = {
         "attention_output_weight": 1,
     },
     "cakld": {"algorithm": "distillation", "max_steps": 3, "divergence": "cakld"},
+    "whole": {
+        "algorithm": "distillation",
+        "max_steps": 3,
+        "reverse_kl_weight": 1.0,
+        "jensen_shannon_weight": 1.0,
+        "logits_weight": 1.0,
+        "label_weight": 1.0,
+        "feature_weight": 1.0,
+    },
+    "whole_affinity": {
+        "algorithm": "distillation",
+        "max_steps": 3,
+        "logits_weight": 1.0,
+        "feature_weight": 1.0,
+        "feature_loss": "affinity",
+    },
 }
 
 

@@ -117,7 +117,7 @@ def test_a_rank_that_is_killed_and_started_again(killed, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_starts_its_other_processes_and_none_is_left(tmp_path):
-    """Once with a rank 0 that fails behind training, in the export; then to the end."""
+    """Once with an export that fails on rank 0; then to the end."""
     pytest.importorskip("onnxruntime")
     quick = ["num_samples=40", "generator.iterations=2", "generator.batch_size=20", "device=cpu"]
     train = ["algorithm.max_steps=4", "algorithm.checks=2", "algorithm.batch_size=8"]

@@ -18,11 +18,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Work, tell_left
 from dfq.algorithms._equalization import channel_dim, shaped
 from dfq.hooks import forward_hooks
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.progress import progress_bar
+from dfq.scheme import TensorScheme
 from dfq.settings import PositiveInt
 from dfq.student import Student
 
@@ -100,7 +101,10 @@ def importance(layer: QuantizedLayer, squares: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class GridSearch(Algorithm):
-    """Gives uniform grids of weights a scale and a zero point, row by row; a sub-class says how."""
+    """Gives grids of weights a scale and a zero point, row by row; a sub-class says how.
+
+    Not those whose rows depend on each other (e4m3 scales): they keep what calibration chose.
+    """
 
     num_samples: PositiveInt = 128  # synthetic samples that inputs are looked at on
     weights_stay_float: ClassVar[bool] = True
@@ -112,13 +116,18 @@ class GridSearch(Algorithm):
         known = self.look(student, images)
         work.ensure_calibrated(images)
         layers = {layer.weight_quantizer: (name, layer) for name, layer in reversed(student.layers.items())}
+        tell_left(self, student, {n for n, la in student.layers.items() if self.takes(la.weight_quantizer.scheme)})
         with progress_bar(type(self).__name__, len(layers), "layers") as advance:
             for quantizer, (name, layer) in layers.items():
-                if quantizer.has_qparams and quantizer.scheme.grid == "uniform":
+                if quantizer.has_qparams and self.takes(quantizer.scheme):
                     quantizer.set_qparams(*self.search(layer, known.get(name)))
                     if layer.bias_quantizer is not None and layer.bias is not None:
                         layer.bias_quantizer.make_room(layer)
                 advance(1)
+
+    @staticmethod
+    def takes(scheme: TensorScheme) -> bool:
+        return scheme.scale_format != "e4m3"
 
     def look(self, student: Student, images: Tensor) -> dict[str, Tensor]:
         """What is to be known of each layer's input."""

@@ -80,6 +80,11 @@ class BlockFitting(Algorithm):
         """How many parts come after the blocks, each with as much of the time limit as one of them."""
         return 0
 
+    @staticmethod
+    def takes(layer: QuantizedLayer) -> bool:
+        """Whether the layer's weight is trained; a block may have others, whose biases and inputs' steps are."""
+        return True
+
     def trainable(
         self, student: Student, block: Block, activations: list[Quantizer], elements: dict[Quantizer, int]
     ) -> Trainable:
@@ -112,7 +117,8 @@ class BlockFitting(Algorithm):
         student.module.requires_grad_(False)
         flow = record_dataflow(reference, teacher.example())
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
-        tell_left(self, student, {name for block in blocks for name in block.layers})
+        mine = {name for block in blocks for name in block.layers if self.takes(student.layers[name])}
+        tell_left(self, student, mine)
         done, looking_s = _Done(work_dir), 0.0  # seconds from one block's fit to the next one's
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
@@ -166,6 +172,11 @@ class BlockReconstruction(BlockFitting):
     @property
     def num_parts(self) -> int:
         return int(self.finish_iterations > 0)
+
+    @staticmethod
+    def takes(layer: QuantizedLayer) -> bool:
+        """Weights between two codes: those on levels of many sizes (small floats) stay rounded to nearest."""
+        return layer.weight_quantizer.scheme.grid in ("uniform", "ternary", "seq")
 
     def trainable(
         self, student: Student, block: Block, activations: list[Quantizer], elements: dict[Quantizer, int]
@@ -276,9 +287,12 @@ class SoftQuantizer(nn.Module):
         self.scheme, self.axis, self.enabled = quantizer.scheme, quantizer.axis, True
         self.shape = weight.shape
         scale, zero_point = self._shaped(quantizer.scale.detach()), self._shaped(quantizer.zero_point)
+        if self.scheme.grid == "seq":  # its levels, (q + 1/2) s, are those of a zero point between two codes
+            zero_point = torch.full_like(scale, -0.5)
+        fraction = zero_point - torch.floor(zero_point)  # 0 of whole zero points
         values = self._grouped(weight.detach())
-        self.base = torch.floor(values / scale)
-        self.logits = nn.Parameter(soft_rounding_logits(values, scale))
+        self.base = torch.floor(values / scale + fraction) - fraction
+        self.logits = nn.Parameter(soft_rounding_logits(values + fraction * scale, scale))
         # A power of two stays: with B fixed its next one would double all weights.
         self.step = nn.Parameter(scale.clone(), requires_grad=learn_step and self.scheme.scale_format != "e8m0")
         self.zero_point, self.smallest = zero_point, round_scale(scale * 1e-2, self.scheme)
@@ -409,8 +423,7 @@ class _Roundings(Trainable):
         self.soft = {
             layer: SoftQuantizer(layer.weight_quantizer, layer.weight, settings.weight_step_lr > 0)
             for layer in self.layers
-            if layer.weight_quantizer.scheme.has_integer_codes
-            and (_is_off_grid(layer) if roundings else settings.weight_step_lr > 0)
+            if settings.takes(layer) and (_is_off_grid(layer) if roundings else settings.weight_step_lr > 0)
         }
 
     def __enter__(self) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Work, tell_left
 from dfq.algorithms._inputs import LARGEST_ROWS
 from dfq.progress import progress_bar
 from dfq.scheme import TensorScheme
@@ -58,7 +58,9 @@ class HQQ(Algorithm):
     def run(self, work: Work) -> None:
         """Give the student its grids, those of weights fitted."""
         work.ensure_calibrated(work.images(self.num_calibration_samples))
-        quantizers = {layer.weight_quantizer: layer for layer in work.student.layers.values()}
+        layers = work.student.layers
+        tell_left(self, work.student, {n for n, la in layers.items() if la.weight_quantizer.scheme.grid == "uniform"})
+        quantizers = {layer.weight_quantizer: layer for layer in layers.values()}
         with progress_bar("hqq", len(quantizers), "layers") as advance:
             for quantizer, layer in quantizers.items():
                 if quantizer.has_qparams and quantizer.scheme.grid == "uniform":

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dfq.algorithms._inputs import LARGEST_ROWS, GridSearch, importance, input_squares
 from dfq.modules import QuantizedLayer
-from dfq.quantization import choose_qparams
+from dfq.quantization import choose_qparams, round_scale, round_to_grid, round_zero_point
 from dfq.scheme import TensorScheme
 from dfq.settings import Fraction, PositiveInt
 from dfq.student import Student
@@ -69,6 +69,7 @@ class NeUQI(GridSearch):
             for share in shares if stage == 0 else around:
                 taken = share.expand_as(center) if stage == 0 else (center + share).clamp(min=1e-3)
                 scale = (widest.double() * taken).float().clamp(min=torch.finfo(torch.float32).tiny)
+                scale = round_scale(scale, scheme)
                 zero_point = self.zero_point(w, h, scale, start, scheme)
                 error = _error(w, h, scale, zero_point, scheme)
                 better = error < best
@@ -83,7 +84,8 @@ class NeUQI(GridSearch):
         if scheme.symmetric:
             return start
         if scheme.has_float_zero_point:
-            return real_zero_point(w / scale[:, None].double(), h, scheme.quant_max).float()
+            levels = scheme.quant_max - scheme.quant_min
+            return (real_zero_point(w / scale[:, None].double(), h, levels) + scheme.quant_min).float()
         low, high = scheme.quant_min, scheme.quant_max
         if high - low < FEW_CODES:
             candidates = [torch.full_like(start, z) for z in range(low, high + 1)]
@@ -91,18 +93,15 @@ class NeUQI(GridSearch):
             real = (high + low) / 2 - (w.amax(1) + w.amin(1)) / 2 / scale.double()
             nearest = torch.round(real).to(start.dtype)
             candidates = [(nearest + d).clamp(low, high) for d in range(-FEW_CODES // 2, FEW_CODES // 2)]
+        candidates = [round_zero_point(candidate, scheme) for candidate in candidates]
         errors = torch.stack([_error(w, h, scale, z, scheme) for z in candidates])
         return torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
 
 
 def _error(w: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, scheme: TensorScheme) -> Tensor:
     """sum h (w - w_hat)^2 of each row [R]."""
-    s, z = scale.double()[:, None], zero_point.double()[:, None]
-    if scheme.has_float_zero_point:
-        codes = torch.round(w / s + z).clamp(scheme.quant_min, scheme.quant_max)
-    else:
-        codes = (torch.round(w / s) + z).clamp(scheme.quant_min, scheme.quant_max)
-    return (h * (w - (codes - z) * s).square()).sum(1)
+    rounded = round_to_grid(w, scale.double(), zero_point.double(), scheme, 0)
+    return (h * (w - rounded).square()).sum(1)
 
 
 def real_zero_point(v: Tensor, h: Tensor, num_steps: int) -> Tensor:

@@ -45,6 +45,7 @@ from dfq.sites import map_tensors
 from dfq.student import Student
 from dfq.tasks._outputs import outputs_of
 from dfq.tasks._task import task_of
+from dfq.tasks.language_modeling import known_tokens, of_tokens
 from dfq.teacher import InputSpec, Teacher
 
 if TYPE_CHECKING:
@@ -344,6 +345,7 @@ class DistillationModule(LightningModule):
         seen.boxes = self._boxes(batch, moves) if "task" in self.terms else []
         with self.channels.partial_gradients() if self.channels is not None else nullcontext():
             self._learn(images, seen, self._chances(done))
+        self._leave_out_padding(batch, seen)
         loss = balanced_sum([self._loss(name, seen) for name in self.terms], list(self.terms.values()), self.log_scales)
         if s.dampen:
             loss = loss + s.dampen * 0.5 * (1 - math.cos(math.pi * done)) * self._dampening()
@@ -388,6 +390,20 @@ class DistillationModule(LightningModule):
         places = [(name, self.student_module.get_submodule(name)) for name in self.features]
         with forward_hooks(places, after=keep):
             seen.output = self.task.raw_outputs(self.student_module, images)
+
+    def _leave_out_padding(self, batch: Mapping[str, Tensor], seen: _Seen) -> None:
+        """Of texts of several lengths the tokens alone, as those of one text [1, M, ...]; affinities stay in a text."""
+        if "num_tokens" not in batch:
+            return
+        known = known_tokens(batch, samples_of(batch).to(seen.output.device))
+        if bool(known.all()):
+            return
+        seen.output, seen.target = seen.output[known][None], seen.target[known][None]
+        whole = self.settings.feature_loss == "affinity"
+        for found in (seen.got, seen.wanted):
+            for name, x in found.items():
+                tokens = of_tokens(x, known, whole)
+                found[name] = tokens if whole or tokens is x else tokens[None]
 
     def _chances(self, done: float) -> dict[str, float]:
         """Place → probability that a sample goes on with the teacher's features there."""
@@ -510,7 +526,9 @@ class DistillationModule(LightningModule):
             views.append((mirrored, self.task.raw_outputs(self.fast_teacher[0], mirrored)))
         figures = []
         for images, target in views:
-            output = self.task.raw_outputs(self.student_module, images)
+            seen = _Seen(target, output=self.task.raw_outputs(self.student_module, images))
+            self._leave_out_padding(batch, seen)
+            output, target = seen.output, seen.target
             figures.append((self.task.distillation_loss(output, target), self.task.agreement(output, target)))
         losses, agreements = zip(*figures, strict=True)
         return torch.stack(losses).mean(), torch.stack(agreements).mean()

@@ -31,7 +31,7 @@ from dfq.losses.attention import attention_map_loss, attention_output_loss
 from dfq.losses.token_divergence import buckets, divergence
 from dfq.losses.token_scaling import token_scales
 from dfq.progress import say
-from dfq.tasks.language_modeling import NO_LABEL
+from dfq.tasks.language_modeling import NO_LABEL, known_tokens, of_tokens
 from dfq.teacher import Teacher
 
 CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
@@ -86,10 +86,7 @@ class TokenDistillationModule(DistillationModule):
         """Mean over the tokens that are no padding; ``training``: with all terms, weighted, and features noted."""
         s = self.settings
         ids = samples_of(batch).to(self._teacher[0].device)
-        known = (
-            torch.arange(ids.shape[1], device=ids.device)
-            < batch.get("num_tokens", torch.full((len(ids),), ids.shape[1], device=ids.device)).to(ids.device)[:, None]
-        )
+        known = known_tokens(batch, ids)
         cached = all(name in batch for name in CACHE)
         if cached:
             self._check_cached()
@@ -294,13 +291,6 @@ def hidden(module: nn.Module, head: str, ids: Tensor) -> Tensor:
     except _Reached:
         return found[0]
     raise RuntimeError(f"{head} was not called")
-
-
-def of_tokens(x: Tensor, known: Tensor, whole: bool = False) -> Tensor:
-    """Of ``x`` [N, T, ...] what is no padding [M, ...]; ``whole``: all of it, padding being zero."""
-    if x.shape[:2] != known.shape or bool(known.all()):
-        return x
-    return x * known.view(*known.shape, *[1] * (x.dim() - 2)) if whole else x[known]
 
 
 def next_tokens(ids: Tensor, known: Tensor) -> Tensor:

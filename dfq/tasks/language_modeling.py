@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,20 @@ from dfq.losses.distillation import kl_divergence
 from dfq.tasks._logits import logits_in
 
 NO_LABEL = -100  # padding and the like, as torch and transformers mark it
+
+
+def known_tokens(batch: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Which of ``ids`` [N, T] are no padding: the first ``num_tokens`` of each, or all; bool [N, T]."""
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    counts = batch.get("num_tokens")
+    return torch.ones_like(places, dtype=torch.bool) if counts is None else places < counts.to(ids.device)[:, None]
+
+
+def of_tokens(x: Tensor, known: Tensor, whole: bool = False) -> Tensor:
+    """Of ``x`` [N, T, ...] what is no padding [M, ...]; ``whole``: all of it, padding being zero."""
+    if x.shape[:2] != known.shape or bool(known.all()):
+        return x
+    return x * known.view(*known.shape, *[1] * (x.dim() - 2)) if whole else x[known]
 
 
 @dataclass(frozen=True)

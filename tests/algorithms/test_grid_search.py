@@ -13,9 +13,10 @@ from dfq.algorithms._inputs import group_moments, importance, in_float, input_sq
 from dfq.algorithms.clip_search import ClipSearch
 from dfq.algorithms.hqq import HQQ
 from dfq.algorithms.neuqi import NeUQI, real_zero_point
-from dfq.quantization import choose_qparams, fake_quantize
+from dfq.quantization import choose_qparams, fake_quantize, round_scale
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import FLOAT, Scheme, TensorScheme
+from dfq.settings import resolve
 from dfq.student import Student
 
 GROUPS = Scheme(TensorScheme(2, False, "per_group", 4), FLOAT)
@@ -61,6 +62,39 @@ def test_neuqi_is_as_good_as_a_plain_search(bits, symmetric):
         for zero_point in zeros:
             tried = torch.minimum(tried, weighted(w, h, widest * share, zero_point, scheme))
     assert (mine <= tried * (1 + 1e-5)).all() and mine.sum() < 0.97 * weighted(w, h, widest, start, scheme).sum()
+
+
+OTHERS = {
+    "seq": TensorScheme(2, True, "per_channel", grid="seq"),
+    "ternary": TensorScheme(2, True, "per_channel", grid="ternary"),
+    "shifted_ternary": TensorScheme(2, False, "per_channel", grid="ternary"),
+    "fp4": TensorScheme(4, True, grid="fp4_e2m1", granularity="per_channel"),
+    "powers_of_two": TensorScheme(3, False, "per_channel", scale_format="e8m0"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_neuqi_finds_the_scale_of_other_grids_as_it_is_stored(name):
+    """Against 200 shares of the widest, each with 33 zero points where the grid has one."""
+    scheme, (w, h) = OTHERS[name], weights()
+    widest, start = choose_qparams(w.amin(1), w.amax(1), scheme)
+    scale, zero_point = NeUQI().fit(w, h, scheme)
+    assert torch.equal(round_scale(scale, scheme), scale)
+    if scheme.scale_format == "e8m0":
+        assert (zero_point % 2 == 0).all()
+    tried = torch.full_like(widest, torch.inf)
+    for share in torch.linspace(0.3, 1, 200).tolist():
+        trial = round_scale(widest * share, scheme)
+        if scheme.symmetric:
+            zeros = [start]
+        elif scheme.has_float_zero_point:
+            zeros = [torch.full_like(widest, z) for z in torch.linspace(-1.5, 1.5, 33).tolist()]
+        else:
+            zeros = [torch.full_like(start, z) for z in range(0, 8, 2)]
+        for zeros_of_rows in zeros:
+            tried = torch.minimum(tried, weighted(w, h, trial, zeros_of_rows, scheme))
+    mine = weighted(w, h, scale, zero_point, scheme)
+    assert (mine <= tried * 1.01).all() and mine.sum() < weighted(w, h, widest, start, scheme).sum()
 
 
 def test_columns_that_nothing_is_multiplied_with_do_not_count():
@@ -166,3 +200,24 @@ def test_outputs_are_nearer_than_with_min_max(algorithm, teacher, make_dataset):
         with torch.no_grad():
             errors[name] = float((student(images) - teacher(images)).square().mean())
     assert errors[algorithm] < 0.9 * errors["round_to_nearest"]
+
+
+@pytest.mark.parametrize("algorithm", [NeUQI(), ClipSearch(), HQQ()])
+def test_a_grid_that_is_not_searched_is_named(algorithm, teacher, make_dataset, tmp_path, capsys):
+    """Rows whose scales share one depend on each other; HQQ's steps are those of uniform grids."""
+    for name in ("nvfp4", "seq"):
+        weight = TensorScheme(4, True, grid="fp4_e2m1", granularity="per_group", group_size=4, scale_format="e4m3")
+        scheme = Scheme(weight if name == "nvfp4" else TensorScheme(2, True, "per_group", 4, grid="seq"), FLOAT)
+        student = Student.from_teacher(teacher, scheme)
+        algorithm.quantize(student, teacher, make_dataset(teacher), MinMax(), MinMax(), 0, tmp_path)
+        named = f"{type(algorithm).__name__} leaves as they are: conv, grouped, first, head" in capsys.readouterr().err
+        assert named == (name == "nvfp4" or isinstance(algorithm, HQQ))
+        before = Student.from_teacher(teacher, scheme)
+        resolve("algorithm", "round_to_nearest").quantize(
+            before, teacher, make_dataset(teacher), MinMax(), MinMax(), 0, tmp_path
+        )
+        moved = any(
+            not torch.equal(layer.weight_quantizer.scale, before.layers[key].weight_quantizer.scale)
+            for key, layer in student.layers.items()
+        )
+        assert moved != named
