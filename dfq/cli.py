@@ -551,7 +551,7 @@ def _job(command: str, words: list[str], request: checks.Request, swept: set[str
         words = [f"--config-dir={folder.resolve()}" for folder in settings.search_path[1:]] + list(run.overrides.task)
         values = [f"{key}={value}" for key, value in sweeps.values(swept).items()]
         print(f"job {run.job.num}: {' '.join(values)}", flush=True)
-        if _shares_training(composed.get("trainer")):
+        if command != "plan" and _shares_training(composed.get("trainer")):
             sweeps.apart([command, *words], Path(output_dir))
             from dfq import api
 

@@ -31,6 +31,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(dfq, "api", stub, raising=False)
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("def load(): ...\n")
+    Path("labels.json").write_text("{}")
     Path("network").mkdir()
     Path("network/config.json").write_text("{}")
     Path("network/model.safetensors").write_bytes(b"")
@@ -47,7 +48,11 @@ def test_an_experiment_composes_and_names_only_what_exists(name, calls, capsys):
     if teacher == "huggingface":
         pytest.importorskip("transformers")
     network = {"factory": "teacher.factory=mine:load", "huggingface": "teacher.name=network"}[teacher]
-    status = main(["run", f"experiment={name}", network, "evaluation.path=test.npz"])
+    pictures = {"override /evaluation": "coco"} in chosen
+    labelled = (
+        ["evaluation.images=.", "evaluation.annotations=labels.json"] if pictures else ["evaluation.path=test.npz"]
+    )
+    status = main(["run", f"experiment={name}", network, *labelled])
     assert (status, capsys.readouterr().err) == (0, "")
     [config] = calls
     for step in config["algorithm"].get("steps", []):

@@ -290,9 +290,11 @@ class SoftQuantizer(nn.Module):
         if self.scheme.grid == "seq":  # its levels, (q + 1/2) s, are those of a zero point between two codes
             zero_point = torch.full_like(scale, -0.5)
         fraction = zero_point - torch.floor(zero_point)  # 0 of whole zero points
-        values = self._grouped(weight.detach())
-        self.base = torch.floor(values / scale + fraction) - fraction
-        self.logits = nn.Parameter(soft_rounding_logits(values + fraction * scale, scale))
+        steps = (
+            self._grouped(weight.detach()) / scale + fraction
+        )  # once: a weight on a level must not be seen on both sides
+        self.base = torch.floor(steps) - fraction
+        self.logits = nn.Parameter(soft_rounding_logits(steps, torch.ones_like(scale)))
         # A power of two stays: with B fixed its next one would double all weights.
         self.step = nn.Parameter(scale.clone(), requires_grad=learn_step and self.scheme.scale_format != "e8m0")
         self.zero_point, self.smallest = zero_point, round_scale(scale * 1e-2, self.scheme)
