@@ -10,8 +10,9 @@
         evaluation.reference_path=scenes/train
 
 The networks are torchvision's RetinaNet and Faster R-CNN (``evaluation.labels=id``: class 0 is nothing) on a narrow
-residual network with a feature pyramid, trained by the loss of their dfq adapter, and transformers' YOLOS, trained by
-its own. Digits of training scenes do not appear in held-out ones. Needs scikit-learn, which carries the digits.
+residual network with a feature pyramid, trained by the loss of their dfq adapter, and transformers' RT-DETR and YOLOS,
+trained by their own (which needs scipy). Digits of training scenes do not appear in held-out ones. Needs scikit-learn,
+which carries the digits.
 """
 
 from __future__ import annotations
@@ -176,7 +177,31 @@ def yolos() -> nn.Module:
     )  # fmt: skip
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"retinanet": retinanet, "faster_rcnn": faster_rcnn, "yolos": yolos}
+def rt_detr() -> nn.Module:
+    """A detection transformer whose queries begin at places of a residual network's features."""
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+    backbone = RTDetrResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24, 48, 64], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    return RTDetrForObjectDetection(
+        RTDetrConfig(
+            backbone_config=backbone, encoder_in_channels=[24, 48, 64], decoder_in_channels=[64, 64, 64],
+            encoder_hidden_dim=64, d_model=64, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=128,
+            decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4, hidden_expansion=0.5,
+            num_queries=20, num_denoising=20, num_labels=CLASSES,
+        )
+    )  # fmt: skip
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "retinanet": retinanet,
+    "faster_rcnn": faster_rcnn,
+    "rt_detr": rt_detr,
+    "yolos": yolos,
+}
+TRANSFORMERS = ("rt_detr", "yolos")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -194,7 +219,7 @@ def train(name: str, steps: int, batch_size: int, learning_rate: float, seed: in
         rows = [next(source) for _ in range(batch_size)]
         images = (torch.stack([image for image, _ in rows]).float() / 255 - MEAN) / STD
         targets = [Boxes(found.boxes / SIZE, found.scores, found.labels + first_label) for _, found in rows]
-        loss = _own_loss(detector, images, targets) if name == "yolos" else detector.loss(detector(images), targets)
+        loss = (_own_loss if name in TRANSFORMERS else _adapters_loss)(detector, images, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
@@ -205,8 +230,12 @@ def train(name: str, steps: int, batch_size: int, learning_rate: float, seed: in
     return detector.eval()
 
 
+def _adapters_loss(detector: Detector, images: Tensor, targets: list[Boxes]) -> Tensor:
+    return detector.loss(detector(images), targets)
+
+
 def _own_loss(detector: Detector, images: Tensor, targets: list[Boxes]) -> Tensor:
-    """Of a detection transformer trained from nothing: one query a box, by the Hungarian method (it needs scipy)."""
+    """Of a detection transformer trained from nothing: one query a box, by the Hungarian method."""
     labels = [
         {"class_labels": found.labels, "boxes": box_convert(found.boxes, "xyxy", "cxcywh").to(images)}
         for found in targets

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples import digits_scenes
 
 SPEC = InputSpec((3, digits_scenes.SIZE, digits_scenes.SIZE), (0.45,) * 3, (0.25,) * 3)
-LABELS = {"retinanet": "order", "faster_rcnn": "id", "yolos": "order"}
+LABELS = {"retinanet": "order", "faster_rcnn": "id", "yolos": "order", "rt_detr": "order"}
 
 
 def test_boxes_lie_tight_around_digits_that_are_apart():
@@ -41,9 +41,10 @@ def test_boxes_lie_tight_around_digits_that_are_apart():
     assert not torch.equal(next(digits_scenes.scenes(True, 3))[0], scenes[0][0])
 
 
-@pytest.mark.parametrize("name", list(digits_scenes.NETWORKS))
+@pytest.mark.parametrize("name", ["retinanet", "faster_rcnn", "yolos", pytest.param("rt_detr", marks=pytest.mark.slow)])
 def test_each_network_goes_through_the_same_pipeline(name, tmp_path, monkeypatch):
-    if name == "yolos":
+    assert name in digits_scenes.NETWORKS
+    if name in digits_scenes.TRANSFORMERS:
         pytest.importorskip("transformers")
     monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
     state = torch.get_rng_state()
