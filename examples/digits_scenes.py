@@ -190,7 +190,7 @@ def rt_detr() -> nn.Module:
             backbone_config=backbone, encoder_in_channels=[24, 48, 64], decoder_in_channels=[64, 64, 64],
             encoder_hidden_dim=64, d_model=64, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=128,
             decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4, hidden_expansion=0.5,
-            num_queries=20, num_denoising=20, num_labels=CLASSES,
+            num_queries=20, num_denoising=20, num_labels=CLASSES, freeze_backbone_batch_norms=False,
         )
     )  # fmt: skip
 
