@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ from torch import nn
 
 from dfq import inspection, pipeline, ranks
 from dfq import report as reports
-from dfq.dataset import SyntheticDataset
+from dfq.dataset import SyntheticDataset, read_json
 from dfq.errors import UserError, did_you_mean
 from dfq.lightning.quantized import (
     find_network,
@@ -346,7 +345,7 @@ def _run(config: Mapping[str, Any]) -> float | None:
 def figure(folder: Path, name: str | None) -> float | None:
     """The one that a sweeper optimizes, of the run in ``folder``; None where another process has it."""
     path = folder / "report.json"
-    return _figure(json.loads(path.read_text(encoding="utf-8")), name) if path.exists() else None
+    return _figure(read_json(path, "run"), name) if path.exists() else None
 
 
 def _figure(report: Mapping[str, Any], name: str | None) -> float:
