@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -283,8 +284,14 @@ class Student:
 
     @property
     def sha256(self) -> str:
-        """Hash of what is stored: codes, scales, and what stays float."""
-        return hash_tensors(self.tensors())
+        """Hash of what decides its outputs: codes, scales, what stays float, and how they are used.
+
+        Tensors alone do not tell students apart: grids that are found as the network runs (per token) have none.
+        """
+        use = {"network": self.network, "scheme": self.scheme.to_dict(), **self.surgery.to_dict()}
+        stored = hashlib.sha256(hash_tensors(self.tensors()).encode())
+        stored.update(json.dumps(use, sort_keys=True).encode())
+        return stored.hexdigest()
 
     def integer_weight(self, name: str) -> Tensor:
         """Integer codes (int32, weight-shaped) of a quantized layer."""

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -257,6 +258,26 @@ def test_generate_goes_on_from_rounded_keys_and_values(folder, make_dataset, tmp
         assert decoder.cache is not None
         kept = decoder(plain, plain.shape[1] - 1)
     torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_grids_without_a_tensor_tell_students_apart(folder, make_dataset, tmp_path, monkeypatch):
+    """Students of the same weights, rounded otherwise per token: figures of one are not read again for the other."""
+    monkeypatch.chdir(tmp_path)
+    teacher = teacher_of(folder("llama"))
+    dataset, weight = make_dataset(teacher, 8), TensorScheme(8, True, "per_channel")
+    per_token = {"key_value": TensorScheme(3, False, "per_token")}
+    schemes = [
+        Scheme(weight, FLOAT),
+        Scheme(weight, TensorScheme(4, True, "per_token")),
+        Scheme(weight, FLOAT, **per_token),
+    ]
+    students = [nearest(teacher, dataset, scheme, tmp_path / str(i)) for i, scheme in enumerate(schemes)]
+    np.savez(tmp_path / "text.npz", input_ids=teacher.example(4).numpy())
+    found = [dfq.evaluate(teacher, student, "tokens", path="text.npz")["student"] for student in students]
+    assert len({figures["perplexity"] for figures in found}) == 3
+    assert len({student.sha256 for student in students}) == 3
+    loaded = [dfq.load_student(tmp_path / str(i), device="cpu").sha256 for i in range(3)]
+    assert loaded == [student.sha256 for student in students]
 
 
 # ------------------------------------------------------------------------------------------------ what is skipped
