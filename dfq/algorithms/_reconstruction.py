@@ -200,19 +200,14 @@ class BlockReconstruction(BlockFitting):
         activations = [quantizer for quantizer in elements if quantizer.has_qparams]
         trainable = _Roundings(self, student.layers.values(), activations, elements, False)
 
-        def of_part(batch: Tensor) -> Tensor:
-            with torch.no_grad(), evaluation_mode(reference):
-                wanted = task.raw_outputs(reference, batch)
-            return task.distillation_loss(task.raw_outputs(student, batch), wanted)
+        def float_outputs(batch: Tensor) -> Any:
+            with evaluation_mode(reference):
+                return reference(batch)
 
         def loss(_done: float) -> Tensor:
             chosen = torch.randint(len(images), (min(self.batch_size, len(images)),), generator=rng)
             parts = student.batches(images[chosen].to(student.device), len(chosen))
-            if len(parts) == 1:
-                return of_part(*parts)
-            # Whole logits of one part at a time, in the backward pass too.
-            losses = [checkpoint(of_part, part, use_reentrant=False) * len(part) for part in parts]
-            return torch.stack(losses).sum() / len(chosen)
+            return output_loss(task, student, float_outputs, parts)
 
         with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
             descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
@@ -245,6 +240,23 @@ class BlockReconstruction(BlockFitting):
             parts.append(gradient.square().cpu())
         squares = torch.cat(parts)
         return squares / squares.mean().clamp(min=1e-30)
+
+
+def output_loss(task: Any, student: Callable, reference: Callable, parts: tuple[Tensor, ...]) -> Tensor:
+    """The task's distillation loss between two networks' outputs for a batch, which comes in ``parts``.
+
+    Of several parts whole outputs (logits of many tokens) stand in memory one at a time, in the backward pass too.
+    """
+
+    def of_part(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = task.raw_outputs(reference, batch)
+        return task.distillation_loss(task.raw_outputs(student, batch), wanted)
+
+    if len(parts) == 1:
+        return of_part(*parts)
+    losses = [checkpoint(of_part, part, use_reentrant=False) * len(part) for part in parts]
+    return torch.stack(losses).sum() / sum(len(part) for part in parts)
 
 
 def float_reference(student: Student, teacher: Teacher) -> nn.Module:
