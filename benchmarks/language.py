@@ -39,6 +39,7 @@ from dfq.scheme import FLOAT, Scheme, TensorScheme
 G32 = {"granularity": "per_group", "group_size": 32}
 ODD = {"*.down_proj": {"weight": {"group_size": 43}}}  # of its 172 inputs: no multiple of 32
 KV4 = TensorScheme(4, False, "per_token")
+KEYS4 = {"key_value": KV4, "key": TensorScheme(4, False, "per_channel", 32, dynamic=True)}
 KV2 = {  # of its 8 values a token and head
     "key_value": TensorScheme(2, False, "per_group", 8, dynamic=True),
     "key": TensorScheme(2, False, "per_channel", 32, dynamic=True),
@@ -46,6 +47,7 @@ KV2 = {  # of its 8 values a token and head
 SCHEMES = {
     "w4a16_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD),
     "w4a8kv4": Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"), key_value=KV4),
+    "w4a8kv4_kivi": Scheme(TensorScheme(4, False, "per_channel"), TensorScheme(8, True, "per_token"), **KEYS4),
     "w4a16kv2_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD, **KV2),
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
     "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),

@@ -218,6 +218,9 @@ def test_generate_with_keys_per_channel_and_values_per_group(folder, make_datase
 def test_a_scheme_of_keys():
     scheme = Scheme.from_dict(load("scheme", "w4a16kv2_g32"))
     assert scheme.key == TensorScheme(2, False, "per_channel", 32, dynamic=True)
+    scheme = Scheme.from_dict(load("scheme", "w4a8kv4_kivi"))
+    assert scheme.key == TensorScheme(4, False, "per_channel", 32, dynamic=True)
+    assert scheme.key_value == Scheme.from_dict(load("scheme", "w4a8kv4")).key_value
     with pytest.raises(UserError) as error:
         Scheme(key=TensorScheme(4, False, "per_token"))
     assert str(error.value) == (
