@@ -38,6 +38,7 @@ from dfq.modules import product_of
 from dfq.sites import map_tensors, sites_of
 from dfq.surgery import Experts
 
+FEW = 4  # samples that say what blocks are called with
 LONGEST_CHAIN = 4  # layers of a block without branches
 LARGEST_BLOCK = 32  # layers of a block with branches, experts of a mixture counting once; what has more is looked into
 
@@ -217,6 +218,13 @@ class Arguments:
         return {id(t) for t in others if t.dim() > 1 and len(t) == count and bool((t == t[:1]).all())}
 
     @property
+    def has_own_rows(self) -> bool:
+        """Whether a tensor beside the activation is another one for each sample, so that no other batch can have it."""
+        count, first = len(self.activation), self.activation
+        others = [t for t in tensors_in([*self.args, *self.kwargs.values()]) if t is not first]
+        return any(t.dim() > 0 and len(t) == count and id(t) not in self._alike for t in others)
+
+    @property
     def activation(self) -> Tensor:
         return next(tensors_in([*self.args, *self.kwargs.values()]))
 
@@ -275,6 +283,15 @@ def allocate(shape: tuple[int, ...], like: Tensor, limit_bytes: int, folder: Pat
 
 
 @dataclass
+class Probe:
+    """What a block is called with in both networks, with a few samples."""
+
+    block: Block
+    mine: Arguments
+    theirs: Arguments
+
+
+@dataclass
 class Captured:
     """A block with what goes into it and what should come out of it, for all samples.
 
@@ -300,7 +317,7 @@ class Captures:
 
     A block gets what the one before it gives, where nothing lies between them. Then that one runs once more and not
     the whole network up to here, and all blocks together cost a few forwards and not half a one each. Whether it is so
-    is seen in the first batch, to the bit, in both networks.
+    is seen on a few samples, to the bit, in both networks; these run through all blocks beside the others.
 
     Where the networks choose what they go on with (:class:`dfq.hooks.Choice`), the student goes on with what the
     reference has chosen: rows of both are of the same proposals.
@@ -324,7 +341,9 @@ class Captures:
         self.folder, self.limit_bytes = folder, limit_bytes
         self.batches = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
         self.device = next(student.parameters()).device
-        self.before: Captured | None = None
+        first = images[self.batches[0]]
+        self.few = first if choices_in(reference) else first[:FEW]  # choices are those of a batch
+        self.before: tuple[Captured, Probe] | None = None
         self.count = 0
 
     def __enter__(self) -> Captures:
@@ -337,12 +356,17 @@ class Captures:
     @torch.no_grad()
     def of(self, block: Block) -> Captured | None:
         """What ``block`` gets and should give, with the student as it is now; None: its rows are not of samples."""
-        before = self.before
-        mine, theirs = (self._arguments(network, block, 0) for network in (self.student, self.reference))
-        if not self._has_rows_of_samples(block, theirs.activation):
+        probe = Probe(block, *(self._arguments(network, block) for network in (self.student, self.reference)))
+        if not self._has_rows_of_samples(block, probe.theirs.activation):
             return None
         keep = [f"{key}_{self.count}" for key in ("inputs", "float", "outputs")]
-        if before is not None and self._follows(before, mine.activation, theirs.activation):
+        mine, theirs = probe.mine, probe.theirs
+        follows = self.before is not None and self._follows(self.before[1], probe)
+        is_of_few = len(self.few) < len(self.images[self.batches[0]])
+        if is_of_few and (not follows or mine.has_own_rows or theirs.has_own_rows):
+            mine, theirs = (self._arguments(network, block, 0) for network in (self.student, self.reference))
+        if self.before is not None and follows:
+            before = self.before[0]
             inputs = self._store(keep[0], self._given(self.student, before.block, before.inputs, before.arguments))
             float_inputs = before.float_outputs
             keep.append(f"outputs_{self.count - 1}")
@@ -352,10 +376,11 @@ class Captures:
                 for key, network, first in ((keep[0], self.student, mine), (keep[1], self.reference, theirs))
             )
         outputs = self._store(keep[2], self._given(self.reference, block, float_inputs, theirs))
-        self.before = Captured(block, mine, inputs, float_inputs, outputs)
+        found = Captured(block, mine, inputs, float_inputs, outputs)
+        self.before = found, probe
         self.count += 1
         self._remove(keep)
-        return self.before
+        return found
 
     def forwards(self) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
         """For each batch what runs all of the student, and all of the reference, on it."""
@@ -379,25 +404,30 @@ class Captures:
             found.append(kept)
         return found
 
-    def _arguments(self, network: nn.Module, block: Block, index: int) -> Arguments:
-        """Those of the block in one batch."""
-        with given_choices(network, self.choices[index]):
-            return call_arguments(network, block.modules[0], self.images[self.batches[index]].to(self.device))
+    def _arguments(self, network: nn.Module, block: Block, index: int | None = None) -> Arguments:
+        """Those of the block in one batch; None: with the few samples."""
+        images = self.few if index is None else self.images[self.batches[index]]
+        with given_choices(network, self.choices[index or 0]):
+            return call_arguments(network, block.modules[0], images.to(self.device))
 
     def _has_rows_of_samples(self, block: Block, activation: Tensor) -> bool:
-        """Whether ``activation``, of the first batch, has as many rows for each sample; other networks begin with
-        tokens, or with places of the whole batch."""
-        count = len(self.images[self.batches[0]])
-        if len(activation) == count:
-            return True
+        """Whether ``activation``, of the few samples, has as many rows for each; other networks begin with tokens, or
+        with places of the whole batch."""
+        count = len(self.few)
         one = call_arguments(self.reference, block.modules[0], self.images[:1].to(self.device)).activation
         return len(one) * count == len(activation)
 
-    def _follows(self, before: Captured, mine: Tensor, theirs: Tensor) -> bool:
-        """Whether these, of the first batch, are what the block before has given."""
-        given = next(self._given(self.student, before.block, before.inputs, before.arguments))
-        wanted = before.float_outputs[self._rows(before.float_outputs, self.batches[0])].to(self.device)
-        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in ((given, mine), (wanted, theirs)))
+    def _follows(self, before: Probe, probe: Probe) -> bool:
+        """Whether what arrives at a block is what the one before it gives, with the student as it is now."""
+        pairs = (
+            (self.student, before.mine, probe.mine.activation),
+            (self.reference, before.theirs, probe.theirs.activation),
+        )
+        for network, arguments, wanted in pairs:
+            given = run_block(network, before.block, arguments.activation.clone(), arguments)
+            if given.dtype != wanted.dtype or not torch.equal(given, wanted):
+                return False
+        return True
 
     def _rows(self, values: Tensor, batch: slice) -> slice:
         """Where those of a batch lie in ``values`` [R, ...]."""

@@ -244,11 +244,54 @@ def test_a_block_gets_what_the_one_before_gave(make, limit, tmp_path, monkeypatc
                 student.get_submodule(name).weight.mul_(1.5)
     assert not list((tmp_path / "one_by_one").glob("*.activations"))
     if make is Net:
-        once, each_batch = 2, 6  # of three batches, in two networks
+        once, each_batch = 3, 7  # of three batches, in two networks, and one sample
         follow = {"stage1.1", "stage2.0", "stage2.1", "depthwise.0"}
         assert {name: reached.count(name) for name in reached} == {
             block.modules[0]: once if block.modules[0] in follow else each_batch for block in found
         }
+
+
+def test_a_few_samples_say_whether_a_block_follows(tmp_path, monkeypatch):
+    """No forward of a batch is needed behind the first block; where a tensor beside the activation is another one for
+    each sample, that of the whole batch is taken."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = conv(4, 4)
+
+        def forward(self, x, shift):
+            return self.layer(x) + shift.view(-1, 1, 1, 1)
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.plain, self.shifted = conv(3, 4), nn.Sequential(conv(4, 4), nn.ReLU()), Shifted()
+
+        def forward(self, x):
+            x = self.plain(self.stem(x))
+            return self.shifted(x, x.mean((1, 2, 3)))
+
+    net, images = Chain().eval(), torch.cat([IMAGES, IMAGES * 2])
+    reference, sizes, real = copy.deepcopy(net), {}, call_arguments
+    found = [
+        Block((name,), (layer,))
+        for name, layer in (("stem", "stem"), ("plain", "plain.0"), ("shifted", "shifted.layer"))
+    ]
+
+    def counted(network, name, given):
+        sizes.setdefault(name, []).append(len(given))
+        return real(network, name, given)
+
+    monkeypatch.setattr(blocks, "call_arguments", counted)
+    with Captures(net, reference, images, len(images), tmp_path) as captures, torch.no_grad():
+        for block in found:
+            captured = captures.of(block)
+            with layer_inputs(net, [block.layers[0]]) as seen:
+                net(images)
+            assert torch.equal(captured.inputs, seen[block.layers[0]])
+    torch.testing.assert_close(captured.float_outputs, reference(images).detach())
+    assert sizes == {"stem": [4, 4, 1, 12, 12], "plain": [4, 4, 1], "shifted": [4, 4, 1, 12, 12]}
 
 
 def test_a_block_that_writes_into_its_input_leaves_what_was_captured(tmp_path):
