@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BUNDLE_BYTES = 2**26  # of parameters whose values of before are kept at a time
+
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor, on the same storage: its part of a sharded one, else all of it."""
@@ -34,14 +36,43 @@ class ScaledAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        parameters, sizes = [local(parameter) for parameter in self.sizes], list(self.sizes.values())
-        before = [parameter.clone() for parameter in parameters]
-        loss = super().step(closure)
-        if parameters:
-            torch._foreach_sub_(parameters, before)
-            torch._foreach_mul_(parameters, sizes)
-            torch._foreach_add_(parameters, before)
+        """Adam's, on a bundle of parameters at a time: what they were before is kept for one bundle, not for all."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        everything = [group["params"] for group in self.param_groups]
+        try:
+            for bundle in _bundles(everything):
+                for group, parameters in zip(self.param_groups, bundle, strict=True):
+                    group["params"] = parameters
+                sized = [parameter for part in bundle for parameter in part if parameter in self.sizes]
+                parameters, sizes = [local(p) for p in sized], [self.sizes[p] for p in sized]
+                before = [parameter.clone() for parameter in parameters]
+                super().step()
+                if parameters:
+                    torch._foreach_sub_(parameters, before)
+                    torch._foreach_mul_(parameters, sizes)
+                    torch._foreach_add_(parameters, before)
+        finally:
+            for group, parameters in zip(self.param_groups, everything, strict=True):
+                group["params"] = parameters
         return loss
+
+
+def _bundles(groups: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """The same groups with a part of their parameters each time: up to BUNDLE_BYTES of them, or one."""
+    bundle: list[list[Tensor]] = [[] for _ in groups]
+    size = 0
+    for index, parameters in enumerate(groups):
+        for parameter in parameters:
+            its = parameter.numel() * parameter.element_size()
+            if size and size + its > BUNDLE_BYTES:
+                yield bundle
+                bundle, size = [[] for _ in groups], 0
+            bundle[index].append(parameter)
+            size += its
+    yield bundle
 
 
 class ZerothOrder(torch.optim.Optimizer):

@@ -1,5 +1,8 @@
 """ScaledAdam: Adam in other units. ZerothOrder: the gradient without a backward pass."""
 
+import weakref
+
+import pytest
 import torch
 
 from dfq.optimizer import ScaledAdam, ZerothOrder
@@ -28,6 +31,48 @@ def test_is_adam_without_sizes_and_adam_with_other_rates_with_them():
     for row, size in enumerate(sizes.flatten().tolist()):
         wanted = trained(lambda p, lr=0.1 * size: torch.optim.Adam([p], lr=lr), start[row])
         torch.testing.assert_close(got[row], wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_bundles_make_no_difference(fused, monkeypatch):
+    """To the bit, whatever fits into one; a parameter without a gradient stays."""
+    found = []
+    for limit in (2**26, 100, 1):
+        monkeypatch.setattr("dfq.optimizer.BUNDLE_BYTES", limit)
+        rng = torch.Generator().manual_seed(0)
+        parts = [torch.nn.Parameter(torch.randn(n, generator=rng)) for n in (20, 3, 40, 7, 9)]
+        sizes = {part: torch.rand(len(part), generator=rng) for part in parts[1:]}
+        groups = [{"params": parts[:2], "lr": 0.1}, {"params": parts[2:4], "lr": 0.2}, {"params": parts[4:], "lr": 0.3}]
+        optimizer, untouched = ScaledAdam(groups, sizes, fused=fused), parts[3].detach().clone()
+        for _ in range(3):
+            optimizer.zero_grad()
+            sum(part.square().sum() for part in parts if part is not parts[3]).backward()
+            optimizer.step()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 1]
+        assert torch.equal(parts[3], untouched)
+        found.append(torch.cat([part.detach() for part in parts]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_step_keeps_what_one_bundle_was(monkeypatch):
+    """Values of before: of the bundle, not of all parameters."""
+    monkeypatch.setattr("dfq.optimizer.BUNDLE_BYTES", 4 * 1000)
+    parts = [torch.nn.Parameter(torch.ones(1000)) for _ in range(8)]
+    optimizer = ScaledAdam([{"params": parts, "lr": 0.1}], {part: torch.ones(1000) for part in parts})
+    held, most, real = [0], [0], torch.Tensor.clone
+
+    def counted(tensor, *args, **options):
+        result = real(tensor, *args, **options)
+        held[0] += result.numel()
+        most[0] = max(most[0], held[0])
+        weakref.finalize(result, lambda: held.__setitem__(0, held[0] - 1000))
+        return result
+
+    sum(part.square().sum() for part in parts).backward()
+    optimizer.step()
+    monkeypatch.setattr(torch.Tensor, "clone", counted)
+    optimizer.step()
+    assert 1000 <= most[0] <= 2000
 
 
 def test_state_is_that_of_adam():

@@ -85,6 +85,7 @@ class Distillation(DistillationSettings, Algorithm):
         import pytorch_lightning as pl
         from pytorch_lightning.callbacks import ModelCheckpoint
 
+        from dfq.lightning.checkpoints import FileCheckpointIO
         from dfq.lightning.data import SyntheticDataModule
         from dfq.lightning.distillation import DistillationModule
         from dfq.lightning.fresh import FreshImages
@@ -137,6 +138,7 @@ class Distillation(DistillationSettings, Algorithm):
                 check_val_every_n_epoch=None,
                 val_check_interval=self.max_steps,  # Looks says when
                 num_sanity_val_steps=0,
+                plugins=[FileCheckpointIO()],
                 callbacks=callbacks if self.patience is None else [*callbacks, Patience(self.patience)],
                 enable_progress_bar=False,
                 logger=logger,
