@@ -24,7 +24,7 @@ def test_a_file_is_whole_or_the_one_before(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert saver.load_checkpoint(path, weights_only=True)["step"] == 1
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
-    with pytest.raises(TypeError, match="got storage_options={}; allowed: None"):
+    with pytest.raises(TypeError, match=r"got storage_options=\{\}; allowed: None"):
         saver.save_checkpoint({}, path, storage_options={})
 
 
