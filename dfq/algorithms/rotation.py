@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +121,13 @@ class Turns:
     heads: list[Heads] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)  # had an embedding's weight, and have one of their own now
 
+    @property
+    def names(self) -> set[str]:
+        """Of all parameters that may be turned."""
+        of_heads = [name for part in self.heads for name in (part.value, part.output)]
+        layers = (*self.readers, *self.writers, *self.tables, *of_heads)
+        return {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+
     def of(self, state: Mapping[str, Tensor], stream: Tensor | None, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The turned ones of ``state``'s weights and biases, differentiable.
 
@@ -171,7 +178,8 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator, heads: boo
     products = {name: product_of(name, flow) for name in matrices}
     linears = {name: op for name, op in products.items() if op is not None and op.name == "linear"}
     readers = {name: made[op.inputs[0]] for name, op in linears.items() if op.inputs[0] in made}
-    tables = {name: part for name, part in parts.items() if isinstance(part, nn.Embedding)}
+    shared = {id(part.weight): name for name, part in reversed(parts.items()) if isinstance(part, nn.Embedding)}
+    tables = {name: parts[name] for name in shared.values()}  # of those with the same weight the first
     if not readers or not tables:
         raise _refused(teacher, "in which no layer reads from a norm")
     width = next(iter(tables.values())).embedding_dim
@@ -193,19 +201,18 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator, heads: boo
             raise _refused(teacher, f"whose {norm} does more than divide by a root mean square and multiply")
         for name, of in readers.items():
             if of == norm:
-                parts[name].weight.copy_(parts[name].weight.double() * gain)
+                parts[name].weight.copy_(parts[name].weight.to(gain.device).double() * gain)
     turns = Turns(width, list(readers), writers, list(tables), untied=untied)
-    _put(module, turns.of(_doubles(module), orthogonal(width, rng).to(example.device), {}))
+    exact = _exact(example.device)
+    _put(module, turns.of(_doubles(module, turns.names), orthogonal(width, rng).to(exact), {}))
     if not _is_near(_logits(module, example), before):
         raise _refused(teacher, "whose function changes when its residual stream is turned")
     if not heads:
         return turns
     turns.heads = _find_heads(teacher, linears)
-    kept = _doubles(module)
-    _put(
-        module,
-        turns.of(kept, None, {part.value: orthogonal(part.size, rng).to(example.device) for part in turns.heads}),
-    )
+    kept = _doubles(module, turns.names)
+    inner = {part.value: orthogonal(part.size, rng).to(exact) for part in turns.heads}
+    _put(module, turns.of(kept, None, inner))
     if not _is_near(_logits(module, example), before):
         say(f"rotation: values of {teacher.name} are not turned within their heads, which would change what it does")
         _put(module, kept)
@@ -268,21 +275,18 @@ class _Training:
         student.module.requires_grad_(False)
         device = work.teacher.device
         sizes = {"stream": turns.width, **{part.value: part.size for part in turns.heads}}
-        self.total = {name: torch.eye(size, dtype=torch.float64, device=device) for name, size in sizes.items()}
+        exact = _exact(device)
+        self.total = {name: torch.eye(size, dtype=torch.float64, device=exact) for name, size in sizes.items()}
         self.angles = {name: torch.zeros(size, size, device=device, requires_grad=True) for name, size in sizes.items()}
         # Each of a row's angles moves by lr, and a vector by the root of their squares.
         self.rates = [settings.learning_rate / math.sqrt(size) for size in sizes.values()]
         self.optimizer = torch.optim.Adam([{"params": [angles]} for angles in self.angles.values()])
-        self.first = _doubles(student.module, self.turns.of(dict(student.module.named_parameters()), *self._now()))
+        self.first = _doubles(student.module, self.turns.names)
         self.task = task_of(work.teacher)
         self.held_out = work.dataset.without_padding(work.dataset.split()[1])
 
     def run(self) -> None:
-        s, images, path = (
-            self.settings,
-            self.work.images(len(self.work.dataset)),
-            self.work.work_dir / "rotation",
-        )
+        s, images, path = self.settings, self.work.images(len(self.work.dataset)), self.work.work_dir / "rotation"
         step = self._load(path)
         if step == 0:
             self._bake()
@@ -304,25 +308,20 @@ class _Training:
                     advance(1)
                 step = min(step + s.refresh, s.iterations)
                 with torch.no_grad():
-                    for name, turn in zip(self.total, self._turns(torch.float64), strict=True):
-                        self.total[name] = self.total[name] @ turn
-                        self.angles[name].zero_()
+                    for name, angles in self.angles.items():
+                        self.total[name] = self.total[name] @ cayley(angles.to(_exact(angles.device)).double())
+                        angles.zero_()
                 self._save(path, step)
         self._bake()
         loss = self._held_out_loss()
         if not loss < self.loss_before:
-            self.total = {
-                name: torch.eye(len(turn), dtype=torch.float64, device=turn.device) for name, turn in self.total.items()
-            }
+            self.total = {name: torch.eye(len(turn)).to(turn) for name, turn in self.total.items()}
             self._bake()
         say(f"rotate: divergence of held-out samples {self.loss_before:.4f} before, {loss:.4f} after")
         enable(self.work.student, False)
 
-    def _turns(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [cayley(angles.to(dtype)) for angles in self.angles.values()]
-
     def _now(self) -> tuple[Tensor, dict[str, Tensor]]:
-        stream, *heads = self._turns()
+        stream, *heads = (cayley(angles) for angles in self.angles.values())
         return stream, dict(zip(list(self.angles)[1:], heads, strict=True))
 
     def _loss(self, ids: Tensor, seed: int | None = None) -> Tensor:
@@ -376,7 +375,7 @@ class _Training:
             return 0
         tensors = load_file(file)
         for name, angles in self.angles.items():
-            self.total[name] = tensors[f"total.{name}"].to(angles.device)
+            self.total[name] = tensors[f"total.{name}"].to(self.total[name])
             self.optimizer.state[angles] = {
                 key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else angles.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
@@ -424,9 +423,15 @@ def cayley(angles: Tensor) -> Tensor:
     return torch.linalg.solve(eye + skew, eye - skew)  # they commute
 
 
-def _doubles(module: nn.Module, of: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Parameters of ``module``, those of the names in ``of`` alone, in float64."""
-    return {name: p.detach().double() for name, p in module.named_parameters() if of is None or name in of}
+def _exact(device: torch.device) -> torch.device:
+    """Where float64 is computed: there, but for Apple's devices, which have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _doubles(module: nn.Module, names: Container[str]) -> dict[str, Tensor]:
+    """Parameters of these names, in float64."""
+    found = {name: p.detach() for name, p in module.named_parameters() if name in names}
+    return {name: p.to(_exact(p.device)).double() for name, p in found.items()}
 
 
 @torch.no_grad()
@@ -470,7 +475,8 @@ def _take_gain(norm: nn.Module) -> Tensor | None:
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
 
     def gains(forward: Callable[[Tensor], Tensor]) -> Tensor:
-        return forward(x).double() / (x.double() * x.double().square().mean(-1, keepdim=True).rsqrt())
+        y, wide = (t.to(_exact(t.device)).double() for t in (forward(x), x))
+        return y / (wide * wide.square().mean(-1, keepdim=True).rsqrt())
 
     found = gains(norm)
     if not torch.allclose(found, found[:1].expand_as(found), rtol=1e-3, atol=1e-5):
