@@ -47,7 +47,7 @@ KV2 = {  # of its 8 values a token and head
 SCHEMES = {
     "w4a16_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD),
     "w4a8kv4": Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"), key_value=KV4),
-    "w4a8kv4_kivi": Scheme(TensorScheme(4, False, "per_channel"), TensorScheme(8, True, "per_token"), **KEYS4),
+    "w4a8kv4_k32": Scheme(TensorScheme(4, False, "per_channel"), TensorScheme(8, True, "per_token"), **KEYS4),
     "w4a16kv2_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD, **KV2),
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
     "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),

@@ -276,6 +276,8 @@ class Scheme:
         implied = {"mxfp4": 32, "nvfp4": 16}.get(weight)
         if self.weight.group_size not in (None, implied):
             name += f"_g{self.weight.group_size}"
+        if self.key.group_size not in (None, self.weight.group_size):  # tokens that share a channel's range
+            name += f"_k{self.key.group_size}"
         if self.weight.scale_format == self.activation.scale_format == "e8m0" and self.weight.grid == "uniform":
             name += "_po2"
         return name

@@ -201,7 +201,7 @@ def test_generate_with_keys_per_channel_and_values_per_group(folder, make_datase
     teacher = teacher_of(folder("llama"))
     values = TensorScheme(2, False, "per_group", 4, dynamic=True)
     scheme = Scheme(W4_G16.weight, FLOAT, key_value=values, key=TensorScheme(2, False, "per_channel", 4, dynamic=True))
-    assert scheme.name == "w4a16kv2_g16" and Scheme.from_dict(scheme.to_dict()) == scheme
+    assert scheme.name == "w4a16kv2_g16_k4" and Scheme.from_dict(scheme.to_dict()) == scheme
     student = nearest(teacher, make_dataset(teacher, 8), scheme)
     ids = teacher.example(2)[:, :14]
     decoder, places = Decoder(student.module, student, student.device), []
@@ -218,7 +218,7 @@ def test_generate_with_keys_per_channel_and_values_per_group(folder, make_datase
 def test_a_scheme_of_keys():
     scheme = Scheme.from_dict(load("scheme", "w4a16kv2_g32"))
     assert scheme.key == TensorScheme(2, False, "per_channel", 32, dynamic=True)
-    scheme = Scheme.from_dict(load("scheme", "w4a8kv4_kivi"))
+    scheme = Scheme.from_dict(load("scheme", "w4a8kv4_k32"))
     assert scheme.key == TensorScheme(4, False, "per_channel", 32, dynamic=True)
     assert scheme.key_value == Scheme.from_dict(load("scheme", "w4a8kv4")).key_value
     with pytest.raises(UserError) as error:

@@ -320,7 +320,7 @@ def test_quotes_of_a_value_stay_what_they_are():
 @pytest.mark.parametrize("name", choices("scheme"))
 def test_a_yaml_is_called_what_it_says(name):
     assert Scheme.from_dict(load("scheme", name)).name == name
-    assert re.fullmatch(r"mixed|w[a-z0-9]+(_?a[a-z0-9]+)(_g\d+)?(_po2)?", name)
+    assert re.fullmatch(r"mixed|w[a-z0-9]+(_?a[a-z0-9]+)(_g\d+)?(_k\d+)?(_po2)?", name)
 
 
 @pytest.mark.parametrize(
