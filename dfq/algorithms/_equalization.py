@@ -18,13 +18,18 @@ shuffled channels need no rule of their own, and what mixes channels is no pair.
 powers of two, which must change nothing; those that do change something (code that uses a weight in ways of its own)
 are dropped.
 
-Weights alone are balanced at the expense of the activations between them, which then need a wider range. So by default
-these count as well: with u_i the root mean square of channel i on synthetic samples,
+Weights alone are balanced at the expense of the activations between them, which then need a wider range; and a weight
+with a step of its own for each output channel, or a depthwise one, does not mind being scaled at all. So by default the
+scales are those with the least noise (:func:`least_noise_scales`): of all layers l of the pairs, in relation to what
+their output channels o vary by,
 
-    s_i = (r1_i u_i / r2_i)^(1/3),                       so that afterwards  r1_i u_i / r2_i = 1 in every channel
+    sum_l sum_o ( sum_i W_oi^2 e_i(t s_i)  +  c sum_i d_oi^2 x_i^2 / s_i^2 ) / var(y_o)
 
-which keeps log r1, log u and log r2 of the channels as close to constants as one scale can (least squares).
-``balance_activations=False`` is the paper's rule.
+with e_i(t s_i) the squared error of input channel i on synthetic samples, rounded to the bits that it gets within a
+range of t s_i (t, the range of the whole tensor, is found along), x_i^2 its mean square, d_oi the error of a weight,
+its step over sqrt(12), where the step follows from the largest scaled weight that shares it; c is
+:data:`ROUNDING_SHARE`. A tensor that only per-channel and depthwise weights stand around is thus as good as rounded
+channel by channel, and no runtime knows. ``balance_activations=False`` is the paper's rule.
 
 Differences from the paper, beside that: ranges are largest magnitudes, not widths, as weight grids here contain zero.
 A ReLU6 is replaced by ReLU only between the layers of a pair, and only where that hardly changes what the network makes
@@ -46,6 +51,8 @@ from torch import Tensor, nn
 
 from dfq.hooks import Dataflow, Op, evaluation_mode, forward_hooks, record_dataflow, tensors_in
 from dfq.modules import LOOKUPS, PRODUCTS, QUANTIZED, BiasQuantizer, fold_batch_norm, product_of
+from dfq.quantization import choose_qparams, fake_quantize, from_groups, to_groups
+from dfq.scheme import TensorScheme
 from dfq.sites import MOVING, Sites
 from dfq.student import Rescaled, Student
 from dfq.surgery import REWRITES, apply
@@ -59,7 +66,13 @@ LINEAR = {"mean", "sum", "mul", "interpolate", "upsample", "avg_pool1d", "avg_po
 HOMOGENEOUS = MOVING | LINEAR | {"relu", "leaky_relu", "prelu", "abs"}
 CLIPPED = "hardtanh"  # what nn.ReLU6 calls
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-SMALLEST_SIZE = 0.1  # of a channel's activations, in units of the mean of all channels
+SMALLEST_RANGE = 0.1  # of a channel's activations, in units of the mean of all channels: real ones may well have more
+ROUNDING_SHARE = 0.1  # of nearest rounding's squared error that is left where errors of weights make up for each other
+RATIOS = (0.05, 32.0, 50)  # ranges that a channel is tried with, in units of its own: from, to, how many
+NORM = 16.0  # of weights that share a step, in place of the largest
+LEARNING_RATE = 0.2  # of logarithms of scales and ranges
+NUM_VALUES = 4096  # of a channel that are looked at, drawn at random
+NUM_LARGEST = 8  # and the largest of each batch
 CONVERGED = 1e-3  # largest |log s| of a round that ends the iteration
 RELU6_TOLERANCE = 0.01  # squared error of the network's outputs, relative to their square, without upper clipping
 
@@ -156,11 +169,11 @@ def shaped(layer: nn.Module, values: Tensor, inputs: bool) -> Tensor:
     return values.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
 
 
-def _reduced(layer: nn.Module, kernels: Tensor, inputs: bool) -> Tensor:
+def _reduced(layer: nn.Module, kernels: Tensor, inputs: bool, how: Callable = torch.amax) -> Tensor:
     """The inverse: of one value a kernel [.., ..] the largest of each output channel [O], or of each input [I]."""
     if inputs == isinstance(layer, TRANSPOSED):
-        return kernels.amax(1)
-    return kernels.view(getattr(layer, "groups", 1), -1, kernels.shape[1]).amax(1).flatten()
+        return how(kernels, 1)
+    return how(kernels.view(getattr(layer, "groups", 1), -1, kernels.shape[1]), 1).flatten()
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
@@ -459,7 +472,7 @@ def _rename_sites(student: Student, old: str, new: str) -> None:
 def equalize(
     student: Student,
     teacher: Teacher,
-    iterations: int = 100,
+    iterations: int = 200,
     replace_relu6: bool = True,
     images: Tensor | None = None,
     balance_activations: bool = True,
@@ -467,10 +480,10 @@ def equalize(
     """Equalize all pairs of a student in place: it computes what it did, and its grids are to be made anew.
 
     Args:
-        iterations: rounds over all pairs at most.
+        iterations: steps, or rounds over all pairs at most.
         replace_relu6: also pairs with a ReLU6 between them, which becomes a ReLU where that is safe.
         images: [N, C, H, W], on which that is judged and activations are looked at; noise if there are none.
-        balance_activations: ranges of activations count as well; false: those of weights alone, as in the paper.
+        balance_activations: least noise of weights and activations; false: ranges of weights, as in the paper.
 
     Returns:
         The pairs, with what is between them.
@@ -484,8 +497,11 @@ def equalize(
     paths = [path for path in paths if not any(op.module in clipping.keys() - chosen for op in path.ops)]
     _replace_relu6(student, network, sorted({op.module for path in paths for op in path.ops} & chosen))
     layers = student.layers
-    sizes = _activation_sizes(student, network, paths, images) if balance_activations else None
-    for path, scale in zip(paths, equalizing_scales(layers, paths, iterations, sizes), strict=True):
+    if balance_activations:
+        scales = least_noise_scales(student, network, paths, images, iterations)
+    else:
+        scales = equalizing_scales(layers, paths, iterations)
+    for path, scale in zip(paths, scales, strict=True):
         pass_on(layers, path, scale)
         record = rescaled(student, path.first)
         student.surgery.rescaled[path.first] = replace(record, scale=record.scale * scale, shift=record.shift / scale)
@@ -496,15 +512,8 @@ def equalize(
     return paths
 
 
-def equalizing_scales(
-    layers: Mapping[str, nn.Module], paths: list[Path], iterations: int, sizes: list[Tensor] | None = None
-) -> list[Tensor]:
-    """For each path what the first layer's output channels are to be divided by, [O], float64 on the CPU.
-
-    Args:
-        sizes: for each path those of the activations [O], all above zero; None: they do not count.
-    """
-    sizes = None if sizes is None else list(sizes)
+def equalizing_scales(layers: Mapping[str, nn.Module], paths: list[Path], iterations: int) -> list[Tensor]:
+    """For each path what the first layer's output channels are to be divided by, by the paper's rule: [O], float64."""
     largest = {}  # magnitude of each kernel: all that a scale has to do with
     for name in {name for path in paths for name in (path.first, path.last)}:
         weight = _double(layers[name].weight)
@@ -512,14 +521,11 @@ def equalizing_scales(
     scales = [torch.ones(num_outputs(layers[path.first]), dtype=torch.float64) for path in paths]
     for _ in range(iterations):
         change = 0.0
-        for index, (path, total) in enumerate(zip(paths, scales, strict=True)):
+        for path, total in zip(paths, scales, strict=True):
             first, last = layers[path.first], layers[path.last]
             made = _reduced(first, largest[path.first], inputs=False)
             read = path.at_outputs(_reduced(last, largest[path.last], inputs=True), len(made))
-            ratio = made / read if sizes is None else made * sizes[index] / read
-            scale = torch.where((made > 0) & (read > 0), ratio.pow(1 / 2 if sizes is None else 1 / 3), 1.0)
-            if sizes is not None:
-                sizes[index] = sizes[index] / scale
+            scale = torch.where((made > 0) & (read > 0), (made / read).sqrt(), 1.0)
             largest[path.first] /= shaped(first, scale, inputs=False)
             largest[path.last] *= shaped(last, path.at_inputs(scale, 1.0), inputs=True)
             total *= scale
@@ -529,27 +535,197 @@ def equalizing_scales(
     return scales
 
 
-def _activation_sizes(student: Student, network: FloatNetwork, paths: list[Path], images: Tensor) -> list[Tensor]:
-    """For each path the root mean square of what the second layer reads, in each channel of the first: [O]."""
-    squares: dict[str, Tensor] = {}
+# ------------------------------------------------------------------------------------------------ least noise
 
-    def look(name: str, layer: nn.Module, inputs: tuple) -> None:
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a layer reads and makes of synthetic samples, in the student's units.
+
+    Attributes:
+        values: [I, M] of each input feature: some, and the largest ones, which 8 bits must not clip.
+        shares: [M], how many of all values each of them stands for.
+        power: [I], mean square.
+        variance: [O] of each output channel; the smallest count as a hundredth of the mean.
+    """
+
+    values: Tensor
+    shares: Tensor
+    power: Tensor
+    variance: Tensor
+
+
+def least_noise_scales(
+    student: Student, network: FloatNetwork, paths: list[Path], images: Tensor, iterations: int = 200
+) -> list[Tensor]:
+    """For each path what the first layer's output channels are to be divided by, [O], float64 on the CPU.
+
+    Adam on the logarithms of all scales and ranges at once, from those that suit activations alone; what is minimized
+    is in the module's docstring.
+
+    Args:
+        images: [N, C, H, W], which show what is read and made.
+        iterations: steps.
+    """
+    if not paths:
+        return []
+    layers = {name: student.layers[name] for path in paths for name in (path.first, path.last)}
+    seen = _looked_at(student, network, layers, paths, images)
+    into = {path.last: index for index, path in enumerate(paths)}
+    out_of = {path.first: index for index, path in enumerate(paths)}
+    errors = {
+        name: _RangeErrors(seen[name].values, seen[name].shares, layers[name].input_quantizer.scheme)
+        for name in into
+        if not layers[name].input_quantizer.scheme.is_float
+    }
+    largest, squares = {}, {}  # magnitude of each kernel's weights, and sum of squares over what the output varies by
+    for name, layer in layers.items():
+        kernels = _double(layer.weight).view(*layer.weight.shape[:2], -1)
+        largest[name] = kernels.abs().amax(-1)
+        squares[name] = kernels.square().sum(-1) / shaped(layer, seen[name].variance, inputs=False)
+    alive, logs = [], []
+    for path in paths:
+        size = num_outputs(layers[path.first])
+        read = _reduced(layers[path.last], largest[path.last], inputs=True)
+        made = _reduced(layers[path.first], largest[path.first], inputs=False)
+        alive.append((made > 0) & (path.at_outputs(read, size) > 0))
+        start = torch.zeros(size, dtype=torch.float64)
+        if path.last in errors:
+            start = path.at_outputs(errors[path.last].best, size).clamp(min=1e-30).log()
+        logs.append(_centered(start, alive[-1]).requires_grad_())
+    ranges = {name: error.best.log().mean().requires_grad_() for name, error in errors.items()}
+
+    def noise(name: str) -> Tensor:
+        """Of one layer's outputs, in relation to what they vary by."""
+        layer, found = layers[name], seen[name]
+        path = paths[into[name]] if name in into else None
+        into_log = torch.zeros(num_inputs(layer), dtype=torch.float64)
+        if path is not None:
+            into_log = path.at_inputs(logs[into[name]], 0.0)
+        out_log = logs[out_of[name]] if name in out_of else torch.zeros(num_outputs(layer), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64)
+        if name in errors:
+            total = (squares[name] * shaped(layer, errors[name](ranges[name] + into_log), inputs=True)).sum()
+        scheme, own_steps = layer.weight_quantizer.scheme, layer.weight_quantizer.axis is not None
+        if not scheme.is_float and not (own_steps and path is None):  # a step of its own goes along with its output
+            scale = shaped(layer, into_log, inputs=True) - shaped(layer, out_log, inputs=False)
+            half_step = _shared_range(layer, largest[name] * scale.exp()) / (scheme.quant_max - scheme.quant_min)
+            power = shaped(layer, found.power * (-2 * into_log).exp(), inputs=True) * layer.weight[0, 0].numel()
+            variance = shaped(layer, found.variance * (-2 * out_log).exp(), inputs=False)
+            total = total + ROUNDING_SHARE * (half_step.square() / 3 * power / variance).sum()
+        return total / num_outputs(layer)
+
+    optimizer = torch.optim.Adam([*logs, *ranges.values()], lr=LEARNING_RATE)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    with torch.enable_grad():
+        for _ in range(iterations):
+            loss = torch.stack([noise(name) for name in layers]).sum()
+            if not loss.requires_grad:  # nothing is rounded
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+    return [_centered(log.detach(), mask).exp() for log, mask in zip(logs, alive, strict=True)]
+
+
+def _centered(logs: Tensor, alive: Tensor) -> Tensor:
+    """Zero on average, and where a channel has no weights or nobody reads it."""
+    return torch.where(alive, logs - logs[alive].mean(), 0.0) if alive.any() else torch.zeros_like(logs)
+
+
+def _shared_range(layer: nn.Module, largest: Tensor) -> Tensor:
+    """About the largest magnitude of the weights that share a step with each kernel; all [.., ..].
+
+    A norm of high order, for the gradient: all weights that are nearly as large have to give way together.
+    """
+    quantizer, most = layer.weight_quantizer, largest.detach().amax().clamp(min=1e-30)
+    powers = (largest / most).pow(NORM)
+    size = quantizer.scheme.group_size
+    if quantizer.axis is None:
+        found = powers.sum().expand_as(powers)
+    elif size is not None and largest.numel() == layer.weight.numel():
+        groups = to_groups(powers, quantizer.axis, size)
+        found = from_groups(groups.sum(-1, keepdim=True).expand_as(groups), quantizer.axis, powers.shape)
+    else:
+        found = shaped(layer, _reduced(layer, powers, inputs=False, how=torch.sum), inputs=False)
+    return found.clamp(min=1e-300).pow(1 / NORM) * most  # rows of zeros have a gradient too
+
+
+class _RangeErrors:
+    """Squared error of each input feature as a function of the range that it is rounded within.
+
+    Args:
+        values: [I, M] of each feature; of one that is hardly there they count as larger.
+        shares: [M], how many values each stands for.
+        scheme: bits and grid of the whole tensor.
+
+    Attributes:
+        best: [I], the range with the least error.
+    """
+
+    def __init__(self, values: Tensor, shares: Tensor, scheme: TensorScheme):
+        own = values.abs().amax(1)
+        least = (SMALLEST_RANGE * own.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        ramp = torch.linspace(0, 1, values.shape[1]).expand_as(values)
+        values = torch.where(own[:, None] > 0, values * (least / own).clamp(min=1)[:, None], least * ramp)
+        low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+        self.own = torch.maximum(-low, high).double()
+        first, last, number = RATIOS
+        ratios = torch.linspace(math.log(first), math.log(last), number, dtype=torch.float64)
+        found, weights = [], shares / shares.sum()
+        for ratio in ratios.exp().tolist():
+            scale, zero_point = choose_qparams(low * ratio, high * ratio, scheme)
+            found.append((fake_quantize(values, scale, zero_point, scheme, axis=0) - values).square() @ weights)
+        errors = torch.stack(found, 1).double()
+        self.best = self.own * ratios[errors.argmin(1)].exp()
+        self.logs = errors.clamp(min=1e-12 * float(errors.max()) + 1e-300).log()
+        self.first, self.width = float(ratios[0]), float(ratios[1] - ratios[0])
+
+    def __call__(self, log_range: Tensor) -> Tensor:
+        """[I], between the points linear in logarithms; ``log_range``: [I]."""
+        place = ((log_range - self.own.log() - self.first) / self.width).clamp(0, self.logs.shape[1] - 1.001)
+        before = place.detach().long()[:, None]
+        low, high = self.logs.gather(1, before)[:, 0], self.logs.gather(1, before + 1)[:, 0]
+        return (low + (high - low) * (place - before[:, 0])).exp()
+
+
+def _looked_at(
+    student: Student, network: FloatNetwork, names: Iterable[str], paths: list[Path], images: Tensor
+) -> dict[str, _Seen]:
+    """Layer → what it reads and makes in the float network."""
+    rng = torch.Generator().manual_seed(0)
+    values: dict[str, list[Tensor]] = {name: [] for name in names}
+    shares: dict[str, list[Tensor]] = {name: [] for name in names}
+    power: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+
+    def add(sums: dict[str, Tensor], name: str, x: Tensor, share: float) -> None:
+        sums[name] = sums.get(name, 0) + _double(x.mean(1)) * share
+
+    def look(name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        share = len(inputs[0]) / len(images)
         x = inputs[0].float().movedim(channel_dim(layer, inputs[0]), 0).flatten(1)
-        squares[name] = squares.get(name, 0) + _double(x.square().mean(1)) * len(inputs[0])
+        y = output.float().movedim(channel_dim(layer, output), 0).flatten(1)
+        some, most = math.ceil(NUM_VALUES * share), min(NUM_LARGEST, x.shape[1] - 1)
+        chosen = torch.randint(x.shape[1], (some,), generator=rng)
+        values[name] += [x[:, chosen.to(x.device)].cpu(), x.gather(1, x.abs().topk(most, 1).indices).cpu()]
+        shares[name] += [torch.full((some,), (x.shape[1] - most) / some), torch.ones(most)]
+        for sums, seen in ((power, x.square()), (first, y), (second, y.square())):
+            add(sums, name, seen, share)
 
-    names = {path.last for path in paths}
-    with (
-        without_limit(relu6_between(network, paths).values()),
-        forward_hooks([(name, network.module.get_submodule(name)) for name in names], before=look),
-    ):
+    modules = [(name, network.module.get_submodule(name)) for name in values]
+    with without_limit(relu6_between(network, paths).values()), forward_hooks(modules, after=look):
         for batch in images.split(64):
             network.outputs(batch)
-    found = []
-    for path in paths:
-        record = rescaled(student, path.first)
-        size = path.at_outputs((squares[path.last] / len(images)).sqrt(), len(record.scale)) / record.scale
-        # A channel that is hardly ever there needs no finer steps than a tenth of the others'.
-        found.append(size.clamp(min=SMALLEST_SIZE * float(size.mean())) if size.any() else torch.ones_like(size))
+    found = {}
+    for name, parts in values.items():
+        record = rescaled(student, name)
+        variance = (second[name] - first[name].square()) / record.scale.square()
+        variance = variance.clamp(min=max(1e-2 * float(variance.mean()), 1e-30))
+        read = torch.cat(parts, 1) / record.input_scale.float()[:, None]
+        found[name] = _Seen(read, torch.cat(shares[name]), power[name] / record.input_scale.square(), variance)
     return found
 
 

@@ -20,8 +20,8 @@ from dfq.settings import PositiveInt
 class Equalization(Algorithm):
     """Seconds; what makes one range for a whole tensor of weights bearable, and depthwise networks at 8 bits."""
 
-    iterations: PositiveInt = 100  # rounds over all pairs of layers at most; ends when scales stay
-    balance_activations: bool = True  # ranges of activations count as well; false: of weights alone, as in the paper
+    iterations: PositiveInt = 200  # steps; of the paper's rule rounds over all pairs at most
+    balance_activations: bool = True  # least noise, activations' too; false: ranges of weights alone, as in the paper
     absorb_bias: bool = True  # let the next layer add what a ReLU almost never cuts off
     replace_relu6: bool = True  # ReLU in place of ReLU6 between layers, where it hardly changes outputs
     bias_correction: Literal["none", "samples", "batch_norm"] = "samples"  # what makes up for moved means
