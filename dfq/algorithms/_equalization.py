@@ -69,7 +69,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SMALLEST_RANGE = 0.1  # of a channel's activations, in units of the mean of all channels: real ones may well have more
 ROUNDING_SHARE = 0.1  # of nearest rounding's squared error that is left where errors of weights make up for each other
 RATIOS = (0.05, 32.0, 50)  # ranges that a channel is tried with, in units of its own: from, to, how many
-NORM = 16.0  # of weights that share a step, in place of the largest
+SQUARINGS = 4  # the 16th power: the norm of weights that share a step, in place of the largest
 LEARNING_RATE = 0.2  # of logarithms of scales and ranges
 NUM_VALUES = 4096  # of a channel that are looked at, drawn at random
 NUM_LARGEST = 8  # and the largest of each batch
@@ -608,8 +608,9 @@ def least_noise_scales(
             total = (squares[name] * shaped(layer, errors[name](ranges[name] + into_log), inputs=True)).sum()
         scheme, own_steps = layer.weight_quantizer.scheme, layer.weight_quantizer.axis is not None
         if not scheme.is_float and not (own_steps and path is None):  # a step of its own goes along with its output
-            scale = shaped(layer, into_log, inputs=True) - shaped(layer, out_log, inputs=False)
-            half_step = _shared_range(layer, largest[name] * scale.exp()) / (scheme.quant_max - scheme.quant_min)
+            scaled = largest[name] * shaped(layer, into_log.exp(), inputs=True)
+            scaled = scaled * shaped(layer, (-out_log).exp(), inputs=False)
+            half_step = _shared_range(layer, scaled) / (scheme.quant_max - scheme.quant_min)
             power = shaped(layer, found.power * (-2 * into_log).exp(), inputs=True) * layer.weight[0, 0].numel()
             variance = shaped(layer, found.variance * (-2 * out_log).exp(), inputs=False)
             total = total + ROUNDING_SHARE * (half_step.square() / 3 * power / variance).sum()
@@ -640,7 +641,9 @@ def _shared_range(layer: nn.Module, largest: Tensor) -> Tensor:
     A norm of high order, for the gradient: all weights that are nearly as large have to give way together.
     """
     quantizer, most = layer.weight_quantizer, largest.detach().amax().clamp(min=1e-30)
-    powers = (largest / most).pow(NORM)
+    powers = largest / most
+    for _ in range(SQUARINGS):
+        powers = powers.square()
     size = quantizer.scheme.group_size
     if quantizer.axis is None:
         found = powers.sum().expand_as(powers)
@@ -649,7 +652,7 @@ def _shared_range(layer: nn.Module, largest: Tensor) -> Tensor:
         found = from_groups(groups.sum(-1, keepdim=True).expand_as(groups), quantizer.axis, powers.shape)
     else:
         found = shaped(layer, _reduced(layer, powers, inputs=False, how=torch.sum), inputs=False)
-    return found.clamp(min=1e-300).pow(1 / NORM) * most  # rows of zeros have a gradient too
+    return found.clamp(min=1e-300).pow(0.5**SQUARINGS) * most  # rows of zeros have a gradient too
 
 
 class _RangeErrors:
