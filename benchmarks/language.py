@@ -82,8 +82,8 @@ WITHOUT_TEXT = ("nearest", "hqq")
 SOURCES = ("its own", "random", "sampled")
 
 
-def speed(kit: Path, folder: Path, length: int, samples: int, batch_size: int) -> None:
-    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=length, device="cpu")
+def speed(kit: Path, folder: Path, length: int, samples: int, batch_size: int, device: str) -> None:
+    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=length, device=device)
     settings = {"greedy_tokens": [0], "max_repetition": 1.0, "batch_size": batch_size}
     path = folder / f"speed_{length}_{samples}_{batch_size}_{os.getpid()}"
     dataset = dfq.generate(teacher, "self_generation", num_samples=samples, dataset_dir=path, **settings)
@@ -91,7 +91,7 @@ def speed(kit: Path, folder: Path, length: int, samples: int, batch_size: int) -
     start, written = time.perf_counter(), 0
     torch.manual_seed(0)
     while written < 8 * length:  # eight samples say how fast it is
-        first = torch.randint(3, teacher.input_spec.vocab_size, (1, 1))
+        first = torch.randint(3, teacher.input_spec.vocab_size, (1, 1)).to(teacher.device)
         ids = teacher.module.generate(
             torch.cat([torch.ones_like(first), first], 1),
             max_new_tokens=length - 2,
@@ -103,7 +103,8 @@ def speed(kit: Path, folder: Path, length: int, samples: int, batch_size: int) -
         )
         written += ids.shape[1]
     loop = written / (time.perf_counter() - start)
-    print(f"{torch.get_num_threads()} threads, samples of {length} tokens, batches of {batch_size}")
+    on = f"{torch.get_num_threads()} threads" if teacher.device.type == "cpu" else torch.cuda.get_device_name()
+    print(f"{on}, samples of {length} tokens, batches of {batch_size}")
     print(f"  self_generation          {mine:10.0f} tokens per second")
     print(f"  one sample at a time     {loop:10.0f} tokens per second")
     print(f"  ratio                    {mine / loop:10.1f}")
@@ -127,9 +128,16 @@ def texts(teacher, kit: Path, folder: Path, seed: int, samples: int) -> dict[str
 
 
 def perplexities(
-    kit: Path, folder: Path, schemes: list[str], methods: list[str], sources: list[str], seeds: int, samples: int
+    kit: Path,
+    folder: Path,
+    schemes: list[str],
+    methods: list[str],
+    sources: list[str],
+    seeds: int,
+    samples: int,
+    device: str,
 ) -> None:
-    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=128, device="cpu")
+    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=128, device=device)
     rows = json.loads((kit / "data/stories_tinystories.json").read_text())["ids"]
     padded = np.full((len(rows), max(map(len, rows))), -1)
     for row, ids in zip(padded, rows, strict=True):
@@ -294,6 +302,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
+    parser.add_argument("--device", default="cpu", help="of speed and perplexities: cpu | cuda | mps | auto")
     args = parser.parse_args()
     if args.only == "memory":
         if args.way:
@@ -305,9 +314,10 @@ def main() -> None:
         print("language.py: skipped, give --kit DIR with the evaluation kit (stories260k/ in it)")
         return
     if args.only != "perplexity":
-        speed(args.kit, args.folder, args.length, args.samples, args.batch_size)
+        speed(args.kit, args.folder, args.length, args.samples, args.batch_size, args.device)
     if args.only != "speed":
-        perplexities(args.kit, args.folder, args.schemes, args.methods, args.sources, args.seeds, args.samples)
+        rows = (args.schemes, args.methods, args.sources, args.seeds, args.samples)
+        perplexities(args.kit, args.folder, *rows, args.device)
 
 
 if __name__ == "__main__":

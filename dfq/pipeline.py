@@ -33,6 +33,7 @@ from dfq.errors import UserError
 from dfq.generators._base import Generator, Independent, Sampler, Source, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
 from dfq.generators._precision import faster_precision
+from dfq.hooks import repeatable
 from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import Advance, progress_bar, say
 from dfq.ranks import from_environment
@@ -75,6 +76,7 @@ class Experiment:
 # ------------------------------------------------------------------------------------------------ the arrows
 
 
+@repeatable()
 def generate(
     teacher: Teacher,
     generator: Generator,
@@ -147,6 +149,7 @@ def generate(
     return dataset
 
 
+@repeatable()
 def quantize(
     teacher: Teacher,
     dataset: SyntheticDataset,

@@ -321,7 +321,7 @@ def _check_in_runtime(path: Path, student: Student, x: Tensor) -> None:
     for batch in (x, x[:1]):
         outputs = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: batch.numpy()})[0])
         with torch.no_grad():
-            wanted = student(batch)
+            wanted = student(batch).cpu()
         # A value beside a midpoint may round to the other code in the runtime: close, not equal.
         error = float((outputs - wanted).abs().mean() / wanted.abs().mean())
         _that(error < 0.02, f"the student's outputs in onnxruntime for {len(batch)} samples (off by {error:.3f})")

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from dfq.errors import UserError
 from dfq.generators._filters import low_pass
 from dfq.generators._precision import Precision, arithmetic, as_float
-from dfq.hooks import evaluation_mode, tensors_in
+from dfq.hooks import evaluation_mode, repeatable, tensors_in
 from dfq.losses.batch_norm_statistics import batch_norm_distance
 from dfq.losses.output_stretching import log_output_range
 from dfq.progress import Advance, say
@@ -38,6 +38,7 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor]]  # images → (loss, gradient t
 Descend = Callable[[Tensor, int, int], Tensor]  # (images to start from, first step, last step) → what they become
 
 
+@repeatable()
 def optimize(
     teacher: Teacher,
     measured: AbstractContextManager[list[Tensor]] | None,

@@ -192,6 +192,8 @@ class ClassNetwork(nn.Module):
 
     mean: Tensor
     std: Tensor
+    black: Tensor
+    white: Tensor
 
     def __init__(
         self,
@@ -207,12 +209,14 @@ class ClassNetwork(nn.Module):
         self.spec, self.superposed, self.num_superposed, self.clip = spec, superposed, num_superposed, clip
         for name, values in zip(("mean", "std"), picture_statistics(spec), strict=True):
             self.register_buffer(name, values.view(-1, 1, 1))
+        for name, values in zip(("black", "white"), spec.limits(self.embedding.device), strict=True):
+            self.register_buffer(name, values, persistent=False)  # made anew, each step would wait for the device
 
     def forward(self, latents: Tensor, mixtures: Tensor) -> Tensor:
         """[N, *latent_shape] and [N, num_classes] to images [N, C, H, W]."""
         images = self.layers(latents, mixtures @ self.embedding) * self.std + self.mean
         images = images.contiguous(memory_format=torch.channels_last)
-        return images.clamp(*self.spec.limits(images.device)) if self.clip else images
+        return images.clamp(self.black, self.white) if self.clip else images
 
 
 def draw(network: ClassNetwork, num_samples: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

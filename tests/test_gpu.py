@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import NETS, as_teacher
+from test_contracts import build, every, made_for
 
 import dfq
 from dfq.generators._base import batch_rng
@@ -10,6 +12,8 @@ from dfq.generators.gdfq import GDFQ
 from dfq.generators.genie import Genie
 from dfq.generators.spectrum import Spectrum
 from dfq.generators.zeroq import ZeroQ
+from dfq.settings import resolve
+from dfq.testing import check_algorithm, check_exporter, check_generator
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,6 +63,51 @@ def test_no_step_waits_for_the_gpu(generator):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(calls) == 6
+
+
+@every("generator")
+def test_generator(name):
+    """The same contract as on the CPU: the same bits twice, nothing left behind, a dataset that can go on."""
+    generator = build("generator", name)
+    check_generator(generator, made_for(generator).to("cuda"))
+
+
+@every("algorithm")
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+def test_algorithm(name, kind):
+    algorithm = build("algorithm", name)
+    if getattr(algorithm, "kind", "images") == "token ids":
+        pytest.skip("for language models; below")
+    teacher = as_teacher(NETS[kind]()).to("cuda")
+    check_algorithm(algorithm, teacher, resolve("quantizer", "mse", num_candidates=10))
+
+
+@every("exporter")
+def test_exporter(name):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    exporter = build("exporter", name)
+    if getattr(exporter, "kind", "images") == "token ids":
+        pytest.skip("for networks of transformers; below")
+    check_exporter(exporter, as_teacher(NETS["plain"]()).to("cuda"))
+
+
+@every("algorithm")
+def test_language_model(name, tmp_path):
+    """Text by the network itself, a student by each algorithm; the file of compressed-tensors once."""
+    tiny_language = pytest.importorskip("tiny_language")
+    teacher = tiny_language.tiny_llama().to("cuda")
+    texts = dfq.generate(teacher, "self_generation", 24, tmp_path / "texts", first="uniform", batch_size=8)
+    algorithm = build("algorithm", name)
+    made = [dfq.quantize(teacher, texts, "w4a8kv4", algorithm=algorithm, student_dir=tmp_path / n) for n in "ab"]
+    ids = texts.tensors()["input_ids"]
+    with torch.no_grad():
+        first, again, wanted = made[0](ids).logits, made[1](ids).logits, teacher(ids).logits
+    assert first.device.type == "cuda" and torch.equal(first, again) and not torch.equal(first, wanted)
+    assert float((first - wanted).square().mean() / wanted.square().mean()) < 0.5
+    if name == "gptq":
+        file = dfq.export(made[0], tmp_path / "model" / "model.safetensors", exporter="compressed_tensors")
+        assert file["size_bytes"] > 0
 
 
 @pytest.mark.filterwarnings("ignore")

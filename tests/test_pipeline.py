@@ -358,3 +358,32 @@ def test_a_launcher_of_others_than_train_is_refused(monkeypatch, capsys):
     assert "got a launcher of 2 processes and a trainer of 1; allowed: trainer=ddp trainer.devices=N" in (
         capsys.readouterr().err
     )
+
+
+def test_convolutions_add_up_in_a_fixed_order_while_something_is_made(tmp_path, monkeypatch):
+    """A GPU needs it for the same bits (tests/test_gpu.py). The process's own choice is put back, after errors too."""
+    from dfq.algorithms.round_to_nearest import RoundToNearest
+    from dfq.generators.gaussian import Gaussian
+
+    seen = []
+
+    def watched(kind, name, fails=False):
+        whole = getattr(kind, name)
+
+        def method(*args, **kwargs):
+            seen.append(torch.backends.cudnn.deterministic)
+            if fails:
+                raise UserError("stopped")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, method)
+
+    teacher = dfq.load_teacher("digits", device="cpu")
+    assert not torch.backends.cudnn.deterministic
+    watched(Gaussian, "sample")
+    data = dfq.generate(teacher, "gaussian", 8, tmp_path / "data")
+    assert seen == [True] and not torch.backends.cudnn.deterministic
+    watched(RoundToNearest, "quantize", fails=True)
+    with pytest.raises(UserError, match="stopped"):
+        dfq.quantize(teacher, data, algorithm="round_to_nearest")
+    assert seen == [True, True] and not torch.backends.cudnn.deterministic

@@ -33,8 +33,8 @@ def cells() -> nn.Module:
 class Cells(Detector):
     def candidates(self, raw):
         rows, columns = raw.shape[-2:]
-        x = (torch.arange(columns) + 0.5 + raw[:, 1].tanh()) / columns
-        y = (torch.arange(rows)[:, None] + 0.5 + raw[:, 2].tanh()) / rows
+        x = (torch.arange(columns, device=raw.device) + 0.5 + raw[:, 1].tanh()) / columns
+        y = (torch.arange(rows, device=raw.device)[:, None] + 0.5 + raw[:, 2].tanh()) / rows
         w, h = raw[:, 3].sigmoid() / 2, raw[:, 4].sigmoid() / 2
         boxes = torch.stack([x - w, y - h, x + w, y + h], -1).flatten(1, 2)
         return Candidates(boxes, raw[:, 5:].flatten(2).mT, raw[:, 0].flatten(1), exclusive=True)
@@ -55,7 +55,7 @@ class DecodeOnly(Detector):
         for boxes, scores, (height, width) in zip(found.boxes, found.scores, image_sizes, strict=True):
             best, labels = scores.max(-1)
             order = best.argsort(descending=True)[:20]
-            rows.append(Boxes(boxes[order] * torch.tensor([width, height] * 2), best[order], labels[order]))
+            rows.append(Boxes(boxes[order] * boxes.new_tensor([width, height] * 2), best[order], labels[order]))
         return rows
 
 

@@ -238,8 +238,8 @@ def published_experts(student: Student, of_layer: Callable[[str, nn.Module], Ten
         whole = partial(_of_owner, of_layer, owner)
         found |= {f"{owner}.{name}": value.detach().cpu() for name, value in stacked_experts(part, whole).items()}
     named = network.as_published(student, found)
-    if not all(re.search(r"\.\d+\.\w+\.weight$", name) and value.dim() == 2 for name, value in named.items()):
-        return {}
+    if not all(re.search(r"\.\d+\.\w+\.weight$", name) and value.dim() <= 2 for name, value in named.items()):
+        return {}  # one column may have become none: transformers 5.17 squeezes what it splits
     return {name.removesuffix(".weight"): value for name, value in named.items()}
 
 
@@ -255,7 +255,7 @@ def packed_experts(student: Student, forms: dict[str, str], dtype: torch.dtype) 
     found = {}
     for name, values in codes.items():
         found[f"{name}.weight_packed"] = pack_to_int32(values.to(torch.int32), scheme.num_bits)
-        found[f"{name}.weight_scale"] = scales[name].to(dtype).contiguous()
+        found[f"{name}.weight_scale"] = scales[name].reshape(len(values), -1).to(dtype).contiguous()
         found[f"{name}.weight_shape"] = torch.tensor(values.shape, dtype=torch.int64)
     return found
 

@@ -633,7 +633,7 @@ def test_a_smaller_network_is_trained_saved_and_loaded(shared, tmp_path, monkeyp
     assert features == {"4": "5", "5": "6"}  # of the same shape: 12 channels
     assert sum(p.numel() for p in student.module.parameters()) < sum(p.numel() for p in teacher.module.parameters())
     images = settle(NETS["bare"](), seed=5, num_samples=8)
-    for again in (dfq.load_student(path), Student.load(path, teacher)):
+    for again in (dfq.load_student(path, device="cpu"), Student.load(path, teacher)):
         assert again.network == name and again.teacher["sha256"] == teacher.sha256
         with torch.no_grad():
             assert torch.equal(again(images), student(images)) and again(images).shape == (8, NUM_CLASSES)

@@ -123,7 +123,7 @@ def test_what_a_project_does_with_its_module(name, package, project, tmp_path):
     read = dfq.load(best)  # its class by the name in the checkpoint
     assert type(read).__name__ == "Student" and read.scheme == student.scheme
     assert read.sha256 == student_of(loaded).sha256 == dfq.load(best, module=kind).sha256
-    kept = dfq.load(best, as_module=True)
+    kept = dfq.load(best, as_module=True, device="cpu")
     assert kept.state_dict().keys() == loaded.state_dict().keys()
     assert same(kept.state_dict().values(), loaded.state_dict().values())
 

@@ -127,7 +127,8 @@ def test_what_is_quantized_has_to_be_named(make_dataset):
 def test_a_teacher_from_a_lightning_checkpoint(saved):
     module = Classifier("residual")
     path = saved(module)
-    teacher = dfq.load_teacher("lightning", module=f"{__name__}:Classifier", checkpoint=str(path), **PLACE)
+    place = {**PLACE, "device": "cpu"}
+    teacher = dfq.load_teacher("lightning", module=f"{__name__}:Classifier", checkpoint=str(path), **place)
     assert hash_tensors(teacher.module.state_dict()) == hash_tensors(module.network.state_dict())
     assert teacher.task == "classification" and teacher.input_spec == SPEC and not teacher.module.training
     whole = loader.load(f"{__name__}:Classifier", str(path), "classification", attribute=".", **PLACE)
@@ -223,7 +224,7 @@ def test_a_distillation_module_of_public_names_in_either_package(package, make_d
     """As docs/lightning.md has it, with a loss of one's own; neither package takes its methods for overridden ones."""
     found = pytest.importorskip(package, reason="pip install lightning")
     importlib.import_module("pytorch_lightning")
-    teacher = dfq.load_teacher(NETS["plain"](), task="classification", **PLACE)
+    teacher = dfq.load_teacher(NETS["plain"](), task="classification", device="cpu", **PLACE)
     dataset = make_dataset(as_teacher(teacher.module))
 
     class Mine(dfq.lightning.DistillationModule):
