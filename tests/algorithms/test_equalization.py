@@ -218,7 +218,9 @@ def test_pairs_are_found_and_the_function_stays(name, balance):
     student = Student.from_teacher(teacher, PER_TENSOR)
     before = {key: layer.weight.clone() for key, layer in student.layers.items()}
     with torch.no_grad():
-        paths = equalize(student, teacher, images=x, balance_activations=balance, replace_relu6=name != "six")
+        paths = equalize(
+            student, teacher, images=x, iterations=20, balance_activations=balance, replace_relu6=name != "six"
+        )
         expected = [] if name == "six" else NETWORKS[name][1]
         assert ends(paths) == expected or (name == "six" and ends(paths) == [])
         assert difference(student(x), teacher(x)) < 1e-5
@@ -408,7 +410,7 @@ def test_channels_without_a_range_are_left_alone(granularity):
         net[0].weight[1], net[2].weight[:, 2], net[2].weight[1] = 0, 0, 0
     teacher = Teacher(net, "classification", SPEC)
     student = Student.from_teacher(teacher, FOUR_BITS[granularity])
-    equalize(student, teacher, images=images())
+    equalize(student, teacher, images=images(), iterations=20)
     scale = rescaled(student, "0").scale
     assert scale[1] == scale[2] == 1 and (scale[[0, 3, 4, 5]] != 1).all()
     with torch.no_grad():
@@ -433,7 +435,7 @@ def test_records_say_what_was_done(name):
     x = settle(module)
     teacher = Teacher(module, "classification", SPEC)
     student = Student.from_teacher(teacher, PER_TENSOR)
-    paths = equalize(student, teacher, images=x)
+    paths = equalize(student, teacher, images=x, iterations=20)
     absorb_biases(student, teacher, paths, num_stds=1.0)
     statistics, network = batch_norm_statistics(student, teacher), float_network(student, teacher)
     outputs = {}
@@ -477,7 +479,7 @@ def test_absorption_goes_no_further_than_samples():
     teacher.module[7].bias.data += 3
     for limited in (True, False):
         student = Student.from_teacher(teacher, PER_TENSOR)
-        paths = equalize(student, teacher, images=x)
+        paths = equalize(student, teacher, images=x, iterations=20)
         done = absorb_biases(student, teacher, paths, x if limited else None, num_stds=0.5)
         assert done
         with torch.no_grad():
@@ -518,7 +520,7 @@ def small(name="six", gain=0.2):
 def test_relu6_is_replaced_where_it_hardly_clips():
     teacher, x = small(), images()
     student = Student.from_teacher(teacher, PER_TENSOR)
-    assert ends(equalize(student, teacher, images=x)) == NETWORKS["six"][1]
+    assert ends(equalize(student, teacher, images=x, iterations=20)) == NETWORKS["six"][1]
     assert not any(isinstance(m, nn.ReLU6) for m in student.module.modules())
     assert [kind for _, kind in student.surgery.rewrites] == ["relu"] * 3
     with torch.no_grad():
@@ -541,7 +543,7 @@ def test_one_relu6_that_clips_does_not_keep_the_others():
     teacher, x = small(), images()
     teacher.module[4].weight.data *= 1e3
     student = Student.from_teacher(teacher, PER_TENSOR)
-    assert ("0", "3") in ends(equalize(student, teacher, images=x))
+    assert ("0", "3") in ends(equalize(student, teacher, images=x, iterations=20))
     assert isinstance(student.module[5], nn.ReLU6) and type(student.module[2]) is nn.ReLU
 
 
@@ -585,6 +587,7 @@ def test_a_replaced_relu6_survives(policy, kind, make_dataset, tmp_path):
 
 def run(teacher, dataset, scheme=PER_TENSOR, freeze=True, algorithm=None, **settings):
     student = Student.from_teacher(teacher, scheme)
+    settings = {"iterations": 50, **settings}  # a quarter of the steps, for the time
     algorithm = algorithm or Equalization(num_calibration_samples=64, **settings)
     algorithm.quantize(student, teacher, dataset, MinMax(), MinMax(), 0, None)
     return student.freeze() if freeze else student
@@ -636,7 +639,7 @@ def test_grids_are_made_anew(make_dataset):
     teacher = make("depthwise")
     dataset = make_dataset(teacher)
     student = Student.from_teacher(teacher, PER_TENSOR)
-    for algorithm in (RoundToNearest(64), Equalization(num_calibration_samples=64)):
+    for algorithm in (RoundToNearest(64), Equalization(num_calibration_samples=64, iterations=50)):
         algorithm.quantize(student, teacher, dataset, MinMax(), MinMax(), 0, None)
     assert student.freeze().sha256 == run(teacher, dataset).sha256
 
