@@ -69,7 +69,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SMALLEST_RANGE = 0.1  # of a channel's activations, in units of the mean of all channels: real ones may well have more
 ROUNDING_SHARE = 0.1  # of nearest rounding's squared error that is left where errors of weights make up for each other
 RATIOS = (0.05, 32.0, 50)  # ranges that a channel is tried with, in units of its own: from, to, how many
-SQUARINGS = 4  # the 16th power: the norm of weights that share a step, in place of the largest
+NORM_ORDER = 16  # of weights that share a step, in place of the largest
 LEARNING_RATE = 0.2  # of logarithms of scales and ranges
 NUM_VALUES = 4096  # of a channel that are looked at, drawn at random
 NUM_LARGEST = 8  # and the largest of each batch
@@ -578,17 +578,12 @@ def least_noise_scales(
         for name in into
         if not layers[name].input_quantizer.scheme.is_float
     }
-    largest, squares = {}, {}  # magnitude of each kernel's weights, and sum of squares over what the output varies by
-    for name, layer in layers.items():
-        kernels = _double(layer.weight).view(*layer.weight.shape[:2], -1)
-        largest[name] = kernels.abs().amax(-1)
-        squares[name] = kernels.square().sum(-1) / shaped(layer, seen[name].variance, inputs=False)
+    noises = {name: _LayerNoise(layer, seen[name], errors.get(name), name in into) for name, layer in layers.items()}
     alive, logs = [], []
     for path in paths:
         size = num_outputs(layers[path.first])
-        read = _reduced(layers[path.last], largest[path.last], inputs=True)
-        made = _reduced(layers[path.first], largest[path.first], inputs=False)
-        alive.append((made > 0) & (path.at_outputs(read, size) > 0))
+        made, read = noises[path.first].largest_made, path.at_outputs(noises[path.last].largest_read, size)
+        alive.append((made > 0) & (read > 0))
         start = torch.zeros(size, dtype=torch.float64)
         if path.last in errors:
             start = path.at_outputs(errors[path.last].best, size).clamp(min=1e-30).log()
@@ -596,25 +591,8 @@ def least_noise_scales(
     ranges = {name: error.best.log().mean().requires_grad_() for name, error in errors.items()}
 
     def noise(name: str) -> Tensor:
-        """Of one layer's outputs, in relation to what they vary by."""
-        layer, found = layers[name], seen[name]
-        path = paths[into[name]] if name in into else None
-        into_log = torch.zeros(num_inputs(layer), dtype=torch.float64)
-        if path is not None:
-            into_log = path.at_inputs(logs[into[name]], 0.0)
-        out_log = logs[out_of[name]] if name in out_of else torch.zeros(num_outputs(layer), dtype=torch.float64)
-        total = torch.zeros((), dtype=torch.float64)
-        if name in errors:
-            total = (squares[name] * shaped(layer, errors[name](ranges[name] + into_log), inputs=True)).sum()
-        scheme, own_steps = layer.weight_quantizer.scheme, layer.weight_quantizer.axis is not None
-        if not scheme.is_float and not (own_steps and path is None):  # a step of its own goes along with its output
-            scaled = largest[name] * shaped(layer, into_log.exp(), inputs=True)
-            scaled = scaled * shaped(layer, (-out_log).exp(), inputs=False)
-            half_step = _shared_range(layer, scaled) / (scheme.quant_max - scheme.quant_min)
-            power = shaped(layer, found.power * (-2 * into_log).exp(), inputs=True) * layer.weight[0, 0].numel()
-            variance = shaped(layer, found.variance * (-2 * out_log).exp(), inputs=False)
-            total = total + ROUNDING_SHARE * (half_step.square() / 3 * power / variance).sum()
-        return total / num_outputs(layer)
+        into_log = paths[into[name]].at_inputs(logs[into[name]], 0.0) if name in into else None
+        return noises[name](into_log, logs[out_of[name]] if name in out_of else None, ranges.get(name))
 
     optimizer = torch.optim.Adam([*logs, *ranges.values()], lr=LEARNING_RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -635,24 +613,82 @@ def _centered(logs: Tensor, alive: Tensor) -> Tensor:
     return torch.where(alive, logs - logs[alive].mean(), 0.0) if alive.any() else torch.zeros_like(logs)
 
 
-def _shared_range(layer: nn.Module, largest: Tensor) -> Tensor:
-    """About the largest magnitude of the weights that share a step with each kernel; all [.., ..].
+class _LayerNoise:
+    """Noise of one layer's outputs, in relation to what they vary by, as a function of the scales before and behind it.
 
-    A norm of high order, for the gradient: all weights that are nearly as large have to give way together.
+    Scales are factors of rows and columns, so that what is summed over both needs no more than a product with a vector.
+
+    Args:
+        errors: of its inputs; None: they are float.
+        is_scaled: there are scales before it.
+
+    Attributes:
+        largest_made, largest_read: magnitude of the weights that make an output [O], and that read an input [I].
     """
-    quantizer, most = layer.weight_quantizer, largest.detach().amax().clamp(min=1e-30)
-    powers = largest / most
-    for _ in range(SQUARINGS):
-        powers = powers.square()
-    size = quantizer.scheme.group_size
-    if quantizer.axis is None:
-        found = powers.sum().expand_as(powers)
-    elif size is not None and largest.numel() == layer.weight.numel():
-        groups = to_groups(powers, quantizer.axis, size)
-        found = from_groups(groups.sum(-1, keepdim=True).expand_as(groups), quantizer.axis, powers.shape)
-    else:
-        found = shaped(layer, _reduced(layer, powers, inputs=False, how=torch.sum), inputs=False)
-    return found.clamp(min=1e-300).pow(0.5**SQUARINGS) * most  # rows of zeros have a gradient too
+
+    def __init__(self, layer: nn.Module, seen: _Seen, errors: _RangeErrors | None, is_scaled: bool):
+        self.layer, self.seen, self.errors = layer, seen, errors
+        self.groups = getattr(layer, "groups", 1)
+        kernels = _double(layer.weight).view(*layer.weight.shape[:2], -1)
+        self.kernel_size = kernels.shape[2]
+        largest = self._in_groups(kernels.abs().amax(-1))  # [G, O / G, I / G]
+        squares = self._in_groups(kernels.square().sum(-1))
+        self.gains = (squares / seen.variance.view(self.groups, -1, 1)).sum(1).flatten()  # [I]
+        self.largest_made, self.largest_read = largest.amax(2).flatten(), largest.amax(1).flatten()
+        self.most = largest.amax().clamp(min=1e-30)
+        self.powers = (largest / self.most) ** NORM_ORDER
+        quantizer = layer.weight_quantizer
+        self.steps, self.axis = quantizer.scheme, quantizer.axis
+        # A step of its own goes along with its output.
+        self.rounds = not quantizer.scheme.is_float and (self.axis is None or is_scaled)
+
+    def __call__(self, into_log: Tensor | None, out_log: Tensor | None, log_range: Tensor | None) -> Tensor:
+        """A scalar, the mean over outputs, of the logarithms of what inputs [I] are multiplied by and outputs [O] are
+        divided by (None: nothing), and of the range of the input tensor."""
+        total = torch.zeros((), dtype=torch.float64)
+        into_log = torch.zeros_like(self.gains) if into_log is None else into_log
+        if self.errors is not None:
+            assert log_range is not None
+            total = (self.gains * self.errors(log_range + into_log)).sum()
+        if self.rounds:
+            out_log = torch.zeros_like(self.largest_made) if out_log is None else out_log
+            total = total + ROUNDING_SHARE * self._rounding(into_log, out_log)
+        return total / len(self.largest_made)
+
+    def _rounding(self, into_log: Tensor, out_log: Tensor) -> Tensor:
+        """Of weights: d^2 x^2 / s^2 over the variance, summed."""
+        read = (self.seen.power * (-2 * into_log).exp()).view(self.groups, 1, -1) * self.kernel_size
+        made = ((2 * out_log).exp() / self.seen.variance).view(self.groups, -1, 1)
+        half_step = self._shared_range(into_log, -out_log) / (self.steps.quant_max - self.steps.quant_min)
+        squares = half_step.square() / 3
+        if squares.shape[2] == 1:  # all that an output reads has one step
+            return ((squares * made).sum((1, 2)) * read.sum((1, 2))).sum()
+        return (squares * made * read).sum()
+
+    def _shared_range(self, into_log: Tensor, made_log: Tensor) -> Tensor:
+        """About the largest magnitude of the scaled weights that share a step: [G, O / G, 1 or I / G].
+
+        A norm of high order, for the gradient: all weights that are nearly as large have to give way together.
+        """
+        highest = into_log.detach().amax(), made_log.detach().amax()  # keeps powers within what float64 holds
+        read = (NORM_ORDER * (into_log - highest[0])).exp().view(self.groups, -1, 1)
+        made = (NORM_ORDER * (made_log - highest[1])).exp().view(self.groups, -1, 1)
+        size = self.steps.group_size
+        if self.axis is not None and size is not None and self.powers.numel() == self.layer.weight.numel():
+            scaled = (self.powers * read.mT * made)[0]
+            groups = to_groups(scaled, self.axis, size)
+            sums = from_groups(groups.sum(-1, keepdim=True).expand_as(groups), self.axis, scaled.shape)[None]
+        else:
+            sums = self.powers @ read * made
+            if self.axis is None:
+                sums = sums.sum().expand_as(sums)
+        # Rows of zeros have a gradient too.
+        return sums.clamp(min=1e-300).pow(1 / NORM_ORDER) * self.most * (highest[0] + highest[1]).exp()
+
+    def _in_groups(self, kernels: Tensor) -> Tensor:
+        """One value a kernel of the weight, [G, O / G, I / G]."""
+        kernels = kernels.view(self.groups, -1, kernels.shape[1])
+        return kernels.mT if isinstance(self.layer, TRANSPOSED) else kernels
 
 
 class _RangeErrors:
