@@ -11,9 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfq.algorithms._equalization import (
+    NORM_ORDER,
     RELU6_TOLERANCE,
     ROUNDING_SHARE,
     SMALLEST_RANGE,
+    _LayerNoise,
+    _RangeErrors,
+    _Seen,
     absorb_biases,
     batch_norm_statistics,
     ensure_bias,
@@ -380,6 +384,66 @@ def test_scales_with_the_least_noise(name, granularity):
             )
             pass_on(other.layers, path, scale)
         assert noise(other, paths, x) > least
+
+
+ONE_LAYER = {
+    "conv": lambda: conv(4, 6),
+    "grouped": lambda: conv(8, 6, groups=2),
+    "depthwise": lambda: conv(6, 6, groups=6),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2),
+    "linear": lambda: nn.Linear(8, 12),
+}
+
+
+@pytest.mark.parametrize("granularity", [*FOUR_BITS, "per_group"])
+@pytest.mark.parametrize("kind", ONE_LAYER)
+def test_the_noise_of_a_layer(kind, granularity):
+    """Weight by weight in NumPy, with scales on both sides."""
+    layer, grouped = ONE_LAYER[kind](), granularity == "per_group"
+    if grouped and kind != "linear":
+        pytest.skip("groups lie along the inputs of a Linear")
+    is_linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, nn.ConvTranspose2d)
+    num_inputs, num_outputs = (8, 12) if is_linear else (layer.in_channels, layer.out_channels)
+    front = [nn.Flatten(), nn.Linear(192, 8)] if is_linear else [conv(3, num_inputs)]
+    net = nn.Sequential(*front, nn.ReLU(), layer, nn.ReLU(), *([nn.Linear(12, 10)] if is_linear else head(6)))
+    settle(net)
+    scheme = Scheme(TensorScheme(4, True, granularity, 4), TensorScheme(4)) if grouped else FOUR_BITS[granularity]
+    student = Student.from_teacher(Teacher(net, "classification", SPEC), scheme)
+    layer, rng = student.layers[str(len(front) + 1)], torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.rand(*shape, generator=rng, dtype=torch.float64) + 0.1
+
+    power, variance = drawn(num_inputs), drawn(num_outputs)
+    into_log, out_log, log_range = drawn(num_inputs).log(), drawn(num_outputs).log(), torch.tensor(0.3).double()
+    errors = _RangeErrors(drawn(num_inputs, 50).float(), torch.ones(50), scheme.activation)
+    seen = _Seen(torch.empty(0), torch.empty(0), power, variance)
+    found = float(_LayerNoise(layer, seen, errors, True)(into_log, out_log, log_range))
+
+    weight = layer.weight.detach().double().numpy().reshape(*layer.weight.shape[:2], -1)
+    groups, error = getattr(layer, "groups", 1), errors(log_range + into_log).numpy()
+    kernels = []  # output, input, largest weight, sum of squares
+    for row, column in np.ndindex(*weight.shape[:2]):
+        group, rest = row // (len(weight) // groups), column + row // (len(weight) // groups) * weight.shape[1]
+        assert group < groups
+        o, i = (rest, row) if transposed else (row, rest)
+        scaled = np.abs(weight[row, column]).max() * float(torch.exp(into_log[i] - out_log[o]))
+        kernels.append((o, i, scaled, (weight[row, column] ** 2).sum()))
+
+    def shares(one, other):
+        same_output, same_group = one[0] == other[0], one[1] // 4 == other[1] // 4
+        return granularity == "per_tensor" or (same_output and (same_group or not grouped))
+
+    expected = 0.0
+    for o, i, scaled, squares in kernels:
+        top = sum(other[2] ** NORM_ORDER for other in kernels if shares((o, i), other)) ** (1 / NORM_ORDER)
+        assert top >= scaled
+        rounding = (
+            (2 * top / 15) ** 2 / 12 * weight.shape[2] * float(power[i] * torch.exp(2 * (out_log[o] - into_log[i])))
+        )
+        expected += (squares * error[i] + ROUNDING_SHARE * rounding) / float(variance[o])
+    assert found == pytest.approx(expected / num_outputs, rel=1e-9)
 
 
 def test_between_per_channel_weights_a_tensor_is_rounded_channel_by_channel():
