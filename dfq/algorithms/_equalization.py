@@ -675,9 +675,11 @@ class _LayerNoise:
         made = (NORM_ORDER * (made_log - highest[1])).exp().view(self.groups, -1, 1)
         size = self.steps.group_size
         if self.axis is not None and size is not None and self.powers.numel() == self.layer.weight.numel():
-            scaled = (self.powers * read.mT * made)[0]
-            groups = to_groups(scaled, self.axis, size)
-            sums = from_groups(groups.sum(-1, keepdim=True).expand_as(groups), self.axis, scaled.shape)[None]
+            scaled = self.powers * read.mT * made
+            kernels = (scaled.mT if isinstance(self.layer, TRANSPOSED) else scaled).flatten(0, 1)  # as the weight lies
+            groups = to_groups(kernels, self.axis, size)
+            groups = groups.sum(-1, keepdim=True).expand_as(groups)
+            sums = self._in_groups(from_groups(groups, self.axis, kernels.shape))
         else:
             sums = self.powers @ read * made
             if self.axis is None:

@@ -1,6 +1,7 @@
 """Equalization: pairs found in networks of every shape, functions that stay, ranges that fit, students that survive."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -392,6 +393,7 @@ ONE_LAYER = {
     "depthwise": lambda: conv(6, 6, groups=6),
     "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1),
     "transposed, grouped": lambda: nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2),
+    "grouped, 1x1": lambda: conv(8, 6, 1, groups=2),
     "linear": lambda: nn.Linear(8, 12),
 }
 
@@ -401,16 +403,18 @@ ONE_LAYER = {
 def test_the_noise_of_a_layer(kind, granularity):
     """Weight by weight in NumPy, with scales on both sides."""
     layer, grouped = ONE_LAYER[kind](), granularity == "per_group"
-    if grouped and kind != "linear":
-        pytest.skip("groups lie along the inputs of a Linear")
+    if grouped and kind not in ("linear", "grouped, 1x1"):
+        pytest.skip("there groups lie along places of a kernel too")
     is_linear, transposed = isinstance(layer, nn.Linear), isinstance(layer, nn.ConvTranspose2d)
     num_inputs, num_outputs = (8, 12) if is_linear else (layer.in_channels, layer.out_channels)
     front = [nn.Flatten(), nn.Linear(192, 8)] if is_linear else [conv(3, num_inputs)]
     net = nn.Sequential(*front, nn.ReLU(), layer, nn.ReLU(), *([nn.Linear(12, 10)] if is_linear else head(6)))
     settle(net)
-    scheme = Scheme(TensorScheme(4, True, granularity, 4), TensorScheme(4)) if grouped else FOUR_BITS[granularity]
+    name, scheme = str(len(front) + 1), PER_CHANNEL if grouped else FOUR_BITS[granularity]
+    if grouped:
+        scheme = replace(scheme, overrides={name: {"weight": {"granularity": "per_group", "group_size": 4}}})
     student = Student.from_teacher(Teacher(net, "classification", SPEC), scheme)
-    layer, rng = student.layers[str(len(front) + 1)], torch.Generator().manual_seed(0)
+    layer, rng = student.layers[name], torch.Generator().manual_seed(0)
 
     def drawn(*shape):
         return torch.rand(*shape, generator=rng, dtype=torch.float64) + 0.1
