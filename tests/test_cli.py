@@ -647,7 +647,8 @@ def test_exit_statuses_pass_through(api, capsys):
 @pytest.mark.parametrize("words", [["run"], ["run", "-m", "seed=0,1"], ["inspect", "."]], ids=" ".join)
 def test_ctrl_c_is_one_line_and_130(tmp_path, words):
     code = """
-        import sys, time, types
+        import signal, sys, time, types
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell ignore it
         api = sys.modules["dfq.api"] = types.ModuleType("dfq.api")
         def command(name, config):
             print("ready", flush=True)
