@@ -169,11 +169,11 @@ def shaped(layer: nn.Module, values: Tensor, inputs: bool) -> Tensor:
     return values.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
 
 
-def _reduced(layer: nn.Module, kernels: Tensor, inputs: bool, how: Callable = torch.amax) -> Tensor:
+def _reduced(layer: nn.Module, kernels: Tensor, inputs: bool) -> Tensor:
     """The inverse: of one value a kernel [.., ..] the largest of each output channel [O], or of each input [I]."""
     if inputs == isinstance(layer, TRANSPOSED):
-        return how(kernels, 1)
-    return how(kernels.view(getattr(layer, "groups", 1), -1, kernels.shape[1]), 1).flatten()
+        return kernels.amax(1)
+    return kernels.view(getattr(layer, "groups", 1), -1, kernels.shape[1]).amax(1).flatten()
 
 
 def pads_with_zeros(layer: nn.Module) -> bool:
