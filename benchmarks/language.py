@@ -50,11 +50,13 @@ SCHEMES = {
     "w4a8kv4_k32": Scheme(TensorScheme(4, False, "per_channel"), TensorScheme(8, True, "per_token"), **KEYS4),
     "w4a16kv2_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD, **KV2),
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
+    "w2a16_g32_float_zero": Scheme(TensorScheme(2, False, **G32, zero_point="float"), FLOAT, overrides=ODD),
     "wternary_a16_g32": Scheme(TensorScheme(grid="ternary", **G32), FLOAT, overrides=ODD),
 }
 RECONSTRUCTION = {"_target_": "dfq.algorithms.reconstruction.Reconstruction", "iterations": 1500}  # of 1,024 samples
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
+LONG = {**DISTILLATION, "max_steps": 8000, "patience": None}
 DISTILL = {"algorithm": "distillation", **DISTILLATION}
 METHODS = {
     "nearest": {"algorithm": "round_to_nearest", "weight_quantizer": "min_max"},
@@ -76,6 +78,10 @@ METHODS = {
     "block_ap_distillation": {
         "algorithm": "sequence",
         "steps": ["neuqi", BLOCK_AP, {"_target_": "dfq.algorithms.distillation.Distillation", **DISTILLATION}],
+    },
+    "block_ap_distillation_long": {  # for --samples 32768
+        "algorithm": "sequence",
+        "steps": ["neuqi", BLOCK_AP, {"_target_": "dfq.algorithms.distillation.Distillation", **LONG}],
     },
 }
 WITHOUT_TEXT = ("nearest", "hqq")
