@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where datasets and students are kept for the next call")
     parser.add_argument("--write", type=Path, help="markdown file to add the rows to")
     parser.add_argument("arguments", nargs="*", help="more for dfq run, e.g. num_samples=2048")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # arguments of dfq run may stand anywhere
     needs_kit = [name for name in options.network if NETWORKS[name].judge]
     if needs_kit and (options.kit is None or not (options.kit / "prepare.py").exists()):
         sys.exit(f"no rows for {', '.join(needs_kit)}: give --kit DIR with resnet20.py, fdmobilenet.py and prepare.py")

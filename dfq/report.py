@@ -622,10 +622,13 @@ def table(report: Mapping[str, Any], details: Mapping[str, Any]) -> Table:
 
 def _parity(parity: Mapping[str, Any]) -> str:
     """What matters of an exporter's check, in one line; the page has all of it."""
-    agreement, samples = parity.get("argmax_agreement"), parity.get("num_samples")
+    agreement, samples = parity.get("argmax_agreement", parity.get("box_agreement")), parity.get("num_samples")
     if agreement is None or samples is None:
         return ", ".join(f"{key} {_any(value)}" for key, value in parity.items())
-    text = f"the same answer as the student in {_any(agreement * 100)} % of {samples} samples"
+    if "argmax_agreement" in parity:
+        text = f"the same answer as the student in {_any(agreement * 100)} % of {samples} samples"
+    else:
+        text = f"the same boxes as the student's, {_any(agreement * 100)} % of their scores, in {samples} samples"
     text += f", {parity['runtime']}" if "runtime" in parity else ""
     return text + (f"; {parity['warning']}" if parity.get("warning") else "")
 

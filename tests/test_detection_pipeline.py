@@ -223,7 +223,8 @@ def test_export_has_the_raw_outputs(teacher, dataset, tmp_path):
     )
     exporter = resolve("exporter", "onnx_qdq", latency=False)
     found = export(student, exporter, tmp_path / "a.onnx", teacher, dataset)
-    assert found["parity"]["argmax_agreement"] > 0.97
+    assert "argmax_agreement" not in found["parity"]  # which says nothing of boxes
+    assert found["parity"]["box_agreement"] >= found["parity"]["self_agreement"] - 0.03
     session = runtime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
     images = dataset.tensors()["images"][:3]
     (outputs,) = session.run(None, {"images": images.numpy()})

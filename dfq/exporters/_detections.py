@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from dfq.detectors._base import Boxes, Detector
 from dfq.errors import UserError
-from dfq.exporters._artifact import batches_of
+from dfq.exporters._artifact import Comparison, batches_of
 from dfq.exporters._integer import Flat
 from dfq.exporters._runtime import run, session
 from dfq.hooks import evaluation_mode
 from dfq.student import Student
-from dfq.tasks.detection import shared_score
 from dfq.teacher import AnyInputSpec, Teacher
 
 PLACES = ("all_boxes", "all_scores")
@@ -70,6 +69,12 @@ def places_of(network: Student | Teacher) -> Callable[[Tensor], Any]:
     return found
 
 
+def kept(detector: Detector, places: list[Tensor]) -> list[Boxes]:
+    """What is found among the outputs of :class:`Places`, in fractions of the image."""
+    boxes, scores = places
+    return [detector.suppress(*row, (1.0, 1.0)) for row in zip(boxes, scores.mT, strict=True)]
+
+
 def append_suppression(model: Any, detector: nn.Module, spec: AnyInputSpec) -> None:
     """Let an onnx.ModelProto that gives :data:`PLACES` give :data:`FOUND`."""
     from onnx import TensorProto, helper, numpy_helper
@@ -112,9 +117,12 @@ def append_suppression(model: Any, detector: nn.Module, spec: AnyInputSpec) -> N
 
 @torch.no_grad()
 def box_agreement(student: Student, content: bytes, images: Tensor, options: Mapping[str, str]) -> float:
-    """2 sum min(s, t) / (sum s + sum t) over boxes that the file and ``decode`` both find; see Detection.agreement."""
+    """2 sum min(s, t) / (sum s + sum t) over the best boxes that the file and ``decode`` find; see Detection.agreement.
+
+    The best ``most`` of either: a ``decode`` of an adapter's own may keep more.
+    """
     detector, (height, width) = decodable(student), student.input_spec.size[1:]
-    opened, shared, total = session(content, options), 0.0, 0.0
+    opened, compared = session(content, options), Comparison()
     for batch in batches_of(images):
         boxes, scores, labels, image = run(opened, batch)
         wanted = detector.detect(student(batch), [(height, width)] * len(batch))
@@ -122,7 +130,5 @@ def box_agreement(student: Student, content: bytes, images: Tensor, options: Map
             mine = image == index
             order = scores[mine].argsort(descending=True)[: detector.most]
             row = Boxes(boxes[mine][order], scores[mine][order], labels[mine][order])
-            theirs = Boxes(*(part.cpu() for part in theirs))
-            shared += float(shared_score(row, theirs))
-            total += float(row.scores.sum() + theirs.scores.sum())
-    return 2 * shared / total if total > 0 else 1.0
+            compared.add_boxes(row, Boxes(*(part[: detector.most].cpu() for part in theirs)))
+    return compared.agreement

@@ -146,10 +146,14 @@ class Flat(nn.Module):
         return tuple(tensors_in(self.network(inputs)))
 
 
-def integer_network(student: Student) -> nn.Module:
+def integer_network(student: Student, wide_zero_points: bool = False) -> nn.Module:
     """A copy of the student on the CPU whose weight layers read integer buffers.
 
     Only the quantizers are replaced: a float weight that something else reads as well stays where it is.
+
+    Args:
+        wide_zero_points: int32, for torch to run: it subtracts them from the codes before it makes those float, and
+            two bytes wrap around. Otherwise of the type of the codes, as ONNX wants them.
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
@@ -162,7 +166,9 @@ def integer_network(student: Student) -> nn.Module:
         if form is None:
             stands_in[id(layer.weight_quantizer)] = nn.Identity()  # its values are in the float weight
         else:
-            stands_in[id(layer.weight_quantizer)] = _IntegerWeight(*form, layer.weight_quantizer)
+            weight = _IntegerWeight(*form, layer.weight_quantizer)
+            weight.zero_point = weight.zero_point.int() if wide_zero_points else weight.zero_point
+            stands_in[id(layer.weight_quantizer)] = weight
         if layer.bias_quantizer is not None:
             stands_in[id(layer.bias_quantizer)] = _IntegerBias(layer)
     for owner in list(network.modules()):

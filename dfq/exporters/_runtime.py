@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from dfq.errors import UserError
-from dfq.exporters._artifact import Comparison, batches_of, outputs_of
+from dfq.exporters._artifact import (
+    LEAST_AGREEMENT,
+    BoxesOf,
+    Comparison,
+    batches_of,
+    outputs_of,
+    sameness,
+    shortfall,
+)
 
 # Session options of ONNX Runtime. u8 x s8 kernels of CPUs without VNNI add pairs of products in 16 bits and saturate;
 # with the first they are exact. The second computes in float, on weights that are made float when the file is loaded.
@@ -41,7 +49,6 @@ EXACT_PRODUCTS = {ACCURACY_LEVEL: "1"}
 ACCURATE = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 OPENVINO_FLOAT_KERNELS = ACCURATE | {"LP_TRANSFORMS_MODE": "NO"}
 OPENVINO_SECONDS = 600
-LEAST_AGREEMENT = 0.99  # of the predictions; below, the description carries a warning
 
 
 def session(
@@ -76,26 +83,33 @@ def parity(
     inputs: Tensor,
     options: Mapping[str, str],
     teacher: Callable[[Tensor], Any] | None = None,
+    boxes_of: BoxesOf | None = None,
 ) -> dict[str, Any]:
     """How far ONNX Runtime's outputs are from the student's, at batch size 1 and larger.
 
+    Of a detector, boxes are compared where others are compared by argmax: ``boxes_of`` finds them in its outputs.
+
     A value on the border between two codes falls to either side by the order of a sum, so that an error of a few
     low-bit codes is no sign of a wrong file: a student differs as much from itself at another batch size. Hence
-    ``error_ratio``: the runtime's error as a share of the error that quantization made, that of student to teacher.
+    ``error_ratio``: the runtime's error as a share of the error that quantization made, that of student to teacher; and
+    ``self_agreement``, the student's with itself on images that hardly differ (:func:`sameness`), below which a runtime
+    is not blamed.
     """
     import onnxruntime
 
-    batches = batches_of(inputs)
-    modes = {"argmax_agreement": options, "argmax_agreement_default_session": {}}
+    batches, quantization = batches_of(inputs), Comparison(boxes_of)
+    key = quantization.key
+    in_default_session, on_float_kernels = f"{key}_default_session", f"{key}_float_kernels"
+    modes = {key: options, in_default_session: {}}
     if options != FLOAT_KERNELS:
-        modes["argmax_agreement_float_kernels"] = FLOAT_KERNELS
-    compared, quantization = {key: Comparison() for key in modes}, Comparison()
+        modes[on_float_kernels] = FLOAT_KERNELS
+    compared = {mode: Comparison(boxes_of) for mode in modes}
     try:
-        sessions = {key: session(content, mode) for key, mode in modes.items()}
+        sessions = {mode: session(content, chosen) for mode, chosen in modes.items()}
         for batch in batches:
             wanted = outputs_of(student, batch)
-            for key, opened in sessions.items():
-                compared[key].add(wanted, run(opened, batch))
+            for mode, opened in sessions.items():
+                compared[mode].add(wanted, run(opened, batch))
             if teacher is not None:
                 quantization.add(outputs_of(teacher, batch), wanted)
     except Exception as error:  # the exceptions of ONNX Runtime share no base class
@@ -104,24 +118,26 @@ def parity(
             f"got a network whose ONNX file onnxruntime {onnxruntime.__version__} does not run ({lines[-1][-300:]})",
             do="try another exporter.opset or another version of onnxruntime",
         ) from error
-    agreement = {key: comparison.agreement for key, comparison in compared.items()}
-    runtime_error, reference = compared["argmax_agreement"].relative_error, quantization.relative_error
+    agreement = {mode: comparison.agreement for mode, comparison in compared.items()}
+    runtime_error, reference = compared[key].relative_error, quantization.relative_error
     found: dict[str, Any] = {
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "num_samples": len(inputs),
         "batch_sizes": sorted({len(batch) for batch in batches}),
         **agreement,
-        "max_abs_error": compared["argmax_agreement"].largest,
+        "max_abs_error": compared[key].largest,
         "relative_error": runtime_error,
         "quantization_error": None if teacher is None else reference,
         "error_ratio": runtime_error / reference if reference else None,
     }
-    low = [key for key, value in agreement.items() if value < LEAST_AGREEMENT]
+    own = sameness(student, batches, boxes_of)
+    found |= {"self_agreement": own.agreement, "self_relative_error": own.relative_error}
+    low = shortfall(agreement, own)
     if low:
         found["warning"] = f"{' and '.join(low)} below {LEAST_AGREEMENT}"
-        if low == ["argmax_agreement_default_session"] and options == EXACT_INTEGER_KERNELS:
+        if low == [in_default_session] and options == EXACT_INTEGER_KERNELS:
             found["warning"] += "; u8 x s8 kernels saturate without VNNI, session.x64quantprecision=1 makes them exact"
-        elif agreement.get("argmax_agreement_float_kernels", 0) >= LEAST_AGREEMENT:
+        elif agreement.get(on_float_kernels, 0) >= LEAST_AGREEMENT:
             found["warning"] += "; integer kernels round biases, session.disable_quant_qdq=1 turns them off"
     return found
 
@@ -324,9 +340,12 @@ def _layer_names(graph: Any) -> dict[str, str]:
 
 @torch.no_grad()
 def openvino_parity(
-    student: Callable[[Tensor], Any], content: bytes, batches: Sequence[Tensor]
+    student: Callable[[Tensor], Any],
+    content: bytes,
+    batches: Sequence[Tensor],
+    boxes_of: BoxesOf | None = None,
 ) -> dict[str, Any] | None:
-    """How far OpenVINO's outputs on the CPU are from the student's; None where it is not installed.
+    """How far OpenVINO's outputs on the CPU are from the student's, as in :func:`parity`; None if it is not installed.
 
     What goes wrong in it comes as ``error``: the file was made for, and runs in, ONNX Runtime. It has a process of its
     own, because it can end the one it runs in.
@@ -334,7 +353,9 @@ def openvino_parity(
     if importlib.util.find_spec("openvino") is None:
         return None
     found: dict[str, Any] = {"runtime": f"openvino {importlib.metadata.version('openvino')}"}
-    modes = {"argmax_agreement": ACCURATE, "argmax_agreement_float_kernels": OPENVINO_FLOAT_KERNELS}
+    key = Comparison(boxes_of).key
+    on_float_kernels = f"{key}_float_kernels"
+    modes = {key: ACCURATE, on_float_kernels: OPENVINO_FLOAT_KERNELS}
     compared: dict[str, Comparison] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -349,25 +370,30 @@ def openvino_parity(
             return found | {"error": f"no answer within {OPENVINO_SECONDS} s"}
         for mode in modes:
             if (folder / f"{mode}.npz").exists():
-                compared[mode] = _compare_with(folder / f"{mode}.npz", student, batches)
-    if "argmax_agreement" not in compared:
+                compared[mode] = _compare_with(folder / f"{mode}.npz", student, batches, boxes_of)
+    if key not in compared:
         lines = [line.strip() for line in finished.stderr.splitlines()]
         # The last line that says something; around it stand file and line of OpenVINO's source.
         said = [line for line in lines if line and not line.startswith(("Exception from", "[", "File"))]
         ended = f"its process ended with {finished.returncode}"
         return found | {"error": (said[-1] if said and finished.returncode == 1 else ended)[:300]}
-    found |= {key: comparison.agreement for key, comparison in compared.items()}
-    found["relative_error"] = compared["argmax_agreement"].relative_error
-    if found["argmax_agreement"] < LEAST_AGREEMENT:
-        found["warning"] = f"argmax_agreement below {LEAST_AGREEMENT}"
-        if found.get("argmax_agreement_float_kernels", 0) >= LEAST_AGREEMENT:
+    found |= {mode: comparison.agreement for mode, comparison in compared.items()}
+    found["relative_error"] = compared[key].relative_error
+    if shortfall({key: found[key]}, sameness(student, list(batches), boxes_of)):
+        found["warning"] = f"{key} below {LEAST_AGREEMENT}"
+        if found.get(on_float_kernels, 0) >= LEAST_AGREEMENT:
             found["warning"] += "; its u8 x s8 kernels saturate on processors without VNNI"
     return found
 
 
-def _compare_with(path: Path, student: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Comparison:
+def _compare_with(
+    path: Path,
+    student: Callable[[Tensor], Any],
+    batches: Sequence[Tensor],
+    boxes_of: BoxesOf | None,
+) -> Comparison:
     """Outputs that were written for each batch, against the student's."""
-    compared = Comparison()
+    compared = Comparison(boxes_of)
     with np.load(path) as outputs:
         for i, batch in enumerate(batches):
             wanted = outputs_of(student, batch)

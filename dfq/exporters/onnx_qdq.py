@@ -34,6 +34,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -126,21 +127,21 @@ class OnnxQDQ:
         reference: Callable[[Tensor], Any] | None = teacher
         if detector is None:
             content = serialize(model, provenance, low_bits, self.matmul_nbits)
-            compared = content
+            compared, boxes_of = content, artifact.boxes_of(student, images[:1])
         else:  # how many boxes there are decides the shapes, so that what they are chosen from is compared
             whole = copy.deepcopy(model)
             detections.append_suppression(whole, detector, spec)
             content = serialize(whole, provenance, low_bits, self.matmul_nbits)
             compared = serialize(model, provenance, low_bits, self.matmul_nbits)
-            wanted = detections.places_of(student)
+            wanted, boxes_of = detections.places_of(student), partial(detections.kept, detector)
             reference = None if teacher is None else detections.places_of(teacher)
-        measured = parity(wanted, compared, images, options, reference)
+        measured = parity(wanted, compared, images, options, reference, boxes_of)
         integer = integer_report(content, images[:1], options)
         if detector is not None:
             measured["box_agreement"] = detections.box_agreement(student, content, images, options)
         measured |= {
             "integer": integer,
-            "openvino": openvino_parity(wanted, compared, batches_of(images)),
+            "openvino": openvino_parity(wanted, compared, batches_of(images), boxes_of),
             "num_integer_initializers": sum(
                 tensor.data_type in INTEGERS and len(tensor.dims) > 1 for tensor in model.graph.initializer
             ),

@@ -49,7 +49,7 @@ class PT2:
         path = Path(path)
         artifact.check(student, path)
         spec = student.input_spec
-        network = integer_network(student).eval()
+        network = integer_network(student, wide_zero_points=True).eval()
         example = artifact.noise(spec, 2)
         _drop_float_weights(network, example)
         is_text = isinstance(spec, TokenSpec)
@@ -94,21 +94,26 @@ def _parity(student: Student, content: io.BytesIO, images: Tensor, teacher: Teac
         raise UserError(
             f"got a program that torch {torch.__version__} does not load again ({str(error).splitlines()[0]})"
         ) from error
-    compared, quantization = Comparison(), Comparison()
-    batches = batches_of(images)
+    batches, boxes_of = batches_of(images), artifact.boxes_of(student, images[:1])
+    compared, quantization = Comparison(boxes_of), Comparison(boxes_of)
     for batch in batches:
         wanted = outputs_of(student, batch)
         compared.add(wanted, outputs_of(program, batch))
         if teacher is not None:
             quantization.add(outputs_of(teacher, batch), wanted)
     reference = quantization.relative_error if teacher is not None else None
+    own = artifact.sameness(student, batches, boxes_of)
+    low = artifact.shortfall({compared.key: compared.agreement}, own)
     return {
         "runtime": f"torch {torch.__version__}",
         "num_samples": len(images),
         "batch_sizes": sorted({len(batch) for batch in batches}),
-        "argmax_agreement": compared.agreement,
+        compared.key: compared.agreement,
         "max_abs_error": compared.largest,
         "relative_error": compared.relative_error,
         "quantization_error": reference,
         "error_ratio": compared.relative_error / reference if reference else None,
+        "self_agreement": own.agreement,
+        "self_relative_error": own.relative_error,
+        **({"warning": f"{low[0]} below {artifact.LEAST_AGREEMENT}"} if low else {}),
     }

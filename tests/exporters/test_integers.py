@@ -366,9 +366,18 @@ print(extra["dfq.json"])
 """
 
 
-@pytest.mark.parametrize("kind", ["hardware", "groups"])
+ALONE_CASES = {
+    "hardware": (Residual, hardware()),
+    "groups": (Mixed, groups(4)),
+    # Codes from 0 on, below their zero points: torch subtracts one from the other before it makes them float.
+    "zero points": (Residual, Scheme(weights(8, symmetric=False), TensorScheme(8))),
+    "zero points of groups": (Mixed, groups(4, symmetric=False)),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE_CASES)
 def test_the_program_runs_without_dfq_and_is_the_student(tmp_path, kind):
-    network, scheme = (Residual, hardware()) if kind == "hardware" else (Mixed, groups(4))
+    network, scheme = ALONE_CASES[kind]
     teacher, student = quantized(network, scheme)
     path = tmp_path / "student.pt2"
     description = PT2().export(student, path, teacher)

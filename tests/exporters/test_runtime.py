@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dfq.dataset import file_sha256
+from dfq.detectors._base import Boxes
 from dfq.errors import UserError
 from dfq.inspection import describe
 from dfq.report import flat
@@ -21,7 +22,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from dfq.exporters import _openvino, _runtime  # noqa: E402
+from dfq.exporters import _artifact, _openvino, _runtime  # noqa: E402
 from dfq.exporters._runtime import integer_report, latency_ms, openvino_parity, parity  # noqa: E402
 
 SIZE = (3, 8, 8)
@@ -384,3 +385,34 @@ def test_nested_figures_have_a_row_each(tmp_path, images):
     assert flat({"list": figures["integer"]["float_layers"] * 2}) == {
         "list": "name fc, op Gemm, mac_fraction 0.007657; name fc, op Gemm, mac_fraction 0.007657"
     }
+
+
+# ------------------------------------------------------------------------------------------------ a student by itself
+
+
+def test_boxes_are_compared_by_the_scores_of_those_that_both_find():
+    """Two of each; one is the same object, found with 0.8 and 0.6; the others lie apart: 2 * 0.6 / (1.2 + 0.8)."""
+
+    def boxes_of(outputs):
+        return [Boxes(*row) for row in zip(*outputs, strict=True)]
+
+    corners = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]]])
+    elsewhere = torch.tensor([[[0.0, 0.0, 0.5, 0.51], [0.1, 0.6, 0.3, 0.9]]])
+    labels = torch.zeros(1, 2, dtype=torch.long)
+    mine = [corners, torch.tensor([[0.8, 0.4]]), labels]
+    theirs = [elsewhere, torch.tensor([[0.6, 0.2]]), labels]
+    compared = _artifact.Comparison(boxes_of)
+    compared.add(mine, theirs)
+    assert compared.key == "box_agreement" and compared.agreement == pytest.approx(2 * 0.6 / 2.0)
+    assert _artifact.Comparison(boxes_of).agreement == 1  # nothing found by either
+
+
+def test_a_runtime_is_not_blamed_where_the_student_differs_from_itself():
+    """Pixels of 1 lie on a border for the first network, and nowhere near one for the second."""
+    batches = [torch.ones(4, 3)]
+    on_the_border = _artifact.sameness(lambda x: torch.stack([x[:, 0] > 1, x[:, 0] <= 1], 1).float(), batches)
+    apart = _artifact.sameness(lambda x: torch.stack([x[:, 0] > 0.5, x[:, 0] <= 0.5], 1).float(), batches)
+    assert on_the_border.agreement == 0 and apart.agreement == 1
+    assert _artifact.shortfall({"a": 0.5, "b": 0.995}, apart) == ["a"]
+    assert _artifact.shortfall({"a": 0.5}, on_the_border) == []
+    assert _artifact.sameness(lambda ids: ids.float(), [torch.arange(6).view(2, 3)]).agreement == 1
