@@ -126,7 +126,7 @@ class Prepared:
         s, spec = self.settings, teacher.input_spec
         assert isinstance(spec, InputSpec)  # the pipeline sees to it
         wanted = draw_boxes(num_samples, self.labels, s, rng)
-        wanted = [Boxes(*(part.to(teacher.device) for part in row)) for row in wanted]
+        wanted = placed(wanted, teacher.device)
         small, total = low_size(teacher, spec, s.resolution), s.iterations + s.final_iterations
         noise = s.contrast * photograph_noise((num_samples, spec.size[0], *small), rng).to(teacher.device)
         descent = _Descent(s, teacher, noise, s.learning_rate, s.iterations, rng, advance, s.iterations / total)
@@ -134,7 +134,8 @@ class Prepared:
             descent.run(end - step, wanted)
             if end < s.iterations:
                 limits = (self.plausible, self.believed, s.most_boxes, self._most(wanted))
-                wanted = relabel(wanted, descent.detections(), *limits)
+                # On the host, which looks at one box after the other.
+                wanted = placed(relabel(placed(wanted, "cpu"), placed(descent.detections(), "cpu"), *limits), teacher.device)
         start = F.interpolate(descent.canvas.start(), spec.size[1:], mode="bilinear")
         rate, share = s.learning_rate / 2, s.final_iterations / total
         descent = _Descent(s, teacher, start, rate, s.final_iterations, rng, advance, share)
@@ -215,6 +216,12 @@ class _Descent:
         return self.task.detections(self.task.raw_outputs(self.teacher, images), [(1.0, 1.0)] * len(images))
 
 
+def placed(rows: list[Boxes], device: torch.device | str) -> list[Boxes]:
+    """On ``device``, in one copy of each part and not in one an image."""
+    together = [torch.cat(parts).to(device).split([len(part) for part in parts]) for parts in zip(*rows, strict=True)]
+    return [Boxes(*parts) for parts in zip(*together, strict=True)]
+
+
 def moved(
     images: Tensor, wanted: list[Boxes], flip: bool, shift: int, rng: torch.Generator
 ) -> tuple[Tensor, list[Boxes]]:
@@ -222,13 +229,12 @@ def moved(
     mirrored = flip and bool(torch.rand((), generator=rng) < 0.5)
     down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
     height, width = images.shape[-2:]
-    offset = images.new_tensor([right / width, down / height] * 2)
-    shown = []
-    for row in wanted:
-        boxes = row.boxes
-        if mirrored:
-            boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], -1)
-        shown.append(row._replace(boxes=(boxes + offset).clamp(0, 1)))
+    boxes = torch.cat([row.boxes for row in wanted])  # of all images at once
+    if mirrored:
+        boxes = torch.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], -1)
+    boxes = (boxes + images.new_tensor([right / width, down / height] * 2)).clamp(0, 1)
+    parts = boxes.split([len(row.boxes) for row in wanted])
+    shown = [row._replace(boxes=part) for row, part in zip(wanted, parts, strict=True)]
     images = images.flip(-1) if mirrored else images
     return shift_reflecting(shift_reflecting(images, down, -2), right, -1), shown
 

@@ -111,9 +111,37 @@ def test_box_distance_counts_confident_places_only():
 
 def test_matches_are_the_cheapest_first_and_none_twice():
     cost = torch.tensor([[3.0, 1.0], [2.0, 0.5], [9.0, 9.0]])
-    rows, columns = match(cost)
-    assert rows.tolist() == [1, 0] and columns.tolist() == [1, 0]
-    assert [len(part) for part in match(torch.zeros(1, 4))] == [1, 1]
+    other = torch.tensor([[torch.inf, 1.0], [torch.inf, 2.0], [torch.inf, 0.5]])  # what costs infinitely much is none
+    rows, columns, is_pair = match(torch.stack([cost, other]))
+    assert rows[0].tolist() == [1, 0] and columns[0].tolist() == [1, 0]
+    assert is_pair.tolist() == [[True, True], [True, False]] and (rows[1, 0], columns[1, 0]) == (2, 1)
+    assert [part.shape for part in match(torch.zeros(3, 1, 4))] == [(3, 1)] * 3
+    assert [part.shape for part in match(torch.zeros(3, 0, 4))] == [(3, 0)] * 3
+
+
+def loss_of(boxes, scores, wanted, labels):
+    """Of one image."""
+    return set_prediction_loss(boxes[None], scores[None], [wanted], [labels])[0]
+
+
+def test_images_do_not_matter_to_each_other():
+    """However many boxes the others have, and in values and gradients."""
+    rng = torch.Generator().manual_seed(3)
+    boxes = torch.stack([torch.tensor(random_boxes(7, seed)) for seed in range(4)])
+    wanted = [torch.tensor(random_boxes(count, 10 + count)) for count in (3, 0, 1, 9)]  # more than there are places
+    labels = [torch.randint(0, 5, (len(row),), generator=rng) for row in wanted]
+    scores = torch.rand(4, 7, 5, generator=rng, dtype=torch.float64)
+    together, alone = [part.clone().requires_grad_() for part in (boxes, scores)], []
+    losses = set_prediction_loss(*together, wanted, labels)
+    losses.sum().backward()
+    for i in range(4):
+        single = [part[i].clone().requires_grad_() for part in (boxes, scores)]
+        alone.append(loss_of(*single, wanted[i], labels[i]))
+        alone[-1].backward()
+        for mine, theirs in zip(single, together, strict=True):
+            gradient = torch.zeros_like(mine) if mine.grad is None else mine.grad
+            torch.testing.assert_close(gradient, theirs.grad[i])
+    torch.testing.assert_close(losses, torch.stack(alone))
 
 
 def test_set_prediction_loss_by_hand():
@@ -122,22 +150,22 @@ def test_set_prediction_loss_by_hand():
     wanted, labels = torch.tensor([[0.1, 0.1, 0.4, 0.4]], dtype=torch.float64), torch.tensor([0])
     # The first place is the match and the second repeats it, but for the other class; the third is where nothing is.
     surplus = sum(p**2 * -np.log(1 - p) for p in (0.1, 0.1, 0.2, 0.1))
-    assert float(set_prediction_loss(boxes, scores, wanted, labels)) == pytest.approx(-np.log(0.6) + surplus)
+    assert float(loss_of(boxes, scores, wanted, labels)) == pytest.approx(-np.log(0.6) + surplus)
     empty = wanted[:0], labels[:0]
     everything = sum(p**2 * -np.log(1 - p) for p in scores.flatten().tolist())
-    assert float(set_prediction_loss(boxes, scores, *empty)) == pytest.approx(everything)
-    assert float(set_prediction_loss(boxes[:0], scores[:0], wanted, labels)) == 0
+    assert float(loss_of(boxes, scores, *empty)) == pytest.approx(everything)
+    assert float(loss_of(boxes[:0], scores[:0], wanted, labels)) == 0
 
 
 def test_the_place_decides_over_what_is_said_there():
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]])
     scores = torch.tensor([[1e-4], [1e-2]], requires_grad=True)
-    set_prediction_loss(boxes, scores, boxes[:1], torch.tensor([0])).backward()
+    loss_of(boxes, scores, boxes[:1], torch.tensor([0])).backward()
     assert float(scores.grad[0, 0]) == pytest.approx(-1e4, rel=1e-3) and float(scores.grad[1, 0]) > 0
 
 
 def test_a_place_that_says_next_to_nothing_still_learns():
     logits = torch.full((2, 3), -20.0, requires_grad=True)
     boxes = torch.tensor([[0.1, 0.1, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]])
-    set_prediction_loss(boxes, logits.sigmoid(), boxes[:1], torch.tensor([2])).backward()
+    loss_of(boxes, logits.sigmoid(), boxes[:1], torch.tensor([2])).backward()
     assert float(logits.grad[0, 2]) < -0.5 and float(logits.grad[1].abs().sum()) < 1e-3

@@ -189,10 +189,9 @@ class Detector(nn.Module):
         """
         if self.has_candidates:
             found = self.candidates(raw)
-            pairs = list(zip(found.boxes, found.scores, strict=True))
+            losses = [set_prediction_loss(found.boxes, found.scores, *_columns(targets))]
         else:
-            pairs = []
-            rows = self.detect(raw, [(1.0, 1.0)] * len(targets))
+            losses, rows = [], self.detect(raw, [(1.0, 1.0)] * len(targets))
             if _has_no_way_back(raw, rows):
                 raise UserError(
                     f"got boxes without a gradient from the decode() of {type(self).__name__}",
@@ -203,12 +202,9 @@ class Detector(nn.Module):
                 labels = torch.cat([row.labels, wanted.labels])
                 columns = int(labels.max()) + 1 if len(labels) else 1
                 certain = nn.functional.one_hot(row.labels, columns).to(row.scores)
-                pairs.append((row.boxes, certain * row.scores[:, None]))
-        losses = [
-            set_prediction_loss(boxes, scores, wanted.boxes, wanted.labels)
-            for (boxes, scores), wanted in zip(pairs, targets, strict=True)
-        ]
-        return torch.stack(losses).mean()
+                scores = certain * row.scores[:, None]
+                losses.append(set_prediction_loss(row.boxes[None], scores[None], *_columns([wanted])))
+        return torch.cat(losses).mean()
 
     def suppress(self, boxes: Tensor, scores: Tensor, image_size: tuple[float, float]) -> Boxes:
         """The best of ``boxes`` [A, 4] (or [A, K, 4], one a class) in fractions, ``scores`` [A, K], of one image."""
@@ -223,6 +219,10 @@ class Detector(nn.Module):
         chosen, best, labels = chosen[there], best[there], labels[there]
         order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
         return Boxes(chosen[order], best[order], labels[order])
+
+
+def _columns(targets: Sequence[Boxes]) -> tuple[list[Tensor], list[Tensor]]:
+    return [wanted.boxes for wanted in targets], [wanted.labels for wanted in targets]
 
 
 def _has_no_way_back(raw: Any, rows: Sequence[Boxes]) -> bool:

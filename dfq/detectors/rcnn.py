@@ -77,15 +77,10 @@ class Adapter(Detector):
     def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
         """:func:`set_prediction_loss` of both stages: torchvision's own draws random numbers of no seed of ours."""
         proposals, found = self.stages(raw)
-        losses = []
-        for i, wanted in enumerate(targets):
-            losses.append(
-                set_prediction_loss(
-                    proposals.boxes[i], proposals.scores[i], wanted.boxes, torch.zeros_like(wanted.labels)
-                )
-                + set_prediction_loss(found.boxes[i], found.scores[i], wanted.boxes, wanted.labels)
-            )
-        return torch.stack(losses).mean()
+        boxes, labels = [wanted.boxes for wanted in targets], [wanted.labels for wanted in targets]
+        objects = [torch.zeros_like(row) for row in labels]  # the first stage knows no other class
+        first = set_prediction_loss(proposals.boxes, proposals.scores, boxes, objects)
+        return (first + set_prediction_loss(found.boxes, found.scores, boxes, labels)).mean()
 
     def _boxes(self, raw: Any) -> Tensor:
         """[N, P, K, 4], one a class."""

@@ -20,8 +20,12 @@ matter how many there are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from dfq.losses._box_overlap import giou, pairwise_iou
 
@@ -31,36 +35,45 @@ PLACE = 5.0  # w
 SMALLEST = 1e-9  # added to probabilities: their logarithms stay finite
 
 
-def set_prediction_loss(boxes: Tensor, scores: Tensor, wanted_boxes: Tensor, wanted_labels: Tensor) -> Tensor:
-    """The loss above for one image, a scalar.
+def set_prediction_loss(
+    boxes: Tensor, scores: Tensor, wanted_boxes: Sequence[Tensor], wanted_labels: Sequence[Tensor]
+) -> Tensor:
+    """The loss above of each image, [N]. Nothing in it waits for the device.
 
-    Shapes: ``boxes`` [A, 4] and ``wanted_boxes`` [n, 4] xyxy in the same units, ``scores`` [A, K], ``wanted_labels``
-    [n].
+    Shapes: ``boxes`` [N, A, 4] and an image's ``wanted_boxes`` [n, 4] xyxy in the same units, ``scores`` [N, A, K], an
+    image's ``wanted_labels`` [n].
     """
-    surplus = torch.ones_like(scores, dtype=torch.bool)  # [A, K]
-    missed = -(scores[:, wanted_labels] + SMALLEST).log()  # [A, n]
-    apart = 1 - giou(boxes[:, None], wanted_boxes[None])
-    matched = torch.zeros((), device=boxes.device)
-    if len(boxes) and len(wanted_boxes):
-        places, order = match((missed + PLACE * apart).detach())
-        matched = (missed + apart)[places, order].sum()
-        repeats = pairwise_iou(boxes.detach(), wanted_boxes) >= OVERLAP  # [A, n]
-        repeats[places, order] = True
-        for column, label in enumerate(wanted_labels.tolist()):
-            surplus[:, label] &= ~repeats[:, column]
-    others = scores[surplus]
-    none = (others.pow(GAMMA) * -(1 - others + SMALLEST).log()).sum()
-    return (matched + none) / max(1, len(wanted_boxes))
+    wanted, labels, there = (
+        pad_sequence(list(rows), batch_first=True)  # to the n of the image with the most
+        for rows in (wanted_boxes, wanted_labels, [torch.ones_like(row, dtype=torch.bool) for row in wanted_labels])
+    )
+    missed = -(scores + SMALLEST).log().gather(2, labels[:, None].expand(-1, scores.shape[1], -1))  # [N, A, n]
+    apart = 1 - giou(boxes[:, :, None], wanted[:, None])
+    rows, columns, is_match = match((missed + PLACE * apart).detach().masked_fill(~there[:, None], torch.inf))
+    pairs = rows * wanted.shape[1] + columns
+    matched = torch.where(is_match, (missed + apart).flatten(1).gather(1, pairs), 0.0).sum(1)
+    repeats = (pairwise_iou(boxes.detach(), wanted) >= OVERLAP) & there[:, None]
+    repeats = repeats.to(scores).flatten(1).scatter_add(1, pairs, is_match.to(scores)).view(missed.shape)
+    surplus = repeats @ one_hot(labels, scores.shape[2]).to(scores) == 0  # [N, A, K]
+    none = torch.where(surplus, scores.pow(GAMMA) * -(1 - scores + SMALLEST).log(), 0.0).sum((1, 2))
+    return (matched + none) / there.sum(1).clamp(min=1)
 
 
-def match(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of the pairs of ``cost`` [A, n], cheapest first, each row and each column at most once."""
+def match(cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, columns, whether it is one) [N, min(A, n)] of the pairs of each ``cost`` [A, n] out of [N, A, n].
+
+    Cheapest first, each row and each column at most once; none are those that cost infinitely much.
+    """
     cost = cost.clone()
-    rows, columns = [], []
-    for _ in range(min(cost.shape)):
-        place = int(cost.argmin())
-        row, column = divmod(place, cost.shape[1])
-        rows.append(row)
-        columns.append(column)
-        cost[row], cost[:, column] = torch.inf, torch.inf
-    return torch.tensor(rows, device=cost.device), torch.tensor(columns, device=cost.device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for _ in range(min(cost.shape[1:])):
+        least, place = cost.flatten(1).min(1)
+        row, column = place // cost.shape[2], place % cost.shape[2]
+        found.append((row, column, least < torch.inf))
+        cost.scatter_(1, row[:, None, None].expand(-1, 1, cost.shape[2]), torch.inf)
+        cost.scatter_(2, column[:, None, None].expand(-1, cost.shape[1], 1), torch.inf)
+    if not found:
+        none = torch.zeros(len(cost), 0, dtype=torch.long, device=cost.device)
+        return none, none, none.bool()
+    rows, columns, is_pair = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+    return rows, columns, is_pair

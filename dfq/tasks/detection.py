@@ -172,8 +172,8 @@ def shared_score(mine: Boxes, theirs: Boxes) -> Tensor:
     smaller = torch.minimum(mine.scores[:, None], theirs.scores)
     if not bool(same.any()):
         return smaller.new_zeros(())
-    rows, columns = match(torch.where(same, -smaller, 0.0))
-    return (smaller[rows, columns] * same[rows, columns]).sum()
+    ((rows,), (columns,), (is_pair,)) = match(torch.where(same, -smaller, torch.inf)[None])
+    return (smaller[rows, columns] * is_pair).sum()
 
 
 class BoxMetrics:
