@@ -34,6 +34,7 @@ SCHEMA_VERSION = 1
 BATCH_SIZE = 64
 LEAST_AGREEMENT = 0.99  # of the answers; below, the description carries a warning
 SLACK = 0.03  # by which a file may agree less with a student than that does with itself
+SLIGHTLY = 1 + 1e-6  # some units in the last place of a float
 SCALE_BITS = {"float32": 32, "float16": 16, "e8m0": 8, "e4m3": 8}
 
 
@@ -223,16 +224,13 @@ class Comparison:
         return sqrt(self.squared_error / self.squared) if self.squared else self.largest
 
 
-SLIGHTLY = 1 + 1e-6  # some units in the last place of a float
-
-
 @torch.no_grad()
 def sameness(student: Callable[[Tensor], Any], batches: list[Tensor], boxes_of: BoxesOf | None = None) -> Comparison:
     """How far a student answers as it does itself when every pixel differs by a millionth of its value.
 
     Values on the border between two codes then fall to the other side, as they do by the order of a sum, and in a deep
-    network each moves others: no file, however right, is nearer to the student in a runtime of its own. Token ids have
-    no neighbors: a student is the same there.
+    network each moves others: a file in a runtime that adds up in its own order may be as far from the student and
+    right nevertheless. Token ids have no neighbors: a student is the same there.
     """
     compared = Comparison(boxes_of)
     for batch in batches:

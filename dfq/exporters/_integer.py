@@ -153,7 +153,7 @@ def integer_network(student: Student, wide_zero_points: bool = False) -> nn.Modu
 
     Args:
         wide_zero_points: int32, for torch to run: it subtracts them from the codes before it makes those float, and
-            two bytes wrap around. Otherwise of the type of the codes, as ONNX wants them.
+            differences of unsigned bytes wrap around. Otherwise of the type of the codes, as ONNX wants them.
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 

@@ -97,8 +97,7 @@ def parity(
     """
     import onnxruntime
 
-    batches, quantization = batches_of(inputs), Comparison(boxes_of)
-    key = quantization.key
+    batches, key, quantization = batches_of(inputs), Comparison(boxes_of).key, Comparison()
     in_default_session, on_float_kernels = f"{key}_default_session", f"{key}_float_kernels"
     modes = {key: options, in_default_session: {}}
     if options != FLOAT_KERNELS:

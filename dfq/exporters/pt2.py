@@ -95,7 +95,7 @@ def _parity(student: Student, content: io.BytesIO, images: Tensor, teacher: Teac
             f"got a program that torch {torch.__version__} does not load again ({str(error).splitlines()[0]})"
         ) from error
     batches, boxes_of = batches_of(images), artifact.boxes_of(student, images[:1])
-    compared, quantization = Comparison(boxes_of), Comparison(boxes_of)
+    compared, quantization = Comparison(boxes_of), Comparison()
     for batch in batches:
         wanted = outputs_of(student, batch)
         compared.add(wanted, outputs_of(program, batch))
