@@ -134,8 +134,8 @@ class Prepared:
             descent.run(end - step, wanted)
             if end < s.iterations:
                 limits = (self.plausible, self.believed, s.most_boxes, self._most(wanted))
-                # On the host, which looks at one box after the other.
-                wanted = placed(relabel(placed(wanted, "cpu"), placed(descent.detections(), "cpu"), *limits), teacher.device)
+                found = placed(descent.detections(), "cpu")  # boxes are looked at one after the other
+                wanted = placed(relabel(placed(wanted, "cpu"), found, *limits), teacher.device)
         start = F.interpolate(descent.canvas.start(), spec.size[1:], mode="bilinear")
         rate, share = s.learning_rate / 2, s.final_iterations / total
         descent = _Descent(s, teacher, start, rate, s.final_iterations, rng, advance, share)
