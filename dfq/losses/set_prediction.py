@@ -47,7 +47,7 @@ def set_prediction_loss(
         pad_sequence(list(rows), batch_first=True)  # to the n of the image with the most
         for rows in (wanted_boxes, wanted_labels, [torch.ones_like(row, dtype=torch.bool) for row in wanted_labels])
     )
-    missed = -(scores + SMALLEST).log().gather(2, labels[:, None].expand(-1, scores.shape[1], -1))  # [N, A, n]
+    missed = -(scores.gather(2, labels[:, None].expand(-1, scores.shape[1], -1)) + SMALLEST).log()  # [N, A, n]
     apart = 1 - giou(boxes[:, :, None], wanted[:, None])
     rows, columns, is_match = match((missed + PLACE * apart).detach().masked_fill(~there[:, None], torch.inf))
     pairs = rows * wanted.shape[1] + columns
