@@ -6,6 +6,7 @@
                                                                 installed for it in an environment that is thrown away
     python benchmarks/generation.py --mct ENV/bin/python        the same in an environment that has it
     python benchmarks/generation.py --mode step --size 224 --batch 32     what share of the matrix peak one step reaches
+    python benchmarks/generation.py --mode step --size 224 --batch 32 --precision float32,bfloat16   the same in both
     python benchmarks/generation.py --mode profile --size 224 --batch 32  where the time of one step goes
     python benchmarks/generation.py --mode cost                 seconds and peak memory over samples and pixels
     python benchmarks/generation.py --mode cost --kit DIR --network fastestdet --generators box_sampling \\
@@ -17,7 +18,8 @@ gdfq trains once for all ``--samples``. The reference loop is what ZeroQ's relea
 norms of each image's statistics, parameters that require gradients, contiguous layout, the loss on the host in every
 step for the plateau schedule, 500 iterations. The floor is the multiply-accumulates of one forward and one gradient to
 the input, counted, over the peak of a large matrix product measured in the same rounds; ``of peak`` is what a step
-reaches of it. It counts what the teacher needs: a generator that trains a network of its own does more.
+reaches of it (of the product in float32, whatever ``--precision``). It counts what the teacher needs: a generator that
+trains a network of its own does more.
 
 ``--mode cost`` measures batches of ``--batch`` or, with ``--batch auto``, as large as ``memory_bytes`` allow: then the
 peak is compared with that bound. ``--mode profile`` sorts the operations of one step by what they are for; with a
@@ -188,10 +190,14 @@ def reference_loop(teacher: Teacher, batch: int, iterations: int) -> torch.Tenso
     return images.detach()
 
 
-def contender(teacher: Teacher, name: str, batch: int, samples: int, iterations: int | None) -> Contender:
-    """The generator with its yaml's settings (``iterations`` if given)."""
+def contender(
+    teacher: Teacher, name: str, batch: int, samples: int, iterations: int | None, precision: str = "float32"
+) -> Contender:
+    """The generator with its yaml's settings (``iterations`` if given, ``precision`` if it has one)."""
     generator = resolve("generator", name)
     known = {field.name for field in dataclasses.fields(generator)}
+    if "precision" in known:
+        generator = dataclasses.replace(generator, precision=precision)
     trains = "train_batch_size" in known
     own = (iterations or generator.iterations) if "iterations" in known else 0
 
@@ -367,7 +373,9 @@ def one_step(teacher: Teacher, options: argparse.Namespace, clock: Clock) -> Non
     if teacher.batch_norms:
         contenders[REFERENCE] = Contender(lambda n: reference_loop(teacher, options.batch, n), 1, options.batch)
     for name in (options.generators or "zeroq").split(","):
-        contenders[name] = contender(teacher, name, options.batch, options.samples, 1)
+        for precision in options.precision.split(","):
+            label = name if precision == "float32" else f"{name}, {precision}"
+            contenders[label] = contender(teacher, name, options.batch, options.samples, 1, precision)
     rows, peak = measure(contenders, clock, options.steps, options.rounds)
     flops = count_flops(teacher, options.batch)
     print(_heading(teacher, options, peak))
@@ -525,6 +533,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=_batch, default=32, help="images made together; auto (--mode cost): what fits")
     parser.add_argument("--samples", type=int, default=1024, help="images of a dataset, for what is done once for all")
     parser.add_argument("--iterations", type=int, help="instead of each generator's own (cost: 2)")
+    parser.add_argument("--precision", default="float32", help="with commas, for --mode step: float32,bfloat16")
     parser.add_argument("--steps", type=int, default=3, help="measured in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="32,128,224", help="pixels, for --mode cost")

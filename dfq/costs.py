@@ -289,22 +289,34 @@ def of_quantization(
         cost, student = largest
         busy = cost.cpu_seconds / cost.seconds if cost.seconds else 1.0
         return replace(cost, seconds=budget, cpu_seconds=budget * busy), student
-    steps = steps_of(algorithm)
-    return _sum(teacher, dataset, num_samples, scheme, steps, weight_quantizer, activation_quantizer)
+    methods, views = (weight_quantizer, activation_quantizer), views_of(algorithm)
+    return _sum(teacher, dataset, num_samples, scheme, steps_of(algorithm), *methods, views=views)
 
 
 def _sum(
-    teacher: Teacher, dataset: SyntheticDataset, num_samples: int, scheme: Scheme, steps: list[Any], *quantizers: Any
+    teacher: Teacher,
+    dataset: SyntheticDataset,
+    num_samples: int,
+    scheme: Scheme,
+    steps: list[Any],
+    *quantizers: Any,
+    views: int = 1,
 ) -> tuple[Cost, Student | None]:
     total, student = Cost(), None
     for step in steps:
-        cost, student = _of_algorithm(teacher, dataset, num_samples, scheme, step, *quantizers)
+        cost, student = _of_algorithm(teacher, dataset, num_samples, scheme, step, *quantizers, views=views)
         total = replace(total + cost, disk_bytes=max(total.disk_bytes, cost.disk_bytes))
     return total, student
 
 
 def _of_algorithm(
-    teacher: Teacher, dataset: SyntheticDataset, num_samples: int, scheme: Scheme, algorithm: Any, *quantizers: Any
+    teacher: Teacher,
+    dataset: SyntheticDataset,
+    num_samples: int,
+    scheme: Scheme,
+    algorithm: Any,
+    *quantizers: Any,
+    views: int = 1,
 ) -> tuple[Cost, Student]:
     each, kept, last = forward_seconds(teacher), len(dataset.split()[0]), Student.from_teacher(teacher, scheme)
     takes_steps = trains(algorithm)
@@ -318,7 +330,7 @@ def _of_algorithm(
     for name in _has(algorithm, SAMPLES):
         full = min(getattr(algorithm, name), round(0.9 * num_samples))
         most = min(full, kept)
-        settings[name] = (max(1, min(batch, most)), most, full)
+        settings[name] = (max(1, min(batch, most)), most, views * full)  # another view costs what another sample does
     if checks := getattr(algorithm, "checks", 0):
         settings["checks"] = (1, 4, checks)
 
@@ -507,6 +519,7 @@ def counted_quantization(counts: Counts, machine: Machine, algorithm: Any, num_s
     seconds, memory, disk = 0.0, 0.0, 0.0
     for step in steps_of(algorithm):
         kept = min(max((getattr(step, name) for name in _has(step, SAMPLES)), default=num_samples), num_samples)
+        kept *= views_of(algorithm)
         work, alive, copies = 2 * kept * counts.macs, 4 * counts.activation_bytes, 1  # the student
         if trains(step):
             trained = sum(getattr(step, name) for name in _has(step, STEPS)) * step.batch_size
@@ -583,6 +596,11 @@ def trains_whole(algorithm: Any) -> bool:
 
 def steps_of(algorithm: Any) -> list[Any]:
     return [resolve("algorithm", step) for step in algorithm.steps] if isinstance(algorithm, Sequence) else [algorithm]
+
+
+def views_of(algorithm: Any) -> int:
+    """How often an algorithm sees each sample that it looks at."""
+    return algorithm.views if isinstance(algorithm, Sequence) else 1
 
 
 def largest_unit(teacher: Teacher) -> int:

@@ -11,6 +11,7 @@ from conftest import NETS, as_teacher
 from dfq import plan as plans
 from dfq.algorithms.distillation import Distillation
 from dfq.algorithms.round_to_nearest import RoundToNearest
+from dfq.algorithms.sequence import Sequence
 from dfq.cli import main
 from dfq.costs import (
     Cost,
@@ -89,6 +90,8 @@ def test_what_is_counted_follows_the_formulas():
     # Beside the teacher's 4 P, which are there: 20 P of docs/plan.md.
     assert cost.memory_bytes == 5 * 4000 + 2 * 4 * 4000 and cost.disk_bytes == 4 * 4000 + 500
     assert counted_quantization(counts, machine, RoundToNearest(16), 100, 4).memory_bytes == 4000 + 4 * 4000
+    thrice = counted_quantization(counts, machine, Sequence((RoundToNearest(16),), views=3), 100, 4)
+    assert thrice.seconds == pytest.approx(2 * 3 * 16 * 2e6 / 0.5e9)
     blocks = counted_quantization(counts, machine, resolve("algorithm", "reconstruction"), 100, 4)
     assert blocks.disk_bytes == 4000 + 500 and blocks.memory_bytes < 2 * 4000 + (4 + 100) * 4000 + 1
 

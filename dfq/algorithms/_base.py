@@ -14,11 +14,13 @@ from torch import Tensor
 from dfq.calibration import calibrate, calibration_images, ensure_calibrated
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
+from dfq.lightning.augmentation import Views
 from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import say
 from dfq.student import Student
 from dfq.teacher import Teacher
 
+ONE_VIEW = Views()
 MOST_NAMES = 12  # of layers in a line
 STEPS = ("iterations", "finish_iterations", "max_steps")  # settings that say how long an algorithm trains
 
@@ -34,6 +36,7 @@ class Work:
         work_dir: holds what an interrupted run goes on from; the caller removes it.
         training: where what is trained with Lightning runs. With several processes each does all of this.
         shared_dir: that of rank 0, for what it writes for all; ``work_dir`` where there is one process.
+        views: how often, and how, each sample of :meth:`images` is seen.
     """
 
     student: Student
@@ -45,10 +48,11 @@ class Work:
     work_dir: Path
     training: Training = SINGLE
     shared_dir: Path | None = None
+    views: Views = ONE_VIEW
 
     def images(self, num_samples: int) -> Tensor:
-        """Up to ``num_samples`` samples that are not held out."""
-        return calibration_images(self.dataset, num_samples)
+        """Up to ``num_samples`` samples that are not held out, and their other views behind them."""
+        return self.views.of(calibration_images(self.dataset, num_samples), self.seed)
 
     def calibrate(self, images: Tensor) -> dict[str, int]:
         """:func:`~dfq.calibration.calibrate` the student."""
@@ -59,7 +63,7 @@ class Work:
         return ensure_calibrated(self.student, images, self.weight_quantizer, self.activation_quantizer)
 
     def hand_to(self, algorithm: Any, student: Student, folder: str) -> None:
-        """Have another algorithm do it, on ``student`` and in a folder of its own."""
+        """Have another algorithm do it, on ``student`` and in a folder of its own, with the same views of samples."""
         work_dir = self.work_dir / folder
         work_dir.mkdir(parents=True, exist_ok=True)
         quantizers = self.weight_quantizer, self.activation_quantizer
@@ -67,6 +71,8 @@ class Work:
         if not self.training.is_default:
             shared_dir = (self.shared_dir or self.work_dir) / folder
             several = {"training": self.training.within(folder), "shared_dir": shared_dir}
+        if self.views != ONE_VIEW:
+            several["views"] = self.views
         algorithm.quantize(student, self.teacher, self.dataset, *quantizers, self.seed, work_dir, **several)
 
 
@@ -92,6 +98,7 @@ class Algorithm:
         work_dir: Path,
         training: Training = SINGLE,
         shared_dir: Path | None = None,
+        views: Views = ONE_VIEW,
     ) -> None:
         """Give ``student`` its grids and, if there is more to do, its weights, in place."""
         if student.network is not None:  # layers are compared with the teacher's of the same name
@@ -100,7 +107,7 @@ class Algorithm:
                 "the distillation as the last one",
             )
         quantizers = weight_quantizer, activation_quantizer
-        self.run(Work(student, teacher, dataset, *quantizers, seed, work_dir, training, shared_dir))
+        self.run(Work(student, teacher, dataset, *quantizers, seed, work_dir, training, shared_dir, views))
 
     def run(self, work: Work) -> None:
         raise NotImplementedError

@@ -2,15 +2,20 @@
 
 ``algorithm=sequence algorithm.steps=[equalization,gptq]``: an algorithm that needs grids keeps those it
 finds, and calibrates a student that has none.
+
+With ``algorithm.views=4 algorithm.shift=16`` every step sees each image four times: as it is, and three times mirrored
+by chance and moved by up to 16 pixels (what moves in from outside is a reflection). What that is worth:
+docs/generation.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
-from dfq.settings import PositiveFloat, resolve
+from dfq.lightning.augmentation import Views
+from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt, resolve
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,14 @@ class Sequence(Algorithm):
 
     steps: tuple[Any, ...] = ("equalization", "bias_correction")  # names, or mappings with _target_ and settings
     time_limit_s: PositiveFloat | None = None  # seconds, shared by the steps that stop by the clock; null: no limit
+    views: PositiveInt = 1  # of each image in all steps: itself, and copies mirrored and moved
+    flip: bool = True  # half of the copies mirrored; they are not where left and right mean something
+    shift: NonNegativeInt = 0  # pixels in each direction, at most, that copies are moved by
 
     def run(self, work: Work) -> None:
         """Run the steps on the student."""
+        if self.views > 1:
+            work = replace(work, views=Views(self.views, self.flip, self.shift))
         clock, steps = Clock(self.time_limit_s), [resolve("algorithm", step) for step in self.steps]
         for index, algorithm in enumerate(steps):
             if self.time_limit_s is not None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dfq.errors import UserError
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -37,6 +39,36 @@ def draw_moves(images: Tensor, rng: torch.Generator, flip: bool, shift: int) -> 
     moves = torch.randint(-shift, shift + 1, (2, len(images)), generator=rng)
     mirrored = torch.rand(len(images), generator=rng) < 0.5 if flip else torch.zeros(len(images), dtype=torch.bool)
     return Moves(moves, mirrored)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How many ``count`` looks algorithms get at each image: itself, and copies mirrored and moved at random.
+
+    Rounding fits what images have in common; copies differ in where the content lies, at no cost of generation.
+    """
+
+    count: int = 1
+    flip: bool = True
+    shift: int = 0
+
+    def of(self, images: Tensor, seed: int) -> Tensor:
+        """Images [N, C, H, W] as [count N, C, H, W], the given ones first; the same seed gives the same.
+
+        Raises:
+            UserError: there is more than one view of what are no images.
+        """
+        if self.count == 1:
+            return images
+        if not (images.is_floating_point() and images.dim() == 4):
+            raise UserError(
+                f"got algorithm.views={self.count} and samples of {images.dtype} {list(images.shape[1:])}",
+                "views of images [C, H, W]",
+                "algorithm.views=1",
+            )
+        rng = torch.Generator().manual_seed(seed)
+        copies = [augment(images, rng, self.flip, self.shift) for _ in range(self.count - 1)]
+        return torch.cat([images, *copies])
 
 
 def augment(
