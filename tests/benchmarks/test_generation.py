@@ -51,9 +51,17 @@ def test_the_table_has_a_row_for_every_generator_and_says_why_one_is_missing(gen
 
 
 def test_one_step(generation, capsys):
-    generation.main([*SMALL, "--mode", "step"])
+    generation.main([*SMALL, "--mode", "step", "--precision", "float32,bfloat16"])
     rows = rows_of(capsys.readouterr().out)
-    assert list(rows) == ["forward and gradient alone", "reference loop", "zeroq"]
+    assert list(rows) == ["forward and gradient alone", "reference loop", "zeroq", "zeroq, bfloat16"]
+
+
+def test_a_generator_takes_the_precision_that_is_asked_for(generation, make_teacher, monkeypatch):
+    seen = []
+    monkeypatch.setattr("dfq.generators.zeroq.ZeroQ.sample", lambda generator, *_args: seen.append(generator.precision))
+    for precision in ("float32", "bfloat16"):
+        generation.contender(make_teacher("plain"), "zeroq", 2, 2, 1, precision).run(1)
+    assert seen == ["float32", "bfloat16"]
 
 
 def test_worker(generation, capsys):
