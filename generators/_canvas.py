@@ -6,9 +6,10 @@ Mordvintsev, Pezzotti, Schubert & Olah, "Differentiable Image Parameterizations"
     images = low + (high - low) * squash(mean + std * mix(inverse_fourier(gain(f) * coefficients)))
 
 with gain(f) ~ 1 / f, the amplitudes of photographs, and ``mix`` from gray and opponent colors to the channels. The same
-images can be reached as with pixels. What differs is where a descent goes first: a step of Adam is as long in every
-coefficient, so that it changes images the way photographs differ from each other, in large shapes before grain and in
-brightness before color. A descent on pixels makes colored noise instead.
+images can be reached as with pixels (:class:`Pixels`, the same images moved pixel by pixel). What differs is where a
+descent goes first: a step of Adam is as long in every coefficient, so that it changes images the way photographs differ
+from each other, in large shapes before grain and in brightness before color. A descent on pixels makes colored noise
+instead.
 
 Differences from the article: opponent colors are orthonormal and stand for any number of channels, their share of the
 variance is one constant, so that no statistics of a data set are in it; the squash has slope 1 in the middle of the
@@ -64,6 +65,9 @@ class Canvas:
         """The images as a start [N, C, H, W] of another canvas, of another size perhaps."""
         return (self().detach() - self.mean) / self.std
 
+    def settle(self) -> None:
+        """After a step: nothing, images are legal whatever the coefficients."""
+
     def _raw(self, images: Tensor) -> Tensor:
         """What becomes ``images`` by the squash, in units of deviations."""
         if self.clip:
@@ -74,6 +78,33 @@ class Canvas:
     def _coefficients(self, raw: Tensor) -> Tensor:
         colors = torch.einsum("kc,nchw->nkhw", torch.linalg.inv(self.mix.cpu()).to(raw.device), raw)
         return torch.view_as_real(torch.fft.rfft2(colors, norm="ortho")) / self.gain
+
+
+class Pixels:
+    """The same images with pixels for coefficients: slower to large shapes, closer to what is asked of each layer.
+
+    Args: those of :class:`Canvas`.
+    """
+
+    def __init__(self, start: Tensor, spec: InputSpec, clip: bool):
+        self.mean, self.std = (values.view(-1, 1, 1).to(start.device) for values in picture_statistics(spec))
+        self.limits = [(limit - self.mean) / self.std for limit in spec.limits(start.device)] if clip else None
+        self.size = (start.shape[-2], start.shape[-1])
+        self.coefficients = start.detach().clone(memory_format=torch.channels_last)
+        self.settle()
+        self.coefficients.requires_grad_()
+
+    def __call__(self) -> Tensor:
+        return self.coefficients * self.std + self.mean
+
+    def start(self) -> Tensor:
+        return self.coefficients.detach().clone()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """After a step: back between black and white, if asked."""
+        if self.limits is not None:
+            self.coefficients.clamp_(*self.limits)
 
 
 def photograph_noise(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:

@@ -13,6 +13,8 @@ from dfq.losses.power_spectrum import pink_gain, radial_frequency
 
 # Of the variance of photographs about a third lies between images (in units of the input's deviation).
 BRIGHTNESS, TINT, LEAST_CONTRAST, CONTRASTS = 0.45, 0.2, 0.4, 0.8
+PHOTOGRAPH_BLUR = 0.8  # pixels
+SMALLEST_PHOTOGRAPH = 32  # pixels of the shorter side; smaller images (digits of 8x8) have strokes of one pixel
 
 
 def low_pass(images: Tensor, cutoff: float) -> Tensor:
@@ -73,6 +75,11 @@ def gaussian_blur(size: tuple[int, int], sigma: float, device: torch.device) -> 
         return lambda images: images
     rows, columns = (blur_matrix(length, sigma).to(device) for length in size)
     return lambda images: (rows @ images @ columns.T).contiguous(memory_format=torch.channels_last)
+
+
+def photograph_blur(size: tuple[int, ...]) -> float:
+    """Deviation in pixels of the blur under which pixels of photographs of ``size`` (H, W) are moved; 0 for icons."""
+    return PHOTOGRAPH_BLUR if min(size) >= SMALLEST_PHOTOGRAPH else 0.0
 
 
 def blur_matrix(length: int, sigma: float) -> Tensor:

@@ -8,8 +8,9 @@ of task-specific zero-shot quantization (ICCV 2025, arXiv 2507.16782), from thei
 
 in two stages. At low resolution labels are drawn (boxes, sizes and classes), and ``rounds`` times on the way the
 teacher is asked what it sees: a label that it does not see is removed, what it sees beside the labels is added. At full
-resolution, from the images so far, labels are frozen. The loss is the detector's own, or the one derived from what it
-decodes (:mod:`dfq.detectors._base`). Boxes, labels and the teacher's scores of them are stored with the images.
+resolution, from the images so far, labels are frozen and the statistics lead (below). The loss is the detector's own,
+or the one derived from what it decodes (:mod:`dfq.detectors._base`). Boxes, labels and the teacher's scores of them are
+stored with the images.
 
 Thresholds are what the teacher sees in noise, in the best score of each image of it: a label stays if the teacher sees
 more in its place than in half of these images, and a detection is believed if it is surer than in nearly all of them
@@ -24,16 +25,19 @@ share of boxes; the full resolution goes on from the low one rather than from no
 every term is a mean over boxes, channels, layers or pixels, so that the weights serve any resolution and batch (the
 papers' L_task grows with the batch, their norms with channels and pixels).
 
-What is moved is not the pixels, which ends in colored noise, but waves in gray and opponent colors
+What is moved at low resolution is not the pixels, which ends in colored noise, but waves in gray and opponent colors
 (:mod:`dfq.generators._canvas`); and images are shown mirrored and moved a little in every step, boxes with them, so
-that what the teacher sees in a place is more than an accident of single pixels. Images are legal in every step.
+that what the teacher sees in a place is more than an accident of single pixels. Objects are there then. At full
+resolution it is pixels under a weak blur, shown as they are, with a small weight of the task: an object that the
+teacher has begun to see, it sees better still as the statistics of its layers come right, and those are what a student
+is calibrated on. Images are legal in every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,8 +48,15 @@ from torch.nn import functional as F
 from dfq.detectors._base import Boxes
 from dfq.generators._attention import has_attention, negative_entropies
 from dfq.generators._base import Generator
-from dfq.generators._canvas import Canvas, photograph_noise
-from dfq.generators._filters import diverse_noise, gaussian_blur, shift_reflecting, total_variation, white_noise
+from dfq.generators._canvas import Canvas, Pixels, photograph_noise
+from dfq.generators._filters import (
+    diverse_noise,
+    gaussian_blur,
+    photograph_blur,
+    shift_reflecting,
+    total_variation,
+    white_noise,
+)
 from dfq.generators._needs import check_needs
 from dfq.generators._optimization import cosine, finish, optimize, picture_statistics
 from dfq.generators._precision import Precision
@@ -70,12 +81,13 @@ class BoxSampling(Generator):
     """Gradient descent on the pixels of one batch at a time, toward boxes of its own."""
 
     batch_size: PositiveInt | Literal["auto"] = 32  # samples made together; auto: as many as memory_bytes allow
-    iterations: PositiveInt = 80  # steps at low resolution
-    final_iterations: PositiveInt = 30  # steps at full resolution
+    iterations: PositiveInt = 60  # steps at low resolution
+    final_iterations: PositiveInt = 40  # steps at full resolution
     resolution: Share = 0.5  # sides at low resolution, of the network's input
     learning_rate: PositiveFloat = 0.15  # first step of Adam, in units of the deviation of pictures
     task_weight: NonNegativeFloat = 0.3  # weight of the detector's own loss; the mean over batch norms has 1
-    variation_weight: NonNegativeFloat = 0.05  # weight of the total variation: mean difference of neighbors
+    final_task_weight: NonNegativeFloat = 0.01  # the same at full resolution
+    variation_weight: NonNegativeFloat = 0.05  # weight of the mean difference of neighbors, at low resolution
     contrast: PositiveFloat = 0.7  # deviation of the noise to start from, in units of that of pictures
     most_boxes: PositiveInt = 4  # in an image; how many is drawn
     smallest_box: Share = 0.15  # side of a square box of the smallest area, as a share of the image's
@@ -83,9 +95,9 @@ class BoxSampling(Generator):
     rounds: NonNegativeInt = 3  # times that labels are compared with what the teacher sees
     certainty: Fraction = 0.95  # of images of noise in which the teacher sees nothing that is believed; at least 0.5
     balance: PositiveFloat = 2.0  # boxes of a class at most, as a multiple of its share
-    blur: NonNegativeFloat = 0.0  # deviation in pixels of a blur in every step; 0: none
-    flip: bool = True  # show images and boxes mirrored left to right in half of the steps
-    shift: NonNegativeInt = 4  # show them moved by up to so many pixels in every step
+    blur: NonNegativeFloat | None = None  # deviation in pixels of a blur in every step; null: at full resolution 0.8
+    flip: bool = True  # show images and boxes mirrored left to right in half of the steps at low resolution
+    shift: NonNegativeInt = 4  # show them moved by up to so many pixels in every step there
     clip: bool = True  # keep pixels between black and white
     low_pass: NonNegativeFloat = 0.0  # cutoff of a filter on the finished images, in cycles per pixel; 0: none
     precision: Precision = "float32"  # of the network while images are made; auto: the faster one, measured, is kept
@@ -129,16 +141,18 @@ class Prepared:
         wanted = placed(wanted, teacher.device)
         small, total = low_size(teacher, spec, s.resolution), s.iterations + s.final_iterations
         noise = s.contrast * photograph_noise((num_samples, spec.size[0], *small), rng).to(teacher.device)
-        descent = _Descent(s, teacher, noise, s.learning_rate, s.iterations, rng, advance, s.iterations / total)
+        waves = Canvas(noise, spec, s.clip)
+        descent = _Descent(s, teacher, waves, s.blur or 0.0, s.iterations, rng, advance, s.iterations / total)
         for step, end in pairwise([0, *looks(s.iterations, s.rounds), s.iterations]):
             descent.run(end - step, wanted)
             if end < s.iterations:
                 limits = (self.plausible, self.believed, s.most_boxes, self._most(wanted))
                 found = placed(descent.detections(), "cpu")  # boxes are looked at one after the other
                 wanted = placed(relabel(placed(wanted, "cpu"), found, *limits), teacher.device)
-        start = F.interpolate(descent.canvas.start(), spec.size[1:], mode="bilinear")
-        rate, share = s.learning_rate / 2, s.final_iterations / total
-        descent = _Descent(s, teacher, start, rate, s.final_iterations, rng, advance, share)
+        pixels = Pixels(F.interpolate(waves.start(), spec.size[1:], mode="bilinear"), spec, s.clip)
+        blur = photograph_blur(spec.size[1:]) if s.blur is None else s.blur
+        s = replace(s, task_weight=s.final_task_weight, variation_weight=0.0, flip=False, shift=0)
+        descent = _Descent(s, teacher, pixels, blur, s.final_iterations, rng, advance, s.final_iterations / total)
         descent.run(s.final_iterations, wanted)
         images = finish(descent.images(), spec, s.low_pass, s.clip)
         task, (height, width) = task_of(teacher), spec.size[1:]
@@ -160,14 +174,14 @@ class Prepared:
 
 
 class _Descent:
-    """Adam on the waves that images are made of, at one resolution."""
+    """Adam on what images are made of, at one resolution."""
 
     def __init__(
         self,
         settings: BoxSampling,
         teacher: Teacher,
-        start: Tensor,
-        learning_rate: float,
+        canvas: Canvas | Pixels,
+        blur: float,
         iterations: int,
         rng: torch.Generator,
         advance: Advance,
@@ -175,10 +189,9 @@ class _Descent:
     ):
         self.s, self.teacher, self.task, self.rng = settings, teacher, task_of(teacher), rng
         self.advance, self.iterations, self.share = advance, iterations, share
-        assert isinstance(teacher.input_spec, InputSpec)
-        self.canvas = Canvas(start, teacher.input_spec, settings.clip)
-        self.schedule = cosine(torch.optim.Adam([self.canvas.coefficients], learning_rate, (0.5, 0.9)), iterations)
-        self.blur = gaussian_blur(self.canvas.size, settings.blur, teacher.device)
+        self.canvas = canvas
+        self.schedule = cosine(torch.optim.Adam([canvas.coefficients], settings.learning_rate, (0.5, 0.9)), iterations)
+        self.blur = gaussian_blur(canvas.size, blur, teacher.device)
         self.shift = min(settings.shift, min(self.canvas.size) - 1)
 
     def images(self) -> Tensor:
@@ -195,6 +208,8 @@ class _Descent:
         def penalty(images: Tensor, outputs: Any) -> Tensor:
             outputs = self.task.raw_outputs(lambda _: outputs, images)
             own = self.task.synthesis_loss(outputs, shown) if self.s.task_weight else images.new_zeros(())
+            if not self.s.variation_weight:
+                return self.s.task_weight * own
             variation = total_variation(images / self.canvas.std)
             return self.s.task_weight * own + self.s.variation_weight * variation
 
@@ -207,6 +222,7 @@ class _Descent:
                 steps,
                 lambda amount, note="": self.advance(amount * self.share * steps / self.iterations),
                 penalty=penalty,
+                after_step=self.canvas.settle,
                 precision=self.s.precision,
             )
 

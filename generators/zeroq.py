@@ -74,6 +74,7 @@ from dfq.generators._filters import (
     check_shift,
     diverse_noise,
     gaussian_blur,
+    photograph_blur,
     pink_noise,
     total_variation,
     white_noise,
@@ -95,9 +96,6 @@ from dfq.generators._statistics import SharedMoments, Statistics, batch_norm_dis
 from dfq.progress import Advance
 from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from dfq.teacher import InputSpec, Teacher
-
-PHOTOGRAPH_BLUR = 0.8  # pixels
-SMALLEST_PHOTOGRAPH = 32  # pixels of the shorter side; smaller images (digits of 8x8) have strokes of one pixel
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class ZeroQ(Generator):
         if self.slack > 0:
             seen = white_noise((sizes[0], *spec.size), rng).to(teacher.device) * std + mean
             slack = noise_slack(teacher, self.statistics, self.slack, seen)
-        sigma = self.blur if self.blur is not None else PHOTOGRAPH_BLUR * (min(spec.size[1:]) >= SMALLEST_PHOTOGRAPH)
+        sigma = photograph_blur(spec.size[1:]) if self.blur is None else self.blur
         limits = [(limit - mean) / std for limit in spec.limits(teacher.device)]
 
         def descend(start: Tensor, first: int, last: int) -> Tensor:

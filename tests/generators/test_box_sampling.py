@@ -11,6 +11,7 @@ from tiny_detectors import CLASSES, SPEC, DecodeOnly, cell_teacher
 from dfq.detectors._base import Boxes
 from dfq.errors import UserError
 from dfq.generators._base import batch_rng, dataset_rng
+from dfq.generators._statistics import batch_norm_distances
 from dfq.generators.box_sampling import BoxSampling, draw_boxes, looks, low_size, moved, relabel, seen_score
 from dfq.losses._box_overlap import area, pairwise_iou
 from dfq.tasks._task import task_of
@@ -116,10 +117,25 @@ def test_images_come_to_hold_what_was_drawn():
         with torch.no_grad():
             return float(task.synthesis_loss(task.raw_outputs(teacher, made["images"]), targets))
 
-    settings = BoxSampling(iterations=40, final_iterations=20, blur=0.0, rounds=0)
-    pulled = score(replace(settings, task_weight=1.0))
-    assert pulled < 0.7 * score(replace(settings, task_weight=0.0))
+    settings = BoxSampling(iterations=40, final_iterations=20, rounds=0)
+    pulled, free = (score(replace(settings, task_weight=w, final_task_weight=w)) for w in (1.0, 0.0))
+    assert pulled < 0.7 * free
     assert settings.resolution == 0.5
+
+
+def test_statistics_lead_at_full_resolution():
+    teacher = cell_teacher()
+
+    def distance(**changes):
+        settings = BoxSampling(iterations=20, final_iterations=20, rounds=0, **changes)
+        images = settings.sample(teacher, 8, batch_rng(0, 0), lambda amount, note="": None)["images"]
+        with torch.no_grad(), batch_norm_distances(teacher) as found:
+            teacher(images)
+        return float(torch.stack(found).mean())
+
+    assert distance() < 0.7 * distance(final_task_weight=1.0)
+    # A blur that is asked for is one at both resolutions; by itself there is one of photographs at the full one.
+    assert distance() == distance(blur=None) != distance(blur=0.0)
 
 
 def test_boxes_are_shown_where_their_objects_are():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dfq.generators._base import batch_rng
-from dfq.generators._canvas import Canvas, opponent_colors, photograph_noise
+from dfq.generators._canvas import Canvas, Pixels, opponent_colors, photograph_noise
 from dfq.generators._filters import diverse_noise
 from dfq.quality import spectrum
 from dfq.teacher import InputSpec
@@ -33,6 +33,24 @@ def test_pixels_stay_legal_whatever_a_step_does():
     with torch.no_grad():
         canvas.coefficients.mul_(50)
     assert float(canvas().detach().min()) >= 0 and float(canvas().detach().max()) <= 1
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_pixels_are_images_themselves_and_legal_after_a_step_if_asked(clip):
+    noise = photograph_noise((2, *IMAGENET.size), batch_rng(0, 0))
+    low, high = (limit.view(-1, 1, 1) for limit in IMAGENET.limits(torch.device("cpu")))
+    pixels = Pixels(3 * noise, IMAGENET, clip)
+    wanted = (3 * noise).clamp(low, high) if clip else 3 * noise  # normalized by the deviation of pictures: 0 and 1
+    torch.testing.assert_close(pixels().detach(), wanted)
+    torch.testing.assert_close(Pixels(pixels.start(), IMAGENET, clip)().detach(), wanted)
+    pixels().sum().backward()
+    with torch.no_grad():
+        pixels.coefficients.add_(pixels.coefficients.grad * 9)
+    pixels.settle()
+    within = bool((pixels() >= low).all()) and bool((pixels() <= high).all())
+    assert within == clip and pixels.size == IMAGENET.size[1:]
+    unit = Pixels(noise, UNIT, clip=True)
+    assert float(unit().detach().min()) >= 0 and float(unit().detach().max()) <= 1, "photographs in 0..1"
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
