@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
+from dfq.errors import UserError
 from dfq.lightning.augmentation import Views
 from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt, resolve
 
@@ -27,6 +28,14 @@ class Sequence(Algorithm):
     views: PositiveInt = 1  # of each image in all steps: itself, and copies mirrored and moved
     flip: bool = True  # half of the copies mirrored; they are not where left and right mean something
     shift: NonNegativeInt = 0  # pixels in each direction, at most, that copies are moved by
+
+    def __post_init__(self) -> None:
+        if self.shift and self.views == 1:  # nothing would be moved
+            raise UserError(
+                f"got algorithm.shift={self.shift} and algorithm.views=1",
+                "a shift of the copies that algorithm.views=2 or more makes",
+                "algorithm.views=4, or algorithm.shift=0",
+            )
 
     def run(self, work: Work) -> None:
         """Run the steps on the student."""

@@ -120,3 +120,10 @@ def test_what_is_no_number_of_views_is_refused(word, least, tmp_path, capsys):
     words = ["quantize", "teacher=digits", "algorithm=sequence", f"algorithm.{word}", f"dataset_dir={tmp_path}"]
     assert main(words) == 2
     assert capsys.readouterr().err == f"dfq: got algorithm.{word}; allowed: a whole number >= {least}\n"
+
+
+def test_a_shift_of_no_copies_is_refused():
+    with pytest.raises(UserError) as error:
+        Sequence(("round_to_nearest",), shift=16)
+    allowed = "a shift of the copies that algorithm.views=2 or more makes; algorithm.views=4, or algorithm.shift=0"
+    assert str(error.value) == f"got algorithm.shift=16 and algorithm.views=1; allowed: {allowed}"
