@@ -56,7 +56,7 @@ SCHEMES = {
 RECONSTRUCTION = {"_target_": "dfq.algorithms.reconstruction.Reconstruction", "iterations": 1500}  # of 1,024 samples
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
-LONG = {**DISTILLATION, "max_steps": 8000, "patience": None}
+LONG = {**DISTILLATION, "max_steps": 9000, "bias_lr": 0.005, "gradient": "stable", "patience": None}
 DISTILL = {"algorithm": "distillation", **DISTILLATION}
 METHODS = {
     "nearest": {"algorithm": "round_to_nearest", "weight_quantizer": "min_max"},
