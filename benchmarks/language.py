@@ -57,6 +57,7 @@ RECONSTRUCTION = {"_target_": "dfq.algorithms.reconstruction.Reconstruction", "i
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 LONG = {**DISTILLATION, "max_steps": 9000, "bias_lr": 0.005, "gradient": "stable", "patience": None}
+AGAIN = {**LONG, "max_steps": 2000, "weight_lr": 0.01, "bias_lr": 0.003}  # rates rise once more, and fall
 DISTILL = {"algorithm": "distillation", **DISTILLATION}
 METHODS = {
     "nearest": {"algorithm": "round_to_nearest", "weight_quantizer": "min_max"},
@@ -81,7 +82,12 @@ METHODS = {
     },
     "block_ap_distillation_long": {  # for --samples 32768
         "algorithm": "sequence",
-        "steps": ["neuqi", BLOCK_AP, {"_target_": "dfq.algorithms.distillation.Distillation", **LONG}],
+        "steps": [
+            "neuqi",
+            BLOCK_AP,
+            {"_target_": "dfq.algorithms.distillation.Distillation", **LONG},
+            {"_target_": "dfq.algorithms.distillation.Distillation", **AGAIN},
+        ],
     },
 }
 WITHOUT_TEXT = ("nearest", "hqq")
