@@ -81,7 +81,7 @@ class Canvas:
 
 
 class Pixels:
-    """The same images with pixels for coefficients: slower to large shapes, closer to what is asked of each layer.
+    """The same images with pixels for coefficients, which leave the large shapes that are there.
 
     Args: those of :class:`Canvas`.
     """
@@ -96,9 +96,6 @@ class Pixels:
 
     def __call__(self) -> Tensor:
         return self.coefficients * self.std + self.mean
-
-    def start(self) -> Tensor:
-        return self.coefficients.detach().clone()
 
     @torch.no_grad()
     def settle(self) -> None:

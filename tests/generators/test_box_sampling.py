@@ -134,7 +134,7 @@ def test_statistics_lead_at_full_resolution():
         return float(torch.stack(found).mean())
 
     assert distance() < 0.7 * distance(final_task_weight=1.0)
-    # A blur that is asked for is one at both resolutions; by itself there is one of photographs at the full one.
+    # By itself there is the blur of photographs at full resolution.
     assert distance() == distance(blur=None) != distance(blur=0.0)
 
 
