@@ -9,7 +9,8 @@ transformers' ``generate()``, as published data pipelines do. Both draw from the
 
 Perplexity: on real stories that nothing else reads. Rows differ in the text that students are made with: written by the
 network itself, random tokens, and (as a bound) stories of the kit that are not among those of the evaluation. Seeds 0,
-1, 2; mean and spread. The same settings in all rows, none chosen for this network.
+1, 2; mean and spread. The same settings in all rows, none chosen for this network. Texts are as long as those stories
+(``--length 256``): positions that no text of a student reached lose more.
 
 Memory: peak resident memory of a process that distils a Llama of 301.6 M parameters with random weights, a vocabulary
 of 128,256 and texts of 512 tokens, one step of two texts: with logits of 128 tokens at a time and the teacher's cache,
@@ -55,6 +56,7 @@ SCHEMES = {
 }
 RECONSTRUCTION = {"_target_": "dfq.algorithms.reconstruction.Reconstruction", "iterations": 1500}  # of 1,024 samples
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
+QUANTEASE = {"_target_": "dfq.algorithms.quantease.QuantEase", "propagate": 1.0}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 LONG = {**DISTILLATION, "max_steps": 9000, "bias_lr": 0.005, "gradient": "stable", "patience": None}
 AGAIN = {**LONG, "max_steps": 2000, "weight_lr": 0.01, "bias_lr": 0.003}  # rates rise once more, and fall
@@ -68,6 +70,8 @@ METHODS = {
     "gptq": {"algorithm": "gptq"},
     "gptq_rsq": {"algorithm": "gptq", "token_weights": "attention"},
     "neuqi_gptq": {"algorithm": "sequence", "steps": ["neuqi", "gptq"]},
+    "neuqi_quantease": {"algorithm": "sequence", "steps": ["neuqi", QUANTEASE]},
+    "awq_quantease": {"algorithm": "sequence", "steps": ["awq", "neuqi", QUANTEASE]},
     "gptq_norms": {"algorithm": "sequence", "steps": ["gptq", "norm_tweaking"]},
     "gptq_lqer": {"algorithm": "sequence", "steps": ["gptq", "lqer"]},
     "distillation": DISTILL,
@@ -147,9 +151,10 @@ def perplexities(
     sources: list[str],
     seeds: int,
     samples: int,
+    length: int,
     device: str,
 ) -> None:
-    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=128, device=device)
+    teacher = dfq.load_teacher("huggingface", name=str(kit / "stories260k"), length=length, device=device)
     rows = json.loads((kit / "data/stories_tinystories.json").read_text())["ids"]
     padded = np.full((len(rows), max(map(len, rows))), -1)
     for row, ids in zip(padded, rows, strict=True):
@@ -177,7 +182,7 @@ def perplexities(
             for source in ["its own"] if method in WITHOUT_TEXT else sources:
                 keys = []
                 for seed in range(seeds if method not in WITHOUT_TEXT else 1):
-                    keys.append(f"{scheme} {method} {source} {seed}")
+                    keys.append(f"{scheme} {method} {source} {samples}x{length} {seed}")
                     measured(
                         keys[-1],
                         lambda s=scheme, m=method, o=source, seed=seed: dfq.quantize(
@@ -307,7 +312,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of distilling, with --only memory")
     parser.add_argument("--shape", choices=SHAPES, default="large", help="of the network, with --only memory")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text; the real stories have 256")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
@@ -328,7 +333,7 @@ def main() -> None:
     if args.only != "perplexity":
         speed(args.kit, args.folder, args.length, args.samples, args.batch_size, args.device)
     if args.only != "speed":
-        rows = (args.schemes, args.methods, args.sources, args.seeds, args.samples)
+        rows = (args.schemes, args.methods, args.sources, args.seeds, args.samples, args.length)
         perplexities(args.kit, args.folder, *rows, args.device)
 
 

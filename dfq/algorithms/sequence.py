@@ -1,7 +1,8 @@
 """A sequence of algorithms on one student, each going on from what the one before left.
 
 ``algorithm=sequence algorithm.steps=[equalization,gptq]``: an algorithm that needs grids keeps those it
-finds, and calibrates a student that has none.
+finds, and calibrates a student that has none. gptq, quantease and comq have nothing to round behind an algorithm that
+has rounded already, and are refused there.
 
 With ``algorithm.views=4 algorithm.shift=16`` every step sees each image four times: as it is, and three times mirrored
 by chance and moved by up to 16 pixels (what moves in from outside is a reflection). What that is worth:
@@ -14,6 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
+from dfq.algorithms._hessian import LayerwiseRounding
+from dfq.algorithms._reconstruction import BlockFitting
 from dfq.errors import UserError
 from dfq.lightning.augmentation import Views
 from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt, resolve
@@ -36,6 +39,18 @@ class Sequence(Algorithm):
                 "a shift of the copies that algorithm.views=2 or more makes",
                 "algorithm.views=4, or algorithm.shift=0",
             )
+        rounded_by = None
+        for step in self.steps:
+            algorithm = resolve("algorithm", step)
+            name = type(algorithm).__name__
+            if rounded_by is not None and isinstance(algorithm, LayerwiseRounding):  # each weight is on its level
+                raise UserError(
+                    f"got {name} behind {rounded_by} in algorithm.steps, and no weight left to round",
+                    "one algorithm that rounds, behind those that prepare (equalization, awq, neuqi)",
+                    f"leave out one of the two; distillation and e2e_qp go on from {rounded_by}",
+                )
+            if isinstance(algorithm, LayerwiseRounding | BlockFitting):
+                rounded_by = name
 
     def run(self, work: Work) -> None:
         """Run the steps on the student."""
