@@ -146,7 +146,9 @@ def test_algorithms_quantize_detectors(make, name, tmp_path):
         with pytest.raises(UserError, match=f"got algorithm=rotation and {teacher.name}, in which no layer reads from"):
             quantize(teacher, dataset, W4A8, build("algorithm", name), *QUANTIZERS, 0, tmp_path / "s")
         return
-    student, path = quantize(teacher, dataset, W4A8, build("algorithm", name), *QUANTIZERS, 0, tmp_path / "s")
+    settings = {"budget": "10s"} if name == "auto" else {}  # of 10 minutes it would take what it can use
+    algorithm = build("algorithm", name, **settings)
+    student, path = quantize(teacher, dataset, W4A8, algorithm, *QUANTIZERS, 0, tmp_path / "s")
     images = dataset.tensors()["images"][:4]
     with torch.no_grad():
         outputs, wanted = list(tensors_in(student(images))), list(tensors_in(teacher(images)))
