@@ -16,7 +16,7 @@ from typing import Any
 
 from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
 from dfq.algorithms._hessian import LayerwiseRounding
-from dfq.algorithms._reconstruction import BlockFitting
+from dfq.algorithms._reconstruction import BlockReconstruction
 from dfq.errors import UserError
 from dfq.lightning.augmentation import Views
 from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt, resolve
@@ -49,7 +49,7 @@ class Sequence(Algorithm):
                     "one algorithm that rounds, behind those that prepare (equalization, awq, neuqi)",
                     f"leave out one of the two; distillation and e2e_qp go on from {rounded_by}",
                 )
-            if isinstance(algorithm, LayerwiseRounding | BlockFitting):
+            if isinstance(algorithm, LayerwiseRounding | BlockReconstruction):
                 rounded_by = name
 
     def run(self, work: Work) -> None:

@@ -1,13 +1,17 @@
 """Which algorithms go behind each other."""
 
+from dataclasses import dataclass, field
+
 import pytest
 
-from dfq.algorithms.block_ap import BlockAP
+import dfq
+from dfq.algorithms._base import Algorithm
 from dfq.algorithms.gptq import GPTQ
 from dfq.algorithms.quantease import QuantEase
 from dfq.algorithms.sequence import Sequence
 from dfq.cli import main
 from dfq.errors import UserError
+from dfq.settings import resolve
 
 
 @pytest.mark.parametrize(
@@ -15,7 +19,7 @@ from dfq.errors import UserError
     [
         (("equalization", "quantease", "comq"), "COMQ", "QuantEase"),
         ((GPTQ(), "bias_correction", QuantEase()), "QuantEase", "GPTQ"),
-        ((BlockAP(), {"_target_": "dfq.algorithms.gptq.GPTQ"}), "GPTQ", "BlockAP"),
+        (("reconstruction", {"_target_": "dfq.algorithms.gptq.GPTQ"}), "GPTQ", "Reconstruction"),
     ],
 )
 def test_nothing_is_left_to_round_behind_what_rounds(steps, second, first):
@@ -35,6 +39,7 @@ def test_nothing_is_left_to_round_behind_what_rounds(steps, second, first):
         ("equalization", "gptq", "distillation"),
         ("neuqi", "block_ap", "e2e_qp"),
         ("round_to_nearest", "gptq"),  # which leaves weights float
+        ("block_ap", "gptq"),  # as this does
     ],
 )
 def test_what_prepares_and_what_goes_on_is_taken(steps):
@@ -52,3 +57,35 @@ def test_the_command_line_says_so_before_it_begins(tmp_path, capsys):
     assert main(words) == 2
     assert capsys.readouterr().err.startswith("dfq: got QuantEase behind GPTQ in algorithm.steps, and no weight left")
     assert not list(tmp_path.iterdir())
+
+
+@dataclass(frozen=True)
+class Watcher(Algorithm):
+    """Notes how far the weights are from their levels, in steps, where it stands."""
+
+    seen: list[float] = field(default_factory=list)
+
+    def run(self, work):
+        for layer in work.student.layers.values():
+            weight = layer.weight.detach()
+            steps = (weight - layer.weight_quantizer(weight)) / layer.weight_quantizer.steps_of(weight)
+            self.seen.append(float(steps.detach().abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "leaves_some"),
+    [
+        ("gptq", {}, False),
+        ("quantease", {}, False),
+        ("comq", {}, False),
+        ("reconstruction", {"iterations": 3}, False),
+        ("block_ap", {"iterations": 3}, True),
+        ("distillation", {"max_steps": 2}, True),
+    ],
+)
+def test_what_is_left_to_round(name, settings, leaves_some, tmp_path):
+    teacher, watcher = dfq.load_teacher("digits", device="cpu"), Watcher()
+    dataset = dfq.generate(teacher, "gaussian", 32, tmp_path / "data")
+    dfq.quantize(teacher, dataset, "w4a4", algorithm=Sequence((resolve("algorithm", name, **settings), watcher)))
+    assert (max(watcher.seen) > 0.1) is leaves_some
+    assert leaves_some or max(watcher.seen) < 1e-3
