@@ -78,7 +78,7 @@ class Watcher(Algorithm):
         ("gptq", {}, False),
         ("quantease", {}, False),
         ("comq", {}, False),
-        ("reconstruction", {"iterations": 3}, False),
+        ("reconstruction", {"iterations": 3, "finish_iterations": 0}, False),
         ("block_ap", {"iterations": 3}, True),
         ("distillation", {"max_steps": 2}, True),
     ],
