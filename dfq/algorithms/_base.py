@@ -81,10 +81,12 @@ class Algorithm:
     """Makes the quantized student. A sub-class writes :meth:`run`.
 
     ``weights_stay_float``: they are rounded when the student is frozen, so another algorithm may round them better.
+    ``rounds_weights``: behind it each one is on its level.
     ``goes_on``: from what another algorithm has made of the student.
     """
 
     weights_stay_float: ClassVar[bool] = False
+    rounds_weights: ClassVar[bool] = False
     goes_on: ClassVar[bool] = False
 
     def quantize(

@@ -38,7 +38,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -332,6 +332,7 @@ def products_in(network: nn.Module, name: str, count: int, run: Callable[[], Any
 class LayerwiseRounding(Algorithm):
     """What the methods have in common; each gives :meth:`solve` and settings of its own."""
 
+    rounds_weights: ClassVar[bool] = True
     num_samples: PositiveInt = 256  # synthetic samples whose activations are looked at
     num_positions: PositiveInt | None = 256  # positions (tokens) of a sample that count, drawn by the seed; null: all
     batch_size: PositiveInt = 64  # samples a forward

@@ -155,6 +155,7 @@ class BlockFitting(Algorithm):
 class BlockReconstruction(BlockFitting):
     """What all methods that choose roundings have; a method's file sets its own defaults."""
 
+    rounds_weights: ClassVar[bool] = True
     rounding_lr: PositiveFloat = 1e-2  # Adam on the rounding logits V
     weight_step_lr: NonNegativeFloat = 0.0  # Adam on weight steps, relative to each; 0: they stay
     activation_step_lr: NonNegativeFloat = 0.0  # Adam on activation steps, relative to each; 0: they stay

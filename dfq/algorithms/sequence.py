@@ -16,7 +16,6 @@ from typing import Any
 
 from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
 from dfq.algorithms._hessian import LayerwiseRounding
-from dfq.algorithms._reconstruction import BlockReconstruction
 from dfq.errors import UserError
 from dfq.lightning.augmentation import Views
 from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt, resolve
@@ -43,13 +42,13 @@ class Sequence(Algorithm):
         for step in self.steps:
             algorithm = resolve("algorithm", step)
             name = type(algorithm).__name__
-            if rounded_by is not None and isinstance(algorithm, LayerwiseRounding):  # each weight is on its level
+            if rounded_by is not None and isinstance(algorithm, LayerwiseRounding):
                 raise UserError(
                     f"got {name} behind {rounded_by} in algorithm.steps, and no weight left to round",
                     "one algorithm that rounds, behind those that prepare (equalization, awq, neuqi)",
                     f"leave out one of the two; distillation and e2e_qp go on from {rounded_by}",
                 )
-            if isinstance(algorithm, LayerwiseRounding | BlockReconstruction):
+            if getattr(algorithm, "rounds_weights", False):
                 rounded_by = name
 
     def run(self, work: Work) -> None:

@@ -21,6 +21,7 @@ scales are per group. Layers on other grids, those that share their weight and e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from dfq.settings import PositiveInt
 class SQuant(Algorithm):
     """Milliseconds a layer."""
 
+    rounds_weights: ClassVar[bool] = True
     num_calibration_samples: PositiveInt = 512  # samples whose activations are looked at; weights need none
 
     @torch.no_grad()

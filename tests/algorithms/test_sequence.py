@@ -20,6 +20,7 @@ from dfq.settings import resolve
         (("equalization", "quantease", "comq"), "COMQ", "QuantEase"),
         ((GPTQ(), "bias_correction", QuantEase()), "QuantEase", "GPTQ"),
         (("reconstruction", {"_target_": "dfq.algorithms.gptq.GPTQ"}), "GPTQ", "Reconstruction"),
+        (("squant", "gptq"), "GPTQ", "SQuant"),
     ],
 )
 def test_nothing_is_left_to_round_behind_what_rounds(steps, second, first):
@@ -78,6 +79,7 @@ class Watcher(Algorithm):
         ("gptq", {}, False),
         ("quantease", {}, False),
         ("comq", {}, False),
+        ("squant", {}, False),
         ("reconstruction", {"iterations": 3, "finish_iterations": 0}, False),
         ("block_ap", {"iterations": 3}, True),
         ("distillation", {"max_steps": 2}, True),
@@ -86,6 +88,8 @@ class Watcher(Algorithm):
 def test_what_is_left_to_round(name, settings, leaves_some, tmp_path):
     teacher, watcher = dfq.load_teacher("digits", device="cpu"), Watcher()
     dataset = dfq.generate(teacher, "gaussian", 32, tmp_path / "data")
-    dfq.quantize(teacher, dataset, "w4a4", algorithm=Sequence((resolve("algorithm", name, **settings), watcher)))
+    algorithm = resolve("algorithm", name, **settings)
+    dfq.quantize(teacher, dataset, "w4a4", algorithm=Sequence((algorithm, watcher)))
+    assert algorithm.rounds_weights is not leaves_some
     assert (max(watcher.seen) > 0.1) is leaves_some
     assert leaves_some or max(watcher.seen) < 1e-3
