@@ -106,6 +106,17 @@ class Grid:
         scale, zero_point = self._at(self.scale, columns), self._at(self.zero_point, columns)
         return round_to_grid(values, scale, zero_point, self.scheme)
 
+    def nearest_at(self, values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The nearest levels to ``values`` [P, K] of the entries ``rows``, ``columns`` [P, K]."""
+        every = torch.arange(len(values), device=values.device)[:, None]
+
+        def at(entries: Tensor) -> Tensor:
+            if entries.numel() == 1:
+                return entries.view(1, 1)
+            return entries[every, rows, columns if entries.shape[-1] > 1 else 0]
+
+        return round_to_grid(values, at(self.scale), at(self.zero_point), self.scheme)
+
     @staticmethod
     def _at(entries: Tensor, columns: int | Tensor | None) -> Tensor:
         if columns is None or entries.shape[-1] == 1:
@@ -126,12 +137,14 @@ class Grid:
 class Problem:
     """One layer: Q on ``grid`` that minimizes tr((W - Q) H (W - Q)^T), for each of P groups of a convolution.
 
-    Shapes: ``weight`` [P, O, I], ``hessian`` [P, I, I], positive definite.
+    Shapes: ``weight`` [P, O, I], ``hessian`` [P, I, I], positive definite; ``output`` [P, O, O], what errors of outputs
+    cost together, for solvers that ask for it (:meth:`LayerwiseRounding.output_moments`).
     """
 
     weight: Tensor
     hessian: Tensor
     grid: Grid
+    output: Tensor | None = None
 
     @property
     def diagonal(self) -> Tensor:
@@ -348,6 +361,10 @@ class LayerwiseRounding(Algorithm):
     def solve(self, problem: Problem) -> Solution:
         raise NotImplementedError
 
+    def output_moments(self, work: Work, reference: nn.Module, images: Tensor, layers: list[str]) -> dict[str, Tensor]:
+        """Layer → what errors of its outputs cost together [P, O, O]; those that have none cost all the same."""
+        return {}
+
     @torch.no_grad()
     def run(self, work: Work) -> None:
         """Round the weights of the student; ``work_dir`` holds activations while a block is looked at."""
@@ -366,6 +383,7 @@ class LayerwiseRounding(Algorithm):
         parts.sort(key=lambda part: min(first[name] for name in part[1]))
         tell_left(self, student, {name for _, names in parts for name in names})
         rng = torch.Generator().manual_seed(work.seed)
+        outputs = self.output_moments(work, reference, images, [name for _, names in parts for name in names])
         captures = Captures(student.module, reference, images, self.batch_size, work_dir, self.memory_bytes)
         with captures, progress_bar(type(self).__name__, len(wanted), "layers") as advance:
             for block, names in parts:
@@ -380,16 +398,24 @@ class LayerwiseRounding(Algorithm):
                     if not clock.allows_another():
                         return
                     runs = partial(self._runs, student, reference, captures, captured)
-                    self._round(student, reference, runs, name, wanted[name], rng)
+                    self._round(student, reference, runs, name, wanted[name], rng, outputs.pop(name, None))
                     advance(1)
 
     def _round(
-        self, student: Student, reference: nn.Module, runs: Runs, name: str, count: int, rng: torch.Generator
+        self,
+        student: Student,
+        reference: nn.Module,
+        runs: Runs,
+        name: str,
+        count: int,
+        rng: torch.Generator,
+        output: Tensor | None,
     ) -> None:
         """One layer, which runs ``count`` times: its weight is then on its grid."""
         if (self.propagate or self.correct_bias) and name in student.expert_layers:
             # Other tokens may choose an expert in the float network: there is no pair of inputs to compare.
-            replace(self, propagate=0.0, correct_bias=False)._round(student, reference, runs, name, count, rng)
+            alone = replace(self, propagate=0.0, correct_bias=False)
+            alone._round(student, reference, runs, name, count, rng, output)
             return
         layer = student.layers[name]
         moments = self._moments(student, reference, runs, name, count, rng)
@@ -402,7 +428,7 @@ class LayerwiseRounding(Algorithm):
         if self.propagate > 0:
             cross = moments.cross_hessian(centered)
             target = propagated(weight, hessian, cross, self.propagate, self.propagate_damping)
-        solution = self.solve(Problem(target, damped(hessian, self.damping), Grid.of(layer, len(hessian))))
+        solution = self.solve(Problem(target, damped(hessian, self.damping), Grid.of(layer, len(hessian)), output))
         if solution.scale is not None:
             layer.weight_quantizer.set_qparams(solution.scale, layer.weight_quantizer.zero_point)
         if layer.bias_quantizer is not None and layer.bias is not None:

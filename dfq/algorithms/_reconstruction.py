@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._equalization import float_network
+from dfq.algorithms._likelihood import drawn_log_likelihood
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
 from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
@@ -231,13 +232,10 @@ class BlockReconstruction(BlockFitting):
                 return kept[-1].clone()  # the next operation may write into it
 
             with forward_hooks([(block.name, last)], after=keep):
-                outputs = task.raw_outputs(reference, batch.to(teacher.device))
-            logits = task.class_logits(outputs) if hasattr(task, "class_logits") else outputs
-            log_p = logits.flatten(0, -2).log_softmax(-1)
-            if not log_p.requires_grad:  # a block of boxes alone
+                value = drawn_log_likelihood(task, reference, batch.to(teacher.device), rng)
+            if not value.requires_grad:  # a block of boxes alone
                 return None
-            labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=rng).to(log_p.device)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, labels).sum(), kept[0])
+            (gradient,) = torch.autograd.grad(value, kept[0])
             parts.append(gradient.square().cpu())
         squares = torch.cat(parts)
         return squares / squares.mean().clamp(min=1e-30)

@@ -138,8 +138,9 @@ class Detection:
         """[N, A, K]: what a class can be drawn from."""
         if not self.detector.has_candidates:
             raise UserError(
-                f"got an adapter {type(self.detector).__name__} without class logits, and algorithm.sensitivity",
-                "algorithm.sensitivity=false, or an adapter with candidates(raw)",
+                f"got an adapter {type(self.detector).__name__} without class logits, and an algorithm that "
+                "draws labels from them (yaqa, algorithm.sensitivity)",
+                "another algorithm, algorithm.sensitivity=false, or an adapter with candidates(raw)",
             )
         return self.detector.candidates(outputs).class_logits
 

@@ -35,7 +35,7 @@ def test_blocks_cover_all_layers(teacher):
 
 
 @pytest.mark.parametrize("scheme", [W2, PER_TOKEN], ids=["groups", "per_token"])
-@pytest.mark.parametrize("algorithm", ["gptq", "quantease", "reconstruction"])
+@pytest.mark.parametrize("algorithm", ["gptq", "quantease", "yaqa", "reconstruction"])
 def test_rounding_gets_better(algorithm, scheme, teacher, dataset):
     settings = {"iterations": 40, "finish_iterations": 0} if algorithm == "reconstruction" else {}
     nearest = dfq.quantize(teacher, dataset, scheme, algorithm="round_to_nearest")

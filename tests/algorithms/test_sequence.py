@@ -18,6 +18,7 @@ from dfq.settings import resolve
     ("steps", "second", "first"),
     [
         (("equalization", "quantease", "comq"), "COMQ", "QuantEase"),
+        (("yaqa", "gptq"), "GPTQ", "YAQA"),
         ((GPTQ(), "bias_correction", QuantEase()), "QuantEase", "GPTQ"),
         (("reconstruction", {"_target_": "dfq.algorithms.gptq.GPTQ"}), "GPTQ", "Reconstruction"),
         (("squant", "gptq"), "GPTQ", "SQuant"),
@@ -79,6 +80,7 @@ class Watcher(Algorithm):
         ("gptq", {}, False),
         ("quantease", {}, False),
         ("comq", {}, False),
+        ("yaqa", {}, False),
         ("squant", {}, False),
         ("reconstruction", {"iterations": 3, "finish_iterations": 0}, False),
         ("block_ap", {"iterations": 3}, True),
