@@ -76,7 +76,7 @@ METHODS = {
     "gptq_lqer": {"algorithm": "sequence", "steps": ["gptq", "lqer"]},
     "distillation": DISTILL,
     "tsld": {**DISTILL, "token_tau": 10.0},
-    "off": {**DISTILL, "feature_loss": "cosine", "feature_places": "blocks"},
+    "off": {**DISTILL, "feature_weight": 1.0, "feature_loss": "cosine", "feature_places": "blocks"},
     "reconstruction": {"algorithm": "sequence", "steps": ["neuqi", RECONSTRUCTION]},
     "block_ap": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP]},
     "block_ap_e2e_qp": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP, "e2e_qp"]},
