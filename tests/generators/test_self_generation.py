@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import dfq
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators._base import dataset_rng, sample_rng
-from dfq.generators.self_generation import SelfGeneration, decide, repetition, teacher_cache
+from dfq.generators.self_generation import SelfGeneration, _beginnings, decide, repetition, teacher_cache
 from dfq.pipeline import generate
 from dfq.settings import resolve
 from dfq.teacher import Teacher, TokenSpec
@@ -197,19 +198,26 @@ def test_first_tokens(llama, named):
     assert made(llama, range(64), begin=False)["input_ids"][:, 0].sort().values.tolist() == list(range(64))
 
 
-def test_prompts_and_chats(llama, named, tmp_path):
+def test_prompts(llama, named, tmp_path):
     (tmp_path / "p.txt").write_text("▁a\n\n▁b\n")
     found = made(llama, range(4), tokenizer=named, first="prompts", prompts=str(tmp_path / "p.txt"))
     assert found["input_ids"][:, :2].tolist() == [[1, 3], [1, 4]] * 2
-    lines = [{"messages": [{"role": "user", "content": "▁a"}]}, {"text": "▁b"}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    settings = {"tokenizer": named, "first": "prompts", "prompts": str(tmp_path / "p.jsonl"), "chat": True}
-    generator = SelfGeneration(**settings)
-    from dfq.generators.self_generation import _beginnings
 
-    plain = _beginnings(generator, llama, dataset_rng(0)).rows
-    thinking = _beginnings(SelfGeneration(**settings, thinking=True), llama, dataset_rng(0)).rows
-    assert len(plain) == 2 and all(len(b) >= len(a) for a, b in zip(plain, thinking, strict=True))
+
+def test_files_that_were_moved_are_the_same_files(llama, named, tmp_path):
+    (tmp_path / "p.txt").write_text("▁a\n▁b\n")
+    settings = {"first": "prompts", "prompts": str(tmp_path / "p.txt"), "tokenizer": named}
+    written = generate(llama, SelfGeneration(batch_size=2, **settings), 2, 0, tmp_path / "d")
+    manifest = (tmp_path / "d/manifest.json").read_text()
+    assert str(tmp_path) not in json.dumps(written.manifest["settings"]) and r"\u2581a" not in manifest and "▁a" not in manifest
+    shutil.copytree(named, tmp_path / "moved/tokenizer")
+    (tmp_path / "p.txt").rename(tmp_path / "moved/q.txt")
+    moved = {"prompts": str(tmp_path / "moved/q.txt"), "tokenizer": str(tmp_path / "moved/tokenizer")}
+    grown = generate(llama, SelfGeneration(batch_size=2, **settings | moved), 4, 0, tmp_path / "d")
+    assert len(grown) == 4
+    (tmp_path / "moved/q.txt").write_text("▁a\n▁w9\n")
+    with pytest.raises(UserError, match=r"a dataset made with other settings \(prompts_sha256: there "):
+        generate(llama, SelfGeneration(batch_size=2, **settings | moved), 6, 0, tmp_path / "d")
 
 
 CHAT = "{% for m in messages %}<s> ▁w0 {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}▁w1 ▁w2"
@@ -233,6 +241,19 @@ def chatty(llama, tmp_path):
         return {"tokenizer": str(tmp_path / "chatty"), "chat": True, "max_repetition": 1.0, **others}
 
     return settings
+
+
+@pytest.mark.parametrize("thinking, behind", [(None, []), (True, []), (False, [6])])
+def test_prompts_in_a_chat_template(thinking, behind, llama, chatty, tmp_path):
+    lines = [{"messages": [{"role": "user", "content": "▁w7 ▁w8"}]}, {"text": "▁w9"}]
+    asked = [{"role": "user", "content": "▁w7"}, {"role": "assistant", "content": "▁w8"}]
+    lines.append({"messages": asked})  # an answer that goes on: no other is asked for
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = chatty(CHAT, first="prompts", prompts=str(tmp_path / "p.jsonl"), thinking=thinking)
+    wanted = [[1, 3, 10, 11, 2, 4, 5, *behind], [1, 3, 12, 2, 4, 5, *behind], [1, 3, 10, 2, 1, 3, 11, 2]]
+    assert _beginnings(SelfGeneration(**settings), llama, dataset_rng(0)).rows == wanted
+    found = made(llama, range(6), **settings)["input_ids"].tolist()
+    assert [row[: len(ids)] for row, ids in zip(found, wanted * 2, strict=True)] == wanted * 2
 
 
 def turns_of(ids, prefix, answer, starts_in_answer=False):
@@ -370,6 +391,33 @@ def test_gates_turn_samples_away_and_count_them(llama, tmp_path):
     assert dataset.manifest["taken_as_they_are"] == 3
 
 
+def test_short_texts_are_drawn_again(llama):
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 40))
+    settings = {"max_repetition": 1.0, "at_end": "pad", "attempts": 40, "greedy_tokens": (0,)}
+    free, gated = made(wide, range(30), **settings), made(wide, range(30), **settings, min_tokens=20)
+    short = free["num_tokens"] < 20
+    assert 3 <= int(short.sum()) <= 27 and int(free["rejected"].sum()) == 0
+    assert torch.equal(gated["rejected"][:, 0] > 0, short) and int(gated["rejected"][:, 1:].sum()) == 0
+    assert int(gated["num_tokens"].min()) >= 20, "until one is long enough"
+    assert torch.equal(gated["input_ids"][~short], free["input_ids"][~short])
+    least = int(free["num_tokens"].min())
+    assert int(made(wide, range(30), **settings, min_tokens=least)["rejected"].sum()) == 0, "as long as that is enough"
+
+
+def test_texts_that_repeat_themselves_are_drawn_again(llama):
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 40))
+    cold = {"temperature": (0.3,), "attempts": 40}
+    free = made(wide, range(30), **cold, max_repetition=1.0)
+    shares = [repetition(row) for row in free["input_ids"]]
+    limit = sorted(shares)[15]  # taken itself
+    gated = made(wide, range(30), **cold, max_repetition=limit)
+    repeats = torch.tensor([share > limit for share in shares])
+    assert 3 <= int(repeats.sum()) <= 27
+    assert torch.equal(gated["rejected"][:, 1] > 0, repeats)
+    assert max(repetition(row) for row in gated["input_ids"]) <= limit
+    assert torch.equal(gated["input_ids"][~repeats], free["input_ids"][~repeats])
+
+
 def test_the_teachers_largest_log_probabilities(llama):
     found = made(llama, range(5), cache_teacher=6)
     with torch.no_grad():
@@ -398,6 +446,12 @@ WRONG = [
         "generator.prompts=FILE; give both or neither",
     ),
     ({"chat": True}, "got generator.chat=true and generator.first=uniform; allowed: first=begin | prompts"),
+    (
+        {"min_tokens": 64},
+        "got generator.min_tokens=64 and generator.at_end=restart, with which every sample is as long as any; allowed: "
+        "generator.min_tokens above 1 together with generator.at_end=pad; give generator.at_end=pad, or leave "
+        "generator.min_tokens away",
+    ),
     (
         {"min_likelihood": -1.0, "max_likelihood": -2.0},
         "got generator.min_likelihood=-1 and generator.max_likelihood=-2; allowed: the first below the other",
@@ -437,6 +491,10 @@ def test_networks_it_can_do_nothing_with(llama, make_teacher, named, tmp_path):
     )
     assert message(llama, tokenizer=str(tmp_path)).startswith(
         f"got generator.tokenizer={tmp_path}, from which no tokenizer can be loaded ("
+    )
+    assert message(llama, min_tokens=21, at_end="pad") == (
+        "got generator.min_tokens=21 and samples of 20; allowed: a whole number from 1 to 20; "
+        "give teacher.length=... for longer samples"
     )
     short = Teacher(llama.module, "language_modeling", TokenSpec(64, 2), name="short")
     assert message(short) == (
