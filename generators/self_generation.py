@@ -96,8 +96,8 @@ class SelfGeneration(Independent):
                 raise UserError(f"got generator.{name}=[]", "a list of at least one number")
         if self.min_tokens > 1 and self.at_end == "restart":  # samples are full then, and none would be turned away
             raise UserError(
-                f"got generator.min_tokens={self.min_tokens} and generator.at_end=restart, with which every sample is as "
-                "long as any",
+                f"got generator.min_tokens={self.min_tokens} and generator.at_end=restart, with which every sample is "
+                "as long as any",
                 "generator.min_tokens above 1 together with generator.at_end=pad",
                 "give generator.at_end=pad, or leave generator.min_tokens away",
             )

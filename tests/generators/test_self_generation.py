@@ -209,7 +209,11 @@ def test_files_that_were_moved_are_the_same_files(llama, named, tmp_path):
     settings = {"first": "prompts", "prompts": str(tmp_path / "p.txt"), "tokenizer": named}
     written = generate(llama, SelfGeneration(batch_size=2, **settings), 2, 0, tmp_path / "d")
     manifest = (tmp_path / "d/manifest.json").read_text()
-    assert str(tmp_path) not in json.dumps(written.manifest["settings"]) and r"\u2581a" not in manifest and "▁a" not in manifest
+    assert (
+        str(tmp_path) not in json.dumps(written.manifest["settings"])
+        and r"\u2581a" not in manifest
+        and "▁a" not in manifest
+    )
     shutil.copytree(named, tmp_path / "moved/tokenizer")
     (tmp_path / "p.txt").rename(tmp_path / "moved/q.txt")
     moved = {"prompts": str(tmp_path / "moved/q.txt"), "tokenizer": str(tmp_path / "moved/tokenizer")}
