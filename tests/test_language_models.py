@@ -424,6 +424,42 @@ def test_static_grids_of_keys_and_values_are_written_and_read(
     assert torch.equal(read, floats) or torch.allclose(read, rounded, atol=1e-5), "weights are what they were"
 
 
+W2A16 = "reads packed weights with zero points at 4 and 8 bits, not at 2"
+W4A8 = (
+    "reads weights with quantized inputs at 4 and 8 bits, without zero points, inputs at 8 bits; not weights of {} bits"
+)
+KV = "has keys and values in floats of 8 bits (grid=fp8_e4m3), not in integers of 4"
+A8, A4 = TensorScheme(8, True, "per_token"), TensorScheme(4, True, "per_token")
+
+
+@pytest.mark.parametrize(
+    "scheme, warning",
+    [
+        (W4_G16, None),
+        (Scheme(TensorScheme(4, False, "per_group", 16), FLOAT), None),
+        (Scheme(TensorScheme(2, True, "per_group", 16), FLOAT), None),
+        (Scheme(TensorScheme(2, False, "per_group", 16), FLOAT), W2A16),
+        (
+            Scheme(TensorScheme(8, True, "per_tensor"), FLOAT),
+            "reads packed weights per channel or group, not per tensor",
+        ),
+        (Scheme(TensorScheme(4, True, "per_channel"), A8), None),
+        (Scheme(TensorScheme(8, True, "per_channel"), A8), None),
+        (Scheme(TensorScheme(4, False, "per_channel"), A8), f"{W4A8.format(4)} with zero points and inputs of 8"),
+        (Scheme(TensorScheme(4, True, "per_channel"), A4), f"{W4A8.format(4)} and inputs of 4"),
+        (Scheme(W4_G16.weight, FLOAT, key_value=TensorScheme(8, True, grid="fp8_e4m3")), None),
+        (Scheme(W4_G16.weight, FLOAT, key_value=TensorScheme(4, True)), KV),
+        (Scheme(TensorScheme(2, False, "per_group", 16), FLOAT, key_value=TensorScheme(4, True)), f"{W2A16}; {KV}"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Scheme) else "",
+)
+def test_what_is_beyond_vllm_is_a_warning(scheme, warning, folder, make_dataset, tmp_path):
+    teacher = teacher_of(folder("llama"))
+    student = nearest(teacher, make_dataset(teacher, 8), scheme)
+    found = export(student, resolve("exporter", "compressed_tensors"), tmp_path / "model.safetensors")
+    assert found["parity"].get("warning") == (None if warning is None else f"vLLM {warning}")
+
+
 def test_grids_per_token_are_told_to_be_left_out(folder, make_dataset, tmp_path):
     teacher = teacher_of(folder("llama"))
     dataset = make_dataset(teacher, 8)
