@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dfq
+from dfq.algorithms import distillation
 from dfq.attention import AttentionRecord
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
@@ -197,6 +198,52 @@ def test_with_a_cache_the_teacher_does_not_run(tmp_path, monkeypatch):
     )
     trained(teacher, dataset, max_steps=5)
     assert calls.count(True) <= 2, "to find its head, and no more"
+
+
+@pytest.mark.parametrize("cache", [0, 8])
+def test_with_a_cache_the_teacher_leaves_its_device(cache, tmp_path, monkeypatch):
+    teacher, moves, seen = language(), [], []
+    generator = SelfGeneration(cache_teacher=cache, max_repetition=1.0)
+    dataset = generate(teacher, generator, 32, 0, tmp_path / "d")
+    move, fit = nn.Module.to, distillation._fit
+
+    def noted(module, *args, **kwargs):
+        if module is teacher.module and args:
+            moves.append(str(args[0]))
+        return move(module, *args, **kwargs)
+
+    def stopped(trainer, module, data, checkpoint):
+        seen.append((list(moves), module.runs_teacher))
+        fit(trainer, module, data, checkpoint)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "to", noted)
+    monkeypatch.setattr(distillation, "_fit", stopped)
+    trained(teacher, dataset, max_steps=2)
+    assert seen == [(["cpu"], False) if cache else ([], True)]
+    count = len(moves)
+    teacher.device = torch.device("cpu", 0)  # where it has to come back to
+    with pytest.raises(KeyboardInterrupt):
+        trained(teacher, dataset, max_steps=2)
+    assert moves[count:] == (["cpu", "cpu:0"] if cache else []), "back where it was, although the run was interrupted"
+
+
+def test_with_a_cache_the_teacher_is_not_sharded(tmp_path, monkeypatch):
+    from dfq.lightning import student_to_train
+
+    class Mesh(dict):
+        device_type = "cpu"
+        get_local_rank, size = (lambda self: 0), (lambda self: 1)
+
+    teacher, sharded = language(), []
+    dataset = generate(teacher, SelfGeneration(cache_teacher=8, max_repetition=1.0), 32, 0, tmp_path / "d")
+    module = TokenDistillationModule(student_to_train(teacher, dataset, W3), teacher)
+    module.runs_teacher, module._device_mesh = False, Mesh(data_parallel=Mesh())
+    monkeypatch.setattr("dfq.lightning.distillation.shard", lambda network, mesh: sharded.append(network))
+    module.configure_model()
+    assert sharded == [module.student_module] and module.fast_teacher == [teacher.module]
+    assert teacher.module not in module.modules()
 
 
 def test_padding_does_not_count(tmp_path):

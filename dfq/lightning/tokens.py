@@ -12,7 +12,7 @@ features, and what attention does (:mod:`dfq.losses.attention`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,11 @@ from dfq.tasks.language_modeling import NO_LABEL, known_tokens, of_tokens
 from dfq.teacher import Teacher
 
 CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
+
+
+def has_cache(entries: Container[str]) -> bool:
+    """Whether the teacher's log-probabilities are among the entries of a sample or a batch: it need not run then."""
+    return all(name in entries for name in CACHE)
 
 
 class TokenDistillationModule(DistillationModule):
@@ -85,9 +90,9 @@ class TokenDistillationModule(DistillationModule):
     def _token_loss(self, batch: dict[str, Tensor], kind: Any, training: bool = False) -> Tensor:
         """Mean over the tokens that are no padding; ``training``: with all terms, weighted, and features noted."""
         s = self.settings
-        ids = samples_of(batch).to(self._teacher[0].device)
+        ids = samples_of(batch).to(next(self.student_module.parameters()).device)
         known = known_tokens(batch, ids)
-        cached = all(name in batch for name in CACHE)
+        cached = has_cache(batch)
         if cached:
             self._check_cached()
         wants_features = training and "feature" in self.terms
@@ -118,10 +123,8 @@ class TokenDistillationModule(DistillationModule):
         for record in self._attention or ():
             for values in (record.maps, record.outputs):  # [N, H, T, ...]
                 values[:] = [of_tokens(x.transpose(1, 2), known) for x in values]
-        student_head, head = (
-            self._head_of(self.student_module, self.student_head),
-            self._head_of(self.fast_teacher[0], self.head),
-        )
+        student_head = self._head_of(self.student_module, self.student_head)
+        head = self._head_of(self.fast_teacher[0], None if cached else self.head)
         labels = next_tokens(ids, known)
         scales = None
         if training and s.token_tau is not None:
@@ -202,7 +205,7 @@ class TokenDistillationModule(DistillationModule):
         """The teacher's largest probability, on average over samples that are trained on."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         rows = [data.dataset[i] for i in data.train_indices[: 10 * data.batch_size]]
-        if all(name in rows[0] for name in CACHE):
+        if has_cache(rows[0]):
             stored = [row["teacher_log_probs"][: row.get("num_tokens"), 0] for row in rows]
             return float(torch.stack([values.float().exp().mean() for values in stored]).mean())
         teacher, head = self._teacher[0], self._head_of(self.fast_teacher[0], self.head)
