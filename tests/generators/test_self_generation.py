@@ -435,6 +435,36 @@ def test_the_teachers_largest_log_probabilities(llama):
     assert everything["teacher_ids"].shape == (5, 20, 64) and (everything["teacher_rest"] <= -20).all()
 
 
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+ORDINARY = "all ids are taken as ordinary text; give generator.tokenizer=FOLDER of one with tokenizer.json"
+
+
+def test_a_network_in_memory_whose_place_is_gone(llama, tmp_path, capsys, monkeypatch):
+    gone = str(tmp_path / "gone")
+    monkeypatch.setattr(llama.module.config, "_name_or_path", gone)
+    dataset = generate(llama, SelfGeneration(), 4, 0, tmp_path / "d")
+    line = f"llama: no tokenizer at {gone}, where its network says it is from: {ORDINARY}"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    assert dataset.manifest["settings"]["tokenizer_sha256"] is None
+    with pytest.raises(UserError, match="got llama, which comes without a tokenizer, and settings that need one"):
+        made(llama, range(2), scripts=("LATIN",))
+    config = {"_target_": "dfq.teachers.huggingface.load", "name": gone}
+    given = Teacher(llama.module, "language_modeling", llama.input_spec, "given", config)
+    with pytest.raises(UserError, match=f"got generator.tokenizer={gone}, from which no tokenizer can be loaded"):
+        made(given, range(2))
+
+
+@pytest.mark.parametrize("file", ["tekken.json", "spiece.model", "sentencepiece.bpe.model"])
+def test_a_tokenizer_of_another_kind_is_told_of(file, llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(llama.module.config, "_name_or_path", str(tmp_path))
+    assert made(llama, range(64), begin=False)["input_ids"][:, 0].unique().numel() == 64
+    assert "tokenizer" not in capsys.readouterr().err, "of a folder without any nothing is said"
+    (tmp_path / file).write_bytes(b"")
+    assert made(llama, range(64), begin=False)["input_ids"][:, 0].unique().numel() == 64
+    assert f"llama: {tmp_path} has {file} and no tokenizer.json: {ORDINARY}\n" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ mistakes
 
 WRONG = [
