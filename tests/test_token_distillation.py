@@ -120,6 +120,26 @@ def test_a_cache_tells_the_same_as_the_teacher_up_to_what_is_within_the_rest():
     assert torch.allclose(buckets(p, p.topk(5).indices).exp().sum(-1), torch.ones(48), atol=1e-5)
 
 
+def test_top_k_of_a_larger_cache(tmp_path):
+    """The same as of the teacher itself: what is beyond the k largest is one bucket."""
+    teacher, ids = language(), torch.randint(30, (4, 12), generator=RNG)
+    q = torch.randn(48, 30, generator=RNG).log_softmax(-1)
+    with torch.no_grad():
+        p = teacher.module(ids).flatten(0, 1).log_softmax(-1)
+    cache = tuple(tensor.flatten(0, 1) for tensor in teacher_cache(teacher, ids, 12).values())
+    exact = {k: float(chunked_divergence(q, nn.Identity(), p, nn.Identity(), "top_k", 7, k)[0]) for k in (2, 5, 12)}
+    found = {k: float(chunked_divergence(q, nn.Identity(), cache, nn.Identity(), "top_k", 7, k)[0]) for k in exact}
+    assert found == pytest.approx(exact, rel=5e-3) and exact[2] < 0.95 * exact[5] < 0.95 * exact[12]
+    dataset = generate(teacher, SelfGeneration(cache_teacher=12, max_repetition=1.0), 32, 0, tmp_path / "d")
+    assert message((teacher, dataset), divergence="top_k", top_k=13) == (
+        "got algorithm.top_k=13 and a dataset with the teacher's 12 largest log-probabilities; allowed: algorithm.top_k "
+        "from 1 to 12; give algorithm.top_k=12, or generate with generator.cache_teacher=13"
+    )
+    everything = generate(teacher, SelfGeneration(cache_teacher=99, max_repetition=1.0), 32, 0, tmp_path / "e")
+    for data, top_k in ((dataset, 12), (everything, 64)):  # of all 30 tokens none is missing
+        trained(teacher, data, max_steps=1, divergence="top_k", top_k=top_k)
+
+
 def test_the_head_is_found_and_not_run(make_dataset, capsys):
     teacher = language()
     assert find_head(teacher) == Head("head")

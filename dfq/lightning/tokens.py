@@ -94,7 +94,7 @@ class TokenDistillationModule(DistillationModule):
         known = known_tokens(batch, ids)
         cached = has_cache(batch)
         if cached:
-            self._check_cached()
+            self._check_cached(batch["teacher_ids"].shape[-1])
         wants_features = training and "feature" in self.terms
         wants_attention = training and bool(s.attention_map_weight or s.attention_output_weight)
         with (
@@ -146,9 +146,15 @@ class TokenDistillationModule(DistillationModule):
         )
         return loss * self.terms.get("kl", 0.0) + s.ntp_weight * ntp if training else loss
 
-    def _check_cached(self) -> None:
-        """A UserError for what a cache does not tell."""
+    def _check_cached(self, size: int) -> None:
+        """A UserError for what a cache of ``size`` entries a token does not tell."""
         s = self.settings
+        if s.divergence == "top_k" and s.top_k > size < self._teacher[0].input_spec.vocab_size:
+            raise UserError(
+                f"got algorithm.top_k={s.top_k} and a dataset with the teacher's {size} largest log-probabilities",
+                f"algorithm.top_k from 1 to {size}",
+                f"give algorithm.top_k={size}, or generate with generator.cache_teacher={s.top_k}",
+            )
         reasons = {
             "temperature": (s.temperature != 1, "distributions are stored at a temperature of 1"),
             "feature_weight": ("feature" in self.terms, "features are not stored"),
@@ -342,8 +348,9 @@ def chunked_divergence(
 
     Args:
         student: [M, H], what goes into the student's head.
-        teacher: [M, H'], or its cache: ids [M, K], log-probabilities [M, K] and the logarithm of the rest [M].
-        top_k: of ``kind=top_k``.
+        teacher: [M, H'], or its cache: ids [M, K], log-probabilities [M, K] from the largest on, and the logarithm of
+            the rest [M].
+        top_k: of ``kind=top_k``; of a cache K at most.
         temperature: of both distributions; the loss is multiplied by its square. A cache has that of 1.
         scales: [M], what each token's divergence is multiplied by; None: 1.
         labels: [M], next tokens, :data:`NO_LABEL` where there is none; None: not asked for, 0 is returned.
@@ -362,6 +369,9 @@ def chunked_divergence(
             log_p = torch.cat([theirs[1], theirs[2][:, None]], -1).float()
             log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # half precision does not add up to one
             best, mine = ids[:, 0], log_q.argmax(-1)
+            if kind == "top_k" and top_k < ids.shape[-1]:  # the others join the rest
+                ids, others = ids[:, :top_k], log_p[:, top_k:].logsumexp(-1, keepdim=True)
+                log_p = torch.cat([log_p[:, :top_k], others], -1)
             log_q = buckets(log_q, ids)
         else:
             with torch.no_grad():
