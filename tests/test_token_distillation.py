@@ -132,8 +132,8 @@ def test_top_k_of_a_larger_cache(tmp_path):
     assert found == pytest.approx(exact, rel=5e-3) and exact[2] < 0.95 * exact[5] < 0.95 * exact[12]
     dataset = generate(teacher, SelfGeneration(cache_teacher=12, max_repetition=1.0), 32, 0, tmp_path / "d")
     assert message((teacher, dataset), divergence="top_k", top_k=13) == (
-        "got algorithm.top_k=13 and a dataset with the teacher's 12 largest log-probabilities; allowed: algorithm.top_k "
-        "from 1 to 12; give algorithm.top_k=12, or generate with generator.cache_teacher=13"
+        "got algorithm.top_k=13 and a dataset with the teacher's 12 largest log-probabilities; allowed: "
+        "algorithm.top_k from 1 to 12; give algorithm.top_k=12, or generate with generator.cache_teacher=13"
     )
     everything = generate(teacher, SelfGeneration(cache_teacher=99, max_repetition=1.0), 32, 0, tmp_path / "e")
     for data, top_k in ((dataset, 12), (everything, 64)):  # of all 30 tokens none is missing
