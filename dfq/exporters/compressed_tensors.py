@@ -112,7 +112,7 @@ class CompressedTensors:
         if settings is not None and (unread := unread_by_vllm(settings)):
             found["parity"]["warning"] = f"vLLM {'; '.join(unread)}"
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
-        if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
+        if not network.has_tokenizer(files):
             found["tokenizer"] = network.NO_TOKENIZER
         if network.rounds_attention(student):
             why = "no weight has a grid" if settings is None else "no reader has such a grid"

@@ -32,7 +32,7 @@ from dfq.losses.token_divergence import buckets, divergence
 from dfq.losses.token_scaling import token_scales
 from dfq.progress import say
 from dfq.tasks.language_modeling import NO_LABEL, known_tokens, of_tokens
-from dfq.teacher import Teacher
+from dfq.teacher import Teacher, TokenSpec
 
 CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
 
@@ -148,8 +148,9 @@ class TokenDistillationModule(DistillationModule):
 
     def _check_cached(self, size: int) -> None:
         """A UserError for what a cache of ``size`` entries a token does not tell."""
-        s = self.settings
-        if s.divergence == "top_k" and s.top_k > size < self._teacher[0].input_spec.vocab_size:
+        s, spec = self.settings, self._teacher[0].input_spec
+        assert isinstance(spec, TokenSpec)
+        if s.divergence == "top_k" and s.top_k > size < spec.vocab_size:
             raise UserError(
                 f"got algorithm.top_k={s.top_k} and a dataset with the teacher's {size} largest log-probabilities",
                 f"algorithm.top_k from 1 to {size}",
