@@ -50,6 +50,7 @@ from dfq.tokenizer import end_ids, find_tokenizer, ordinary_ids, special_id, tok
 
 TIE = 1e-5  # of probabilities and logits; float32 sums in another order differ by a tenth of that
 GATES = ("length", "repetition", "likelihood")
+CACHED_TOKENS = 64  # whose probabilities over the vocabulary are held in float64 at a time
 NGRAM = 4  # tokens of what must not come again and again
 
 
@@ -536,9 +537,10 @@ def teacher_cache(teacher: Teacher, ids: Tensor, size: int) -> dict[str, Tensor]
     task, size = resolve("task", teacher.task), min(size, teacher.input_spec.to_dict()["vocab_size"])
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for row in ids.split(1):  # a row by itself: what is stored does not depend on the batch
-        log_probs = task.raw_outputs(teacher, row).double().log_softmax(-1)
-        values, indices = log_probs.topk(size, dim=-1)
-        rest = torch.log1p(-values.exp().sum(-1).clamp(max=1)).clamp(min=LEAST)
-        parts.append((indices.int().cpu(), values.clamp(min=LEAST).half().cpu(), rest.half().cpu()))
-    found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        for logits in task.raw_outputs(teacher, row)[0].split(CACHED_TOKENS):
+            log_probs = logits.double().log_softmax(-1)
+            values, indices = log_probs.topk(size, dim=-1)
+            rest = torch.log1p(-values.exp().sum(-1).clamp(max=1)).clamp(min=LEAST)
+            parts.append((indices.int().cpu(), values.clamp(min=LEAST).half().cpu(), rest.half().cpu()))
+    found = [torch.cat(tensors).unflatten(0, ids.shape) for tensors in zip(*parts, strict=True)]
     return dict(zip(("teacher_ids", "teacher_log_probs", "teacher_rest"), found, strict=True))

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dfq
 from dfq.dataset import SyntheticDataset
@@ -433,6 +435,29 @@ def test_the_teachers_largest_log_probabilities(llama):
     torch.testing.assert_close(found["teacher_rest"].float(), rest, rtol=1e-2, atol=1e-2)
     everything = teacher_cache(llama, found["input_ids"], 1000)
     assert everything["teacher_ids"].shape == (5, 20, 64) and (everything["teacher_rest"] <= -20).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+def test_what_is_cached_is_found_for_some_tokens_at_a_time(tokens, llama, monkeypatch):
+    """The same bits, and no more float64 than is said."""
+    ids = llama.input_spec.example(3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        rows = [llama.module(row).logits[0].double().log_softmax(-1) for row in ids.split(1)]
+    values, indices = torch.stack(rows).topk(6, dim=-1)
+    widths = []
+
+    class Widths(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            widths.extend(t.numel() for t in tree_leaves(result) if getattr(t, "dtype", None) == torch.float64)
+            return result
+
+    monkeypatch.setattr("dfq.generators.self_generation.CACHED_TOKENS", tokens)
+    with Widths():
+        found = teacher_cache(llama, ids, 6)
+    assert torch.equal(found["teacher_ids"], indices.int()) and torch.equal(found["teacher_log_probs"], values.half())
+    assert torch.equal(found["teacher_rest"], torch.log1p(-values.exp().sum(-1)).half())
+    assert max(widths) == tokens * 64
 
 
 # ------------------------------------------------------------------------------------------------ tokenizers
