@@ -21,6 +21,7 @@ and with a plain loop that holds the logits of teacher and student whole. One st
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +78,7 @@ METHODS = {
     "gptq_lqer": {"algorithm": "sequence", "steps": ["gptq", "lqer"]},
     "distillation": DISTILL,
     "tsld": {**DISTILL, "token_tau": 10.0},
-    "off": {**DISTILL, "feature_loss": "cosine", "feature_places": "blocks"},
+    "off": {**DISTILL, "feature_weight": 1.0, "feature_loss": "cosine", "feature_places": "blocks"},
     "reconstruction": {"algorithm": "sequence", "steps": ["neuqi", RECONSTRUCTION]},
     "block_ap": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP]},
     "block_ap_e2e_qp": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP, "e2e_qp"]},
@@ -143,6 +145,13 @@ def texts(teacher, kit: Path, folder: Path, seed: int, samples: int) -> dict[str
     return found | {"sampled": real}
 
 
+def key_of(scheme: str, method: str, source: str, samples: int, length: int, seed: int) -> str:
+    """What a figure is remembered by: names, and a hash of what they stand for, so that none outlives its settings."""
+    settings = json.dumps([SCHEMES[scheme].to_dict(), METHODS[method]], sort_keys=True)
+    short = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return f"{scheme} {method} {source} {samples}x{length} {seed} {short}"
+
+
 def perplexities(
     kit: Path,
     folder: Path,
@@ -165,8 +174,9 @@ def perplexities(
     known = folder / "perplexities.json"
     found: dict[str, list] = json.loads(known.read_text()) if known.exists() else {}
 
-    def measured(key: str, make) -> None:
+    def measured(key: str, make, prepare=lambda: None) -> None:
         if key not in found:
+            prepare()  # writing texts is not what the minutes are of
             start = time.perf_counter()
             student = make()
             figures = dfq.evaluate(teacher, student, "tokens", path=str(path))
@@ -182,12 +192,14 @@ def perplexities(
             for source in ["its own"] if method in WITHOUT_TEXT else sources:
                 keys = []
                 for seed in range(seeds if method not in WITHOUT_TEXT else 1):
-                    keys.append(f"{scheme} {method} {source} {samples}x{length} {seed}")
+                    keys.append(key_of(scheme, method, source, samples, length, seed))
+                    written = partial(texts, teacher, kit, folder, seed, samples)
                     measured(
                         keys[-1],
-                        lambda s=scheme, m=method, o=source, seed=seed: dfq.quantize(
-                            teacher, texts(teacher, kit, folder, seed, samples)[o], SCHEMES[s], seed=seed, **METHODS[m]
+                        lambda s=scheme, m=method, o=source, seed=seed, written=written: dfq.quantize(
+                            teacher, written()[o], SCHEMES[s], seed=seed, **METHODS[m]
                         ),
+                        written,
                     )
                 values = [found[key][0] for key in keys]
                 spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""

@@ -597,6 +597,9 @@ def dataset_place(
     config = to_config(generator)
     for key in ("batch_size", "memory_bytes"):
         config.pop(key, None)  # what counts is the size that batches really have, which is recorded below
+    for key in generator.files:
+        if config[key] is not None:  # a file that was moved is the same file: its hash is recorded below
+            del config[key]
     settings = {
         "generator": config,
         "seed": seed,

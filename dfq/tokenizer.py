@@ -7,12 +7,17 @@ import importlib.util
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dfq.errors import UserError
+from dfq.progress import say
 from dfq.teacher import Teacher
 
+READ = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is in a folder with a tokenizer
+NOT_READ = ("tekken.json", "spiece.model", "sentencepiece.bpe.model")
+WITHOUT = "all ids are taken as ordinary text; give {}=FOLDER of one with tokenizer.json"
 # Ids that stand for no text: bytes of byte fallback, and places that were kept free for later.
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 UNUSED = re.compile(r"[<\[(|]+\s*(unused|reserved|extra_id|special|pad|placeholder)[\w ]*[|\])>]+", re.IGNORECASE)
@@ -20,8 +25,13 @@ UNUSED = re.compile(r"[<\[(|]+\s*(unused|reserved|extra_id|special|pad|placehold
 
 def folder_of(teacher: Teacher) -> str | None:
     """The folder, or the id on the hub, that a teacher of transformers came from; None: from none."""
-    name = (teacher.config or {}).get("name") if "huggingface" in str((teacher.config or {}).get("_target_")) else None
-    return name or getattr(getattr(teacher.module, "config", None), "_name_or_path", None) or None
+    return _given_name(teacher) or getattr(getattr(teacher.module, "config", None), "_name_or_path", None) or None
+
+
+def _given_name(teacher: Teacher) -> str | None:
+    """``teacher.name`` of transformers' loader, as the user gave it."""
+    config = teacher.config or {}
+    return config.get("name") if "huggingface" in str(config.get("_target_")) else None
 
 
 def load_tokenizer(name: str, key: str = "tokenizer") -> Any:
@@ -43,14 +53,38 @@ def load_tokenizer(name: str, key: str = "tokenizer") -> Any:
 
 
 def find_tokenizer(teacher: Teacher, name: str | None, key: str = "tokenizer") -> Any | None:
-    """The tokenizer called ``name``, else the teacher's own; None where it has none."""
+    """The tokenizer called ``name``, else the teacher's own; None where it has none.
+
+    It is said where there may be one that is not read here: files of another kind, or a place that a network in memory
+    remembers and that is gone. Nobody gave that place, so it is no mistake.
+    """
     if name is not None:
         return load_tokenizer(name, key)
     folder = folder_of(teacher)
-    if folder is None or not Path(folder).is_dir():
-        return load_tokenizer(folder, key) if folder and importlib.util.find_spec("transformers") else None
-    has_one = any((Path(folder) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return load_tokenizer(folder, key) if has_one else None
+    if folder is None:
+        return None
+    if Path(folder).is_dir():
+        there = {file.name for file in Path(folder).iterdir()}
+        if there & {*READ}:
+            return load_tokenizer(folder, key)
+        for file in [file for file in NOT_READ if file in there][:1]:
+            _say_once(f"{teacher.name}: {folder} has {file} and no tokenizer.json: {WITHOUT.format(key)}")
+        return None
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    try:
+        return load_tokenizer(folder, key)
+    except UserError:
+        if folder == _given_name(teacher):
+            raise
+        _say_once(f"{teacher.name}: no tokenizer at {folder}, where its network says it is from: {WITHOUT.format(key)}")
+        return None
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A dataset asks for its tokenizer more than once."""
+    say(text)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -81,6 +81,7 @@ class Generator:
     needs_attention: ClassVar[bool] = False  # between patches
     needs_boxes: ClassVar[bool] = False  # among the network's outputs
     kind: ClassVar[str] = "images"  # what it makes, as the input spec of the networks that take it calls it
+    files: ClassVar[tuple[str, ...]] = ()  # settings that say where something lies; :meth:`recorded` says what it is
 
     def sample(self, teacher: Teacher, num_samples: int, rng: torch.Generator, advance: Advance) -> Any:
         """Make one batch.

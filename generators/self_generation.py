@@ -27,6 +27,7 @@ ids are stored as they were drawn and never become text in between; LLM-QAT's 3 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ from dfq.tokenizer import end_ids, find_tokenizer, ordinary_ids, special_id, tok
 
 TIE = 1e-5  # of probabilities and logits; float32 sums in another order differ by a tenth of that
 GATES = ("length", "repetition", "likelihood")
+CACHED_TOKENS = 64  # whose probabilities over the vocabulary are held in float64 at a time
 NGRAM = 4  # tokens of what must not come again and again
 
 
@@ -71,7 +73,7 @@ class SelfGeneration(Independent):
     top_p: Fraction = 1.0  # the likeliest tokens alone that have this share together; 1: all
     min_p: Fraction = 0.0  # tokens at least this likely, relative to the likeliest, alone; 0: all
     at_end: Literal["restart", "pad"] = "restart"  # a text that ends is followed by another, or by padding
-    min_tokens: PositiveInt = 1  # gate: tokens of a sample, padding not counted
+    min_tokens: PositiveInt = 1  # gate: tokens of a sample, padding not counted; above 1 with at_end=pad
     max_repetition: Fraction = 0.5  # gate: share of its four-grams that it has had before
     min_likelihood: float | None = None  # gate: mean log-probability of its tokens, in nats; null: any
     max_likelihood: float | None = None  # gate: the same from above; null: any
@@ -79,6 +81,7 @@ class SelfGeneration(Independent):
     cache_teacher: NonNegativeInt = 0  # teacher's largest log-probabilities stored with each token; 0: none
     tokenizer: str | None = None  # folder or hub id; null: the teacher's, and where it has none all ids are ordinary
     kind: ClassVar[str] = "token ids"
+    files: ClassVar[tuple[str, ...]] = ("prompts", "tokenizer")
 
     def __post_init__(self):
         if (self.first == "prompts") != (self.prompts is not None):
@@ -92,6 +95,13 @@ class SelfGeneration(Independent):
         for name in ("greedy_tokens", "temperature"):
             if not getattr(self, name):
                 raise UserError(f"got generator.{name}=[]", "a list of at least one number")
+        if self.min_tokens > 1 and self.at_end == "restart":  # samples are full then, and none would be turned away
+            raise UserError(
+                f"got generator.min_tokens={self.min_tokens} and generator.at_end=restart, with which every sample is "
+                "as long as any",
+                "generator.min_tokens above 1 together with generator.at_end=pad",
+                "give generator.at_end=pad, or leave generator.min_tokens away",
+            )
         low, high = self.min_likelihood, self.max_likelihood
         if low is not None and high is not None and low >= high:
             raise UserError(
@@ -102,7 +112,10 @@ class SelfGeneration(Independent):
     def recorded(self, teacher: Teacher) -> dict[str, Any]:
         tokenizer = find_tokenizer(teacher, self.tokenizer, "generator.tokenizer")
         found: dict[str, Any] = {"tokenizer_sha256": None if tokenizer is None else tokenizer_sha256(tokenizer)}
-        return found | ({"prompts": read_prompts(self.prompts)} if self.prompts is not None else {})
+        if self.prompts is not None:
+            content = json.dumps(read_prompts(self.prompts)).encode()
+            found["prompts_sha256"] = hashlib.sha256(content).hexdigest()
+        return found
 
     def prepare(self, teacher: Teacher, rng: torch.Generator) -> Sampler:
         """The same with all that samples share looked up: beginnings, and the ids that end a text."""
@@ -177,6 +190,12 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
         raise UserError(
             f"got {teacher.name} for task={teacher.task}, and generator=self_generation, which writes token by token",
             "a causal language model (task=language_modeling), or generator=random_tokens",
+        )
+    if settings.min_tokens > spec.length:
+        raise UserError(
+            f"got generator.min_tokens={settings.min_tokens} and samples of {spec.length}",
+            f"a whole number from 1 to {spec.length}",
+            "give teacher.length=... for longer samples",
         )
     tokenizer = find_tokenizer(teacher, settings.tokenizer, "generator.tokenizer")
     answer: list[int] | None = None
@@ -342,7 +361,7 @@ class _Writer:
     def failed_gate(self, text: _Text) -> int | None:
         """The number of the first gate that turns it away."""
         s = self.settings
-        if text.num_tokens < min(s.min_tokens, self.length):
+        if text.num_tokens < s.min_tokens:
             return 0
         if repetition(text.ids[: text.num_tokens]) > s.max_repetition:
             return 1
@@ -518,9 +537,10 @@ def teacher_cache(teacher: Teacher, ids: Tensor, size: int) -> dict[str, Tensor]
     task, size = resolve("task", teacher.task), min(size, teacher.input_spec.to_dict()["vocab_size"])
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for row in ids.split(1):  # a row by itself: what is stored does not depend on the batch
-        log_probs = task.raw_outputs(teacher, row).double().log_softmax(-1)
-        values, indices = log_probs.topk(size, dim=-1)
-        rest = torch.log1p(-values.exp().sum(-1).clamp(max=1)).clamp(min=LEAST)
-        parts.append((indices.int().cpu(), values.clamp(min=LEAST).half().cpu(), rest.half().cpu()))
-    found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        for logits in task.raw_outputs(teacher, row)[0].split(CACHED_TOKENS):
+            log_probs = logits.double().log_softmax(-1)
+            values, indices = log_probs.topk(size, dim=-1)
+            rest = torch.log1p(-values.exp().sum(-1).clamp(max=1)).clamp(min=LEAST)
+            parts.append((indices.int().cpu(), values.clamp(min=LEAST).half().cpu(), rest.half().cpu()))
+    found = [torch.cat(tensors).unflatten(0, ids.shape) for tensors in zip(*parts, strict=True)]
     return dict(zip(("teacher_ids", "teacher_log_probs", "teacher_rest"), found, strict=True))

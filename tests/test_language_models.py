@@ -1,6 +1,7 @@
 """Tiny networks of transformers with random weights through all arrows; students of language models."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -424,6 +425,42 @@ def test_static_grids_of_keys_and_values_are_written_and_read(
     assert torch.equal(read, floats) or torch.allclose(read, rounded, atol=1e-5), "weights are what they were"
 
 
+W2A16 = "reads packed weights with zero points at 4 and 8 bits, not at 2"
+W4A8 = (
+    "reads weights with quantized inputs at 4 and 8 bits, without zero points, inputs at 8 bits; not weights of {} bits"
+)
+KV = "has keys and values in floats of 8 bits (grid=fp8_e4m3), not in integers of 4"
+A8, A4 = TensorScheme(8, True, "per_token"), TensorScheme(4, True, "per_token")
+
+
+@pytest.mark.parametrize(
+    "scheme, warning",
+    [
+        (W4_G16, None),
+        (Scheme(TensorScheme(4, False, "per_group", 16), FLOAT), None),
+        (Scheme(TensorScheme(2, True, "per_group", 16), FLOAT), None),
+        (Scheme(TensorScheme(2, False, "per_group", 16), FLOAT), W2A16),
+        (
+            Scheme(TensorScheme(8, True, "per_tensor"), FLOAT),
+            "reads packed weights per channel or group, not per tensor",
+        ),
+        (Scheme(TensorScheme(4, True, "per_channel"), A8), None),
+        (Scheme(TensorScheme(8, True, "per_channel"), A8), None),
+        (Scheme(TensorScheme(4, False, "per_channel"), A8), f"{W4A8.format(4)} with zero points and inputs of 8"),
+        (Scheme(TensorScheme(4, True, "per_channel"), A4), f"{W4A8.format(4)} and inputs of 4"),
+        (Scheme(W4_G16.weight, FLOAT, key_value=TensorScheme(8, True, grid="fp8_e4m3")), None),
+        (Scheme(W4_G16.weight, FLOAT, key_value=TensorScheme(4, True)), KV),
+        (Scheme(TensorScheme(2, False, "per_group", 16), FLOAT, key_value=TensorScheme(4, True)), f"{W2A16}; {KV}"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Scheme) else "",
+)
+def test_what_is_beyond_vllm_is_a_warning(scheme, warning, folder, make_dataset, tmp_path):
+    teacher = teacher_of(folder("llama"))
+    student = nearest(teacher, make_dataset(teacher, 8), scheme)
+    found = export(student, resolve("exporter", "compressed_tensors"), tmp_path / "model.safetensors")
+    assert found["parity"].get("warning") == (None if warning is None else f"vLLM {warning}")
+
+
 def test_grids_per_token_are_told_to_be_left_out(folder, make_dataset, tmp_path):
     teacher = teacher_of(folder("llama"))
     dataset = make_dataset(teacher, 8)
@@ -431,6 +468,35 @@ def test_grids_per_token_are_told_to_be_left_out(folder, make_dataset, tmp_path)
     found = export(student, resolve("exporter", "compressed_tensors"), tmp_path / "model.safetensors", teacher, dataset)
     assert found["key_value"] == "not stored: no reader has such a grid"
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
+
+
+def test_tokenizer_and_generation_settings_travel_with_onnx(folder, make_dataset, tmp_path):
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    source = tmp_path / "source"
+    shutil.copytree(folder("llama"), source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "tokenizer.json").write_text("its own")
+    teacher = teacher_of(str(source))
+    student = nearest(teacher, make_dataset(teacher, 8), W4_G16)
+    exporter, path = resolve("exporter", "onnx_qdq", latency=False), tmp_path / "a" / "net.onnx"
+    found = export(student, exporter, path)
+    names = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    assert {file.name for file in path.parent.iterdir()} == {"net.onnx", "net.onnx.json", *names}
+    assert all((path.parent / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert "tokenizer" not in found
+    (source / "chat_template.jinja").write_text("{{ messages[0] }}")
+    path.unlink()
+    export(student, exporter, path)  # again: what came with the one before goes
+    assert (path.parent / "chat_template.jinja").read_text() == "{{ messages[0] }}"
+    with pytest.raises(UserError) as error:
+        (path.parent / "tokenizer.json").write_text("another")
+        export(student, exporter, tmp_path / "a" / "other.onnx")
+    assert str(error.value) == (
+        f"got artifact_path={tmp_path}/a/other.onnx, beside which tokenizer.json of another network lies; allowed: a "
+        "folder of its own, since the tokenizer is written beside the file; choose another folder"
+    )
+    assert (path.parent / "tokenizer.json").read_text() == "another" and not (tmp_path / "a/other.onnx").exists()
 
 
 def test_exact_bits_beside_the_size(folder, make_dataset, tmp_path):

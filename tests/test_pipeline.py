@@ -183,15 +183,15 @@ def test_what_is_there_is_never_overwritten_by_something_else(here, arguments, l
     )
 
 
-def test_a_killed_generation_goes_on_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_a_killed_generation_goes_on_to_the_same_bits(kind, tmp_path):
     """kill -9 in the middle, the same command again: the same samples as without the kill."""
     command = [sys.executable, "-m", "dfq", "generate", "num_samples=90", "generator.batch_size=16"]
+    command += ["generator.iterations=30"] if kind == "images" else writing(tmp_path / "network")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("killed", "whole"):
         (tmp_path / name).mkdir()
-    process = subprocess.Popen(
-        [*command, "generator.iterations=30"], cwd=tmp_path / "killed", env=environment, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=tmp_path / "killed", env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/outputs/datasets/*/shards/000001.json")):
         assert time.monotonic() < deadline and process.poll() is None, "it was done before it could be killed"
@@ -201,11 +201,26 @@ def test_a_killed_generation_goes_on_to_the_same_bits(tmp_path):
     [data] = tmp_path.glob("killed/outputs/datasets/*")
     assert 2 <= len(list((data / "shards").glob("*.json"))) < 6
     for name in ("killed", "whole"):
-        subprocess.run([*command, "generator.iterations=30"], cwd=tmp_path / name, env=environment, check=True)
+        subprocess.run(command, cwd=tmp_path / name, env=environment, check=True)
     [whole] = tmp_path.glob("whole/outputs/datasets/*")
     assert len(SyntheticDataset(data)) == len(SyntheticDataset(whole)) == 90
     for shard in sorted((whole / "shards").glob("*.safetensors")):
         assert shard.read_bytes() == (data / "shards" / shard.name).read_bytes()
+
+
+def writing(folder):
+    """What is told of a language model in ``folder``, which is made there, and of text with gates and a cache."""
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    text = ["at_end=pad", "min_tokens=20", "max_repetition=0.3", "cache_teacher=8"]
+    teacher = ["teacher=huggingface", f"teacher.name={folder}", "teacher.length=128", "device=cpu"]
+    return [*teacher, "generator=self_generation", *(f"generator.{setting}" for setting in text)]
 
 
 def test_the_python_of_the_readme(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from dfq.ranks import from_environment, resolve
 
 ZEROQ = ZeroQ(batch_size=4, iterations=2)
 GDFQ_ = GDFQ(batch_size=4, iterations=2, train_batch_size=4, num_channels=8)
+TEXT = SelfGeneration(batch_size=4, cache_teacher=3, at_end="pad", max_repetition=0.3)
 SAMPLES = 22  # five whole batches and a shorter one
 
 
@@ -45,11 +46,12 @@ def no_more(*_):
 
 @pytest.mark.parametrize(
     "generator",
-    [ZEROQ, GDFQ_, Mixture(batch_size=4, parts=(ZEROQ, GDFQ_))],
+    [ZEROQ, GDFQ_, Mixture(batch_size=4, parts=(ZEROQ, GDFQ_)), TEXT],
     ids=lambda generator: type(generator).__name__,
 )
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_in_a_folder_each_merged(generator, world_size, teacher, tmp_path, monkeypatch):
+    teacher = language() if generator is TEXT else teacher
     whole = generate(teacher, generator, SAMPLES, 3, tmp_path / "whole")
     parts = [tmp_path / f"rank{rank}" for rank in range(world_size)]
     for rank in reversed(range(world_size)):
@@ -57,7 +59,7 @@ def test_ranks_in_a_folder_each_merged(generator, world_size, teacher, tmp_path,
         assert [shard["index"] for shard in part.shards] == list(range(rank, 6, world_size))
         assert (parts[rank] / QUALITY).exists() == (world_size == 1)
     with monkeypatch.context() as patch:
-        patch.setattr(type(generator), "sample", no_more)
+        patch.setattr(type(generator), "make" if generator is TEXT else "sample", no_more)
         merged = generate(teacher, generator, SAMPLES, 3, tmp_path / "merged", parts=parts)
     assert [shard["sha256"] for shard in merged.shards] == [shard["sha256"] for shard in whole.shards]
     assert merged.sha256 == whole.sha256 and merged.manifest["settings"] == whole.manifest["settings"]

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dfq
+from dfq.algorithms import distillation
 from dfq.attention import AttentionRecord
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
@@ -119,6 +120,26 @@ def test_a_cache_tells_the_same_as_the_teacher_up_to_what_is_within_the_rest():
     assert torch.allclose(buckets(p, p.topk(5).indices).exp().sum(-1), torch.ones(48), atol=1e-5)
 
 
+def test_top_k_of_a_larger_cache(tmp_path):
+    """The same as of the teacher itself: what is beyond the k largest is one bucket."""
+    teacher, ids = language(), torch.randint(30, (4, 12), generator=RNG)
+    q = torch.randn(48, 30, generator=RNG).log_softmax(-1)
+    with torch.no_grad():
+        p = teacher.module(ids).flatten(0, 1).log_softmax(-1)
+    cache = tuple(tensor.flatten(0, 1) for tensor in teacher_cache(teacher, ids, 12).values())
+    exact = {k: float(chunked_divergence(q, nn.Identity(), p, nn.Identity(), "top_k", 7, k)[0]) for k in (2, 5, 12)}
+    found = {k: float(chunked_divergence(q, nn.Identity(), cache, nn.Identity(), "top_k", 7, k)[0]) for k in exact}
+    assert found == pytest.approx(exact, rel=5e-3) and exact[2] < 0.95 * exact[5] < 0.95 * exact[12]
+    dataset = generate(teacher, SelfGeneration(cache_teacher=12, max_repetition=1.0), 32, 0, tmp_path / "d")
+    assert message((teacher, dataset), divergence="top_k", top_k=13) == (
+        "got algorithm.top_k=13 and a dataset with the teacher's 12 largest log-probabilities; allowed: "
+        "algorithm.top_k from 1 to 12; give algorithm.top_k=12, or generate with generator.cache_teacher=13"
+    )
+    everything = generate(teacher, SelfGeneration(cache_teacher=99, max_repetition=1.0), 32, 0, tmp_path / "e")
+    for data, top_k in ((dataset, 12), (everything, 64)):  # of all 30 tokens none is missing
+        trained(teacher, data, max_steps=1, divergence="top_k", top_k=top_k)
+
+
 def test_the_head_is_found_and_not_run(make_dataset, capsys):
     teacher = language()
     assert find_head(teacher) == Head("head")
@@ -197,6 +218,52 @@ def test_with_a_cache_the_teacher_does_not_run(tmp_path, monkeypatch):
     )
     trained(teacher, dataset, max_steps=5)
     assert calls.count(True) <= 2, "to find its head, and no more"
+
+
+@pytest.mark.parametrize("cache", [0, 8])
+def test_with_a_cache_the_teacher_leaves_its_device(cache, tmp_path, monkeypatch):
+    teacher, moves, seen = language(), [], []
+    generator = SelfGeneration(cache_teacher=cache, max_repetition=1.0)
+    dataset = generate(teacher, generator, 32, 0, tmp_path / "d")
+    move, fit = nn.Module.to, distillation._fit
+
+    def noted(module, *args, **kwargs):
+        if module is teacher.module and args:
+            moves.append(str(args[0]))
+        return move(module, *args, **kwargs)
+
+    def stopped(trainer, module, data, checkpoint):
+        seen.append((list(moves), module.runs_teacher))
+        fit(trainer, module, data, checkpoint)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "to", noted)
+    monkeypatch.setattr(distillation, "_fit", stopped)
+    trained(teacher, dataset, max_steps=2)
+    assert seen == [(["cpu"], False) if cache else ([], True)]
+    count = len(moves)
+    teacher.device = torch.device("cpu", 0)  # where it has to come back to
+    with pytest.raises(KeyboardInterrupt):
+        trained(teacher, dataset, max_steps=2)
+    assert moves[count:] == (["cpu", "cpu:0"] if cache else []), "back where it was, although the run was interrupted"
+
+
+def test_with_a_cache_the_teacher_is_not_sharded(tmp_path, monkeypatch):
+    from dfq.lightning import student_to_train
+
+    class Mesh(dict):
+        device_type = "cpu"
+        get_local_rank, size = (lambda self: 0), (lambda self: 1)
+
+    teacher, sharded = language(), []
+    dataset = generate(teacher, SelfGeneration(cache_teacher=8, max_repetition=1.0), 32, 0, tmp_path / "d")
+    module = TokenDistillationModule(student_to_train(teacher, dataset, W3), teacher)
+    module.runs_teacher, module._device_mesh = False, Mesh(data_parallel=Mesh())
+    monkeypatch.setattr("dfq.lightning.distillation.shard", lambda network, mesh: sharded.append(network))
+    module.configure_model()
+    assert sharded == [module.student_module] and module.fast_teacher == [teacher.module]
+    assert teacher.module not in module.modules()
 
 
 def test_padding_does_not_count(tmp_path):

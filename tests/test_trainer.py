@@ -73,10 +73,12 @@ def test_units_of_a_language_model_and_parts_of_a_size():
     assert local_part(torch.ones(()), weight, 1, 2).shape == () and len(local_part(steps[:3], weight[:3], 3, 4)) == 0
 
 
-@pytest.mark.parametrize("strategy, kind", [("ddp", "plain"), ("ddp_spawn", "plain"), ("fsdp", "llama")])
+@pytest.mark.parametrize(
+    "strategy, kind", [("ddp", "plain"), ("ddp_spawn", "plain"), ("fsdp", "llama"), ("fsdp", "cached")]
+)
 def test_two_processes_train_as_one_with_twice_the_batch(strategy, kind, tmp_path):
     """Up to rounding: sums are taken in another order, and Adam makes much of a gradient that is nearly zero."""
-    if kind == "llama":
+    if kind != "plain":
         pytest.importorskip("transformers")
     still = {"max_steps": 1, "weight_lr": 1e-12, "step_lr": 1e-12, "bias_lr": 1e-12}
     alone, mine = ranks.train(tmp_path, "single", kind, 16)

@@ -15,6 +15,7 @@ from conftest import NETS, as_teacher
 
 from dfq.algorithms.distillation import Distillation
 from dfq.dataset import SyntheticDataset
+from dfq.generators.self_generation import teacher_cache
 from dfq.lightning.distillation import DistillationModule
 from dfq.lightning.trainer import Training
 from dfq.pipeline import quantize
@@ -45,11 +46,11 @@ def llama():
 
 
 def teacher_of(kind):
-    return llama() if kind == "llama" else as_teacher(NETS["plain"]())
+    return as_teacher(NETS["plain"]()) if kind == "plain" else llama()
 
 
 def dataset_of(folder, kind):
-    """Made once, by whoever comes before the ranks."""
+    """Made once, by whoever comes before the ranks; ``cached``: with what the teacher says, so that it need not run."""
     path = folder / f"{kind}_data"
     if path.exists():
         return SyntheticDataset(path)
@@ -61,6 +62,8 @@ def dataset_of(folder, kind):
     if name == "images":
         with torch.no_grad():
             tensors["logits"] = teacher_of(kind)(samples)
+    if kind == "cached":
+        tensors |= teacher_cache(teacher_of(kind), samples, 49)
     dataset.write_shard(0, tensors, 0.0)
     return SyntheticDataset(path)
 
@@ -80,7 +83,7 @@ def train(folder, strategy, kind, batch_size, **settings):
         student, _ = quantize(
             teacher_of(kind),
             dataset_of(folder, kind),
-            W3 if kind == "llama" else W3A8,
+            W3A8 if kind == "plain" else W3,
             Distillation(**settings),
             MinMax(),
             MinMax(),

@@ -91,7 +91,7 @@ class Distillation(DistillationSettings, Algorithm):
         from dfq.lightning.fresh import FreshImages
         from dfq.lightning.looks import Looks, Patience
         from dfq.lightning.progress import StepProgress
-        from dfq.lightning.tokens import TokenDistillationModule
+        from dfq.lightning.tokens import TokenDistillationModule, has_cache
 
         self._check(teacher)
         source = self._source(teacher, work.dataset)
@@ -115,6 +115,7 @@ class Distillation(DistillationSettings, Algorithm):
         # What is sharded for training doesn't come back; the one to keep takes the weights over.
         trained = copy.deepcopy(student) if training.strategy == "fsdp" else student
         module = kind(trained, teacher, task, features, self, seed, start)
+        module.runs_teacher = kind is DistillationModule or not has_cache(work.dataset[0])
         before = time.perf_counter()
         # Not in memory: what the run began with is wanted in the end, or not at all. Each process has its own.
         given, loss_before = work.work_dir / "given.safetensors", _held_out_loss(module, data)
@@ -130,7 +131,8 @@ class Distillation(DistillationSettings, Algorithm):
         if source is not None:
             against = (self.batch_size, self.adversarial_weight, self.adversarial_lr)
             callbacks.append(FreshImages(source, teacher, self.fresh_share, seed, *against))
-        with quiet_lightning(), training.logger.opened() as logger:
+        aside = nullcontext() if module.runs_teacher else _on_cpu(teacher)
+        with aside, quiet_lightning(), training.logger.opened() as logger:
             trainer = pl.Trainer(
                 **training.arguments(teacher.device),
                 max_steps=self.max_steps,
@@ -321,6 +323,16 @@ def _replace_network(student: Student, teacher: Teacher, factory: str, same_widt
         if fitting:
             pairs[name] = fitting[-1]
     return pairs
+
+
+@contextmanager
+def _on_cpu(teacher: Teacher) -> Iterator[None]:
+    """The device is the student's alone inside; ``teacher.device`` stays what it is."""
+    try:
+        teacher.module.to("cpu")
+        yield
+    finally:
+        teacher.module.to(teacher.device)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,11 @@ def travelling(student: Student, folder: Path | None) -> dict[str, bytes]:
         return {} if generation is None else {"generation_config.json": generation.to_json_string().encode()}
     found = {file for pattern in COPIED for file in folder.glob(pattern) if file.is_file()}
     return {file.name: file.read_bytes() for file in sorted(found)}
+
+
+def has_tokenizer(files: Iterable[str]) -> bool:
+    """Whether there is a tokenizer among files of these names."""
+    return any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files)
 
 
 def rounds_attention(student: Student) -> bool:

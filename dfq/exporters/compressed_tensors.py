@@ -1,4 +1,4 @@
-"""compressed-tensors: a folder that vLLM, SGLang and plain transformers load, with the student's own codes and scales.
+"""compressed-tensors: a folder that transformers, and vLLM but for a part, load with the student's codes and scales.
 
 ::
 
@@ -18,7 +18,8 @@ transformers can put them together again (one grid for all layers, symmetric, in
 Keys and values with one static symmetric grid a layer (``scheme.key_value.granularity=per_tensor``, integers or e4m3)
 are in ``kv_cache_scheme``, their scales beside the attention (``k_scale``, ``v_scale``). No reader has grids per token
 or per channel for them: such ones are left out, and ``key_value`` in the description says so. With transformers 5.24
-compressed-tensors 0.20 does not find the cache, which was renamed, and parity is that of float keys and values.
+compressed-tensors 0.20 does not find the cache, which was renamed, and parity is that of float keys and values. What
+transformers loads and vLLM does not is in the warning beside parity (:func:`unread_by_vllm`).
 """
 
 from __future__ import annotations
@@ -108,8 +109,10 @@ class CompressedTensors:
         artifact.write(path, content, self, student, {"parity": None, "latency_ms": None})
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
         found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
+        if settings is not None and (unread := unread_by_vllm(settings)):
+            found["parity"]["warning"] = f"vLLM {'; '.join(unread)}"
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
-        if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
+        if not network.has_tokenizer(files):
             found["tokenizer"] = network.NO_TOKENIZER
         if network.rounds_attention(student):
             why = "no weight has a grid" if settings is None else "no reader has such a grid"
@@ -279,6 +282,30 @@ def key_value_scheme(student: Student) -> tuple[dict[str, Any] | None, dict[str,
         for part, quantizer in pair.items()
     }
     return {**arguments, "group_size": None, "observer": None, "actorder": None, "block_structure": None}, scales
+
+
+def unread_by_vllm(settings: dict[str, Any]) -> list[str]:
+    """What of a ``quantization_config`` is beyond vLLM, in phrases that its name goes before."""
+    # By its source, in layers/quantization/compressed_tensors: CompressedTensorsWNA16 (zero points, granularity),
+    # _is_dynamic_token_w4a8_int and _is_dynamic_token_w8a8 (inputs), CompressedTensorsKVCacheMethod.
+    found = []
+    for group in settings["config_groups"].values():
+        weights, inputs = group["weights"], group["input_activations"]
+        bits, points = weights["num_bits"], "" if weights["symmetric"] else " with zero points"
+        if inputs is None:
+            if points and bits not in (4, 8):
+                found.append(f"reads packed weights with zero points at 4 and 8 bits, not at {bits}")
+            if weights["strategy"] == "tensor":
+                found.append("reads packed weights per channel or group, not per tensor")
+        elif points or bits not in (4, 8) or inputs["num_bits"] != 8:
+            found.append(
+                "reads weights with quantized inputs at 4 and 8 bits, without zero points, inputs at 8 bits; "
+                f"not weights of {bits} bits{points} and inputs of {inputs['num_bits']}"
+            )
+    cache = settings["kv_cache_scheme"]
+    if cache is not None and cache["type"] != "float":
+        found.append(f"has keys and values in floats of 8 bits (grid=fp8_e4m3), not in integers of {cache['num_bits']}")
+    return list(dict.fromkeys(found))
 
 
 def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:

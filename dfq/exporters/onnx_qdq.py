@@ -8,6 +8,7 @@
 
     FILE         the model; its metadata_props say what made it
     FILE.json    the same for people and tools, with parity, what runs on integers, latency and the checksum of FILE
+    tokenizer.json, ...   of networks of transformers that take text: tokenizer, chat template, generation settings
 
 With ``policy=hardware`` every tensor between operations is quantized, and ONNX Runtime turns the graph into integer
 kernels: QLinearConv, QLinearAdd, QGemm, ... With the other policies only inputs of weight layers are, biases are float
@@ -32,7 +33,7 @@ import copy
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ from dfq.exporters._runtime import (
     openvino_parity,
     parity,
 )
+from dfq.exporters._transformers import NO_TOKENIZER, has_tokenizer, source_folder, travelling, write_beside
 from dfq.hooks import tensors_in
 from dfq.settings import Bound
 from dfq.student import Student
@@ -97,6 +99,8 @@ class OnnxQDQ:
     ) -> dict:
         """Write ``path`` and ``path``.json; nothing is written unless ONNX Runtime runs the file.
 
+        Tokenizer and generation settings of a language model go into the same folder.
+
         Args:
             path: the file, usually ``*.onnx``.
             teacher: what size and latency are compared to; without it both stay None.
@@ -109,6 +113,9 @@ class OnnxQDQ:
         artifact.check(student, path)
         spec = student.input_spec
         detector = detections.decodable(student) if self.decode else None
+        is_text = isinstance(spec, TokenSpec) and hasattr(getattr(student.module, "config", None), "to_dict")
+        files = travelling(student, source_folder(student)) if is_text else None
+        _check_own(path, files or {})
         if images is None:
             images = artifact.noise(spec, 16)
         options, opset = session_options(student), self._opset(student)
@@ -149,12 +156,31 @@ class OnnxQDQ:
             "size_ratio": None if float_content is None else len(content) / len(float_content),
         }
         latency = latency_ms(content, float_content, images[:1], options) if self.latency else None
-        found = {"session_options": options, "parity": measured, "integer": integer, "latency_ms": latency}
+        found: dict[str, Any] = {"session_options": options, "parity": measured, "integer": integer}
+        found["latency_ms"] = latency
+        if files is not None:
+            write_beside(path, files)
+            found |= {} if has_tokenizer(files) else {"tokenizer": NO_TOKENIZER}
         return artifact.write(path, content, self, student, found)
 
     def _opset(self, student: Student) -> int:
         groups = any(weight.group_size is not None for weight, _ in student.swap.layers.values())
         return self.opset or (FOUR_BITS if groups or self.matmul_nbits else 20)
+
+
+def _check_own(path: Path, files: Mapping[str, bytes]) -> None:
+    """A UserError for files beside ``path`` that belong to another network, unless they came with an earlier export."""
+    others = [name for name, content in files.items() if _other(path.parent / name, content)]
+    if others and not path.with_name(path.name + ".json").exists():
+        raise UserError(
+            f"got artifact_path={path}, beside which {others[0]} of another network lies",
+            "a folder of its own, since the tokenizer is written beside the file",
+            "choose another folder",
+        )
+
+
+def _other(file: Path, content: bytes) -> bool:
+    return file.exists() and file.read_bytes() != content
 
 
 def _low_bits(student: Student) -> dict[str, int | None]:

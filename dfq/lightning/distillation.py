@@ -85,6 +85,8 @@ class DistillationModule(LightningModule):
         start: when the run began on the clock of ``time.perf_counter``; None: when training does.
     """
 
+    runs_teacher = True  # False: every batch has the teacher's answers, and its network stays where it is
+
     def __new__(cls, *_: Any, **__: Any) -> DistillationModule:
         return object.__new__(for_all_packages(cls, "LightningModule"))
 
@@ -217,7 +219,7 @@ class DistillationModule(LightningModule):
         return groups
 
     def configure_model(self) -> None:
-        """Shard both networks where the trainer's strategy is to (``trainer=fsdp``)."""
+        """Shard the networks that run where the trainer's strategy is to (``trainer=fsdp``)."""
         mesh: Any = getattr(self, "_device_mesh", None)
         if mesh is None and self.trainer.world_size > 1:
             self._lay_out()  # DDP reads gradients in the order that weights lie in when it wraps them
@@ -234,11 +236,12 @@ class DistillationModule(LightningModule):
         if mesh.device_type != "cpu":
             teacher.module.to("cpu")  # whole networks wait there; the device has parts
             self.student_module.to("cpu")
-        folded = _folded(teacher)
-        self.fast_teacher[0] = copy.deepcopy(folded) if folded is teacher.module else folded
-        for network in (self.fast_teacher[0], self.student_module):
-            shard(network, mesh)
-        self.fast_teacher[0].to(self.trainer.strategy.root_device)
+        if self.runs_teacher:
+            folded = _folded(teacher)
+            self.fast_teacher[0] = copy.deepcopy(folded) if folded is teacher.module else folded
+            shard(self.fast_teacher[0], mesh)
+            self.fast_teacher[0].to(self.trainer.strategy.root_device)
+        shard(self.student_module, mesh)
         self._follow(before, mesh.get_local_rank(), mesh.size())
 
     def _follow(self, before: Mapping[str, nn.Parameter], rank: int, world_size: int) -> None:
@@ -266,10 +269,12 @@ class DistillationModule(LightningModule):
             self._lay_out()
 
     def _lay_out(self) -> None:
-        """Both networks as they are fastest."""
-        teacher = self._teacher[0]
-        self.fast_teacher[0] = _folded(teacher)
-        self.layout = to_fast_layout([self.student_module, self.fast_teacher[0]], teacher.example())
+        """The networks that run as they are fastest."""
+        teacher, networks = self._teacher[0], [self.student_module]
+        if self.runs_teacher:
+            self.fast_teacher[0] = _folded(teacher)
+            networks.append(self.fast_teacher[0])
+        self.layout = to_fast_layout(networks, teacher.example())
 
     def on_fit_end(self) -> None:
         if self.is_sharded:

@@ -12,7 +12,7 @@ features, and what attention does (:mod:`dfq.losses.attention`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +32,14 @@ from dfq.losses.token_divergence import buckets, divergence
 from dfq.losses.token_scaling import token_scales
 from dfq.progress import say
 from dfq.tasks.language_modeling import NO_LABEL, known_tokens, of_tokens
-from dfq.teacher import Teacher
+from dfq.teacher import Teacher, TokenSpec
 
 CACHE = ("teacher_ids", "teacher_log_probs", "teacher_rest")
+
+
+def has_cache(entries: Container[str]) -> bool:
+    """Whether the teacher's log-probabilities are among the entries of a sample or a batch: it need not run then."""
+    return all(name in entries for name in CACHE)
 
 
 class TokenDistillationModule(DistillationModule):
@@ -85,11 +90,11 @@ class TokenDistillationModule(DistillationModule):
     def _token_loss(self, batch: dict[str, Tensor], kind: Any, training: bool = False) -> Tensor:
         """Mean over the tokens that are no padding; ``training``: with all terms, weighted, and features noted."""
         s = self.settings
-        ids = samples_of(batch).to(self._teacher[0].device)
+        ids = samples_of(batch).to(next(self.student_module.parameters()).device)
         known = known_tokens(batch, ids)
-        cached = all(name in batch for name in CACHE)
+        cached = has_cache(batch)
         if cached:
-            self._check_cached()
+            self._check_cached(batch["teacher_ids"].shape[-1])
         wants_features = training and "feature" in self.terms
         wants_attention = training and bool(s.attention_map_weight or s.attention_output_weight)
         with (
@@ -118,10 +123,8 @@ class TokenDistillationModule(DistillationModule):
         for record in self._attention or ():
             for values in (record.maps, record.outputs):  # [N, H, T, ...]
                 values[:] = [of_tokens(x.transpose(1, 2), known) for x in values]
-        student_head, head = (
-            self._head_of(self.student_module, self.student_head),
-            self._head_of(self.fast_teacher[0], self.head),
-        )
+        student_head = self._head_of(self.student_module, self.student_head)
+        head = self._head_of(self.fast_teacher[0], None if cached else self.head)
         labels = next_tokens(ids, known)
         scales = None
         if training and s.token_tau is not None:
@@ -143,9 +146,16 @@ class TokenDistillationModule(DistillationModule):
         )
         return loss * self.terms.get("kl", 0.0) + s.ntp_weight * ntp if training else loss
 
-    def _check_cached(self) -> None:
-        """A UserError for what a cache does not tell."""
-        s = self.settings
+    def _check_cached(self, size: int) -> None:
+        """A UserError for what a cache of ``size`` entries a token does not tell."""
+        s, spec = self.settings, self._teacher[0].input_spec
+        assert isinstance(spec, TokenSpec)
+        if s.divergence == "top_k" and s.top_k > size < spec.vocab_size:
+            raise UserError(
+                f"got algorithm.top_k={s.top_k} and a dataset with the teacher's {size} largest log-probabilities",
+                f"algorithm.top_k from 1 to {size}",
+                f"give algorithm.top_k={size}, or generate with generator.cache_teacher={s.top_k}",
+            )
         reasons = {
             "temperature": (s.temperature != 1, "distributions are stored at a temperature of 1"),
             "feature_weight": ("feature" in self.terms, "features are not stored"),
@@ -202,7 +212,7 @@ class TokenDistillationModule(DistillationModule):
         """The teacher's largest probability, on average over samples that are trained on."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         rows = [data.dataset[i] for i in data.train_indices[: 10 * data.batch_size]]
-        if all(name in rows[0] for name in CACHE):
+        if has_cache(rows[0]):
             stored = [row["teacher_log_probs"][: row.get("num_tokens"), 0] for row in rows]
             return float(torch.stack([values.float().exp().mean() for values in stored]).mean())
         teacher, head = self._teacher[0], self._head_of(self.fast_teacher[0], self.head)
@@ -339,8 +349,9 @@ def chunked_divergence(
 
     Args:
         student: [M, H], what goes into the student's head.
-        teacher: [M, H'], or its cache: ids [M, K], log-probabilities [M, K] and the logarithm of the rest [M].
-        top_k: of ``kind=top_k``.
+        teacher: [M, H'], or its cache: ids [M, K], log-probabilities [M, K] from the largest on, and the logarithm of
+            the rest [M].
+        top_k: of ``kind=top_k``; of a cache K at most.
         temperature: of both distributions; the loss is multiplied by its square. A cache has that of 1.
         scales: [M], what each token's divergence is multiplied by; None: 1.
         labels: [M], next tokens, :data:`NO_LABEL` where there is none; None: not asked for, 0 is returned.
@@ -359,6 +370,9 @@ def chunked_divergence(
             log_p = torch.cat([theirs[1], theirs[2][:, None]], -1).float()
             log_p = log_p - log_p.logsumexp(-1, keepdim=True)  # half precision does not add up to one
             best, mine = ids[:, 0], log_q.argmax(-1)
+            if kind == "top_k" and top_k < ids.shape[-1]:  # the others join the rest
+                ids, others = ids[:, :top_k], log_p[:, top_k:].logsumexp(-1, keepdim=True)
+                log_p = torch.cat([log_p[:, :top_k], others], -1)
             log_q = buckets(log_q, ids)
         else:
             with torch.no_grad():

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dfq
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators._base import dataset_rng, sample_rng
-from dfq.generators.self_generation import SelfGeneration, decide, repetition, teacher_cache
+from dfq.generators.self_generation import SelfGeneration, _beginnings, decide, repetition, teacher_cache
 from dfq.pipeline import generate
 from dfq.settings import resolve
 from dfq.teacher import Teacher, TokenSpec
@@ -197,19 +200,30 @@ def test_first_tokens(llama, named):
     assert made(llama, range(64), begin=False)["input_ids"][:, 0].sort().values.tolist() == list(range(64))
 
 
-def test_prompts_and_chats(llama, named, tmp_path):
+def test_prompts(llama, named, tmp_path):
     (tmp_path / "p.txt").write_text("▁a\n\n▁b\n")
     found = made(llama, range(4), tokenizer=named, first="prompts", prompts=str(tmp_path / "p.txt"))
     assert found["input_ids"][:, :2].tolist() == [[1, 3], [1, 4]] * 2
-    lines = [{"messages": [{"role": "user", "content": "▁a"}]}, {"text": "▁b"}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    settings = {"tokenizer": named, "first": "prompts", "prompts": str(tmp_path / "p.jsonl"), "chat": True}
-    generator = SelfGeneration(**settings)
-    from dfq.generators.self_generation import _beginnings
 
-    plain = _beginnings(generator, llama, dataset_rng(0)).rows
-    thinking = _beginnings(SelfGeneration(**settings, thinking=True), llama, dataset_rng(0)).rows
-    assert len(plain) == 2 and all(len(b) >= len(a) for a, b in zip(plain, thinking, strict=True))
+
+def test_files_that_were_moved_are_the_same_files(llama, named, tmp_path):
+    (tmp_path / "p.txt").write_text("▁a\n▁b\n")
+    settings = {"first": "prompts", "prompts": str(tmp_path / "p.txt"), "tokenizer": named}
+    written = generate(llama, SelfGeneration(batch_size=2, **settings), 2, 0, tmp_path / "d")
+    manifest = (tmp_path / "d/manifest.json").read_text()
+    assert (
+        str(tmp_path) not in json.dumps(written.manifest["settings"])
+        and r"\u2581a" not in manifest
+        and "▁a" not in manifest
+    )
+    shutil.copytree(named, tmp_path / "moved/tokenizer")
+    (tmp_path / "p.txt").rename(tmp_path / "moved/q.txt")
+    moved = {"prompts": str(tmp_path / "moved/q.txt"), "tokenizer": str(tmp_path / "moved/tokenizer")}
+    grown = generate(llama, SelfGeneration(batch_size=2, **settings | moved), 4, 0, tmp_path / "d")
+    assert len(grown) == 4
+    (tmp_path / "moved/q.txt").write_text("▁a\n▁w9\n")
+    with pytest.raises(UserError, match=r"a dataset made with other settings \(prompts_sha256: there "):
+        generate(llama, SelfGeneration(batch_size=2, **settings | moved), 6, 0, tmp_path / "d")
 
 
 CHAT = "{% for m in messages %}<s> ▁w0 {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}▁w1 ▁w2"
@@ -233,6 +247,19 @@ def chatty(llama, tmp_path):
         return {"tokenizer": str(tmp_path / "chatty"), "chat": True, "max_repetition": 1.0, **others}
 
     return settings
+
+
+@pytest.mark.parametrize("thinking, behind", [(None, []), (True, []), (False, [6])])
+def test_prompts_in_a_chat_template(thinking, behind, llama, chatty, tmp_path):
+    lines = [{"messages": [{"role": "user", "content": "▁w7 ▁w8"}]}, {"text": "▁w9"}]
+    asked = [{"role": "user", "content": "▁w7"}, {"role": "assistant", "content": "▁w8"}]
+    lines.append({"messages": asked})  # an answer that goes on: no other is asked for
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = chatty(CHAT, first="prompts", prompts=str(tmp_path / "p.jsonl"), thinking=thinking)
+    wanted = [[1, 3, 10, 11, 2, 4, 5, *behind], [1, 3, 12, 2, 4, 5, *behind], [1, 3, 10, 2, 1, 3, 11, 2]]
+    assert _beginnings(SelfGeneration(**settings), llama, dataset_rng(0)).rows == wanted
+    found = made(llama, range(6), **settings)["input_ids"].tolist()
+    assert [row[: len(ids)] for row, ids in zip(found, wanted * 2, strict=True)] == wanted * 2
 
 
 def turns_of(ids, prefix, answer, starts_in_answer=False):
@@ -370,6 +397,33 @@ def test_gates_turn_samples_away_and_count_them(llama, tmp_path):
     assert dataset.manifest["taken_as_they_are"] == 3
 
 
+def test_short_texts_are_drawn_again(llama):
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 40))
+    settings = {"max_repetition": 1.0, "at_end": "pad", "attempts": 40, "greedy_tokens": (0,)}
+    free, gated = made(wide, range(30), **settings), made(wide, range(30), **settings, min_tokens=20)
+    short = free["num_tokens"] < 20
+    assert 3 <= int(short.sum()) <= 27 and int(free["rejected"].sum()) == 0
+    assert torch.equal(gated["rejected"][:, 0] > 0, short) and int(gated["rejected"][:, 1:].sum()) == 0
+    assert int(gated["num_tokens"].min()) >= 20, "until one is long enough"
+    assert torch.equal(gated["input_ids"][~short], free["input_ids"][~short])
+    least = int(free["num_tokens"].min())
+    assert int(made(wide, range(30), **settings, min_tokens=least)["rejected"].sum()) == 0, "as long as that is enough"
+
+
+def test_texts_that_repeat_themselves_are_drawn_again(llama):
+    wide = Teacher(llama.module, "language_modeling", TokenSpec(64, 40))
+    cold = {"temperature": (0.3,), "attempts": 40}
+    free = made(wide, range(30), **cold, max_repetition=1.0)
+    shares = [repetition(row) for row in free["input_ids"]]
+    limit = sorted(shares)[15]  # taken itself
+    gated = made(wide, range(30), **cold, max_repetition=limit)
+    repeats = torch.tensor([share > limit for share in shares])
+    assert 3 <= int(repeats.sum()) <= 27
+    assert torch.equal(gated["rejected"][:, 1] > 0, repeats)
+    assert max(repetition(row) for row in gated["input_ids"]) <= limit
+    assert torch.equal(gated["input_ids"][~repeats], free["input_ids"][~repeats])
+
+
 def test_the_teachers_largest_log_probabilities(llama):
     found = made(llama, range(5), cache_teacher=6)
     with torch.no_grad():
@@ -381,6 +435,59 @@ def test_the_teachers_largest_log_probabilities(llama):
     torch.testing.assert_close(found["teacher_rest"].float(), rest, rtol=1e-2, atol=1e-2)
     everything = teacher_cache(llama, found["input_ids"], 1000)
     assert everything["teacher_ids"].shape == (5, 20, 64) and (everything["teacher_rest"] <= -20).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+def test_what_is_cached_is_found_for_some_tokens_at_a_time(tokens, llama, monkeypatch):
+    """The same bits, and no more float64 than is said."""
+    ids = llama.input_spec.example(3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        rows = [llama.module(row).logits[0].double().log_softmax(-1) for row in ids.split(1)]
+    values, indices = torch.stack(rows).topk(6, dim=-1)
+    widths = []
+
+    class Widths(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            widths.extend(t.numel() for t in tree_leaves(result) if getattr(t, "dtype", None) == torch.float64)
+            return result
+
+    monkeypatch.setattr("dfq.generators.self_generation.CACHED_TOKENS", tokens)
+    with Widths():
+        found = teacher_cache(llama, ids, 6)
+    assert torch.equal(found["teacher_ids"], indices.int()) and torch.equal(found["teacher_log_probs"], values.half())
+    assert torch.equal(found["teacher_rest"], torch.log1p(-values.exp().sum(-1)).half())
+    assert max(widths) == tokens * 64
+
+
+# ------------------------------------------------------------------------------------------------ tokenizers
+
+ORDINARY = "all ids are taken as ordinary text; give generator.tokenizer=FOLDER of one with tokenizer.json"
+
+
+def test_a_network_in_memory_whose_place_is_gone(llama, tmp_path, capsys, monkeypatch):
+    gone = str(tmp_path / "gone")
+    monkeypatch.setattr(llama.module.config, "_name_or_path", gone)
+    dataset = generate(llama, SelfGeneration(), 4, 0, tmp_path / "d")
+    line = f"llama: no tokenizer at {gone}, where its network says it is from: {ORDINARY}"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    assert dataset.manifest["settings"]["tokenizer_sha256"] is None
+    with pytest.raises(UserError, match="got llama, which comes without a tokenizer, and settings that need one"):
+        made(llama, range(2), scripts=("LATIN",))
+    config = {"_target_": "dfq.teachers.huggingface.load", "name": gone}
+    given = Teacher(llama.module, "language_modeling", llama.input_spec, "given", config)
+    with pytest.raises(UserError, match=f"got generator.tokenizer={gone}, from which no tokenizer can be loaded"):
+        made(given, range(2))
+
+
+@pytest.mark.parametrize("file", ["tekken.json", "spiece.model", "sentencepiece.bpe.model"])
+def test_a_tokenizer_of_another_kind_is_told_of(file, llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(llama.module.config, "_name_or_path", str(tmp_path))
+    assert made(llama, range(64), begin=False)["input_ids"][:, 0].unique().numel() == 64
+    assert "tokenizer" not in capsys.readouterr().err, "of a folder without any nothing is said"
+    (tmp_path / file).write_bytes(b"")
+    assert made(llama, range(64), begin=False)["input_ids"][:, 0].unique().numel() == 64
+    assert f"llama: {tmp_path} has {file} and no tokenizer.json: {ORDINARY}\n" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -398,6 +505,12 @@ WRONG = [
         "generator.prompts=FILE; give both or neither",
     ),
     ({"chat": True}, "got generator.chat=true and generator.first=uniform; allowed: first=begin | prompts"),
+    (
+        {"min_tokens": 64},
+        "got generator.min_tokens=64 and generator.at_end=restart, with which every sample is as long as any; allowed: "
+        "generator.min_tokens above 1 together with generator.at_end=pad; give generator.at_end=pad, or leave "
+        "generator.min_tokens away",
+    ),
     (
         {"min_likelihood": -1.0, "max_likelihood": -2.0},
         "got generator.min_likelihood=-1 and generator.max_likelihood=-2; allowed: the first below the other",
@@ -437,6 +550,10 @@ def test_networks_it_can_do_nothing_with(llama, make_teacher, named, tmp_path):
     )
     assert message(llama, tokenizer=str(tmp_path)).startswith(
         f"got generator.tokenizer={tmp_path}, from which no tokenizer can be loaded ("
+    )
+    assert message(llama, min_tokens=21, at_end="pad") == (
+        "got generator.min_tokens=21 and samples of 20; allowed: a whole number from 1 to 20; "
+        "give teacher.length=... for longer samples"
     )
     short = Teacher(llama.module, "language_modeling", TokenSpec(64, 2), name="short")
     assert message(short) == (
