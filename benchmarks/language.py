@@ -49,6 +49,7 @@ KV2 = {  # of its 8 values a token and head
 }
 SCHEMES = {
     "w4a16_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD),
+    "w4a16_g32_float_zero": Scheme(TensorScheme(4, False, **G32, zero_point="float"), FLOAT, overrides=ODD),
     "w4a8kv4": Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"), key_value=KV4),
     "w4a8kv4_k32": Scheme(TensorScheme(4, False, "per_channel"), TensorScheme(8, True, "per_token"), **KEYS4),
     "w4a16kv2_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD, **KV2),
@@ -59,8 +60,10 @@ SCHEMES = {
 RECONSTRUCTION = {"_target_": "dfq.algorithms.reconstruction.Reconstruction", "iterations": 1500}  # of 1,024 samples
 BLOCK_AP = {"_target_": "dfq.algorithms.block_ap.BlockAP", "iterations": 600, "num_samples": 512}
 QUANTEASE = {"_target_": "dfq.algorithms.quantease.QuantEase", "propagate": 1.0}
+YAQA = {"_target_": "dfq.algorithms.yaqa.YAQA", "propagate": 1.0}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 LONG = {**DISTILLATION, "max_steps": 9000, "bias_lr": 0.005, "gradient": "stable", "patience": None}
+FINE = {"max_steps": 800, "batch_size": 8, "bias_lr": 0.004, "gradient": "stable", "patience": None}  # of 256 tokens
 AGAIN = {**LONG, "max_steps": 2000, "weight_lr": 0.01, "bias_lr": 0.003}  # rates rise once more, and fall
 DISTILL = {"algorithm": "distillation", **DISTILLATION}
 METHODS = {
@@ -74,12 +77,25 @@ METHODS = {
     "neuqi_gptq": {"algorithm": "sequence", "steps": ["neuqi", "gptq"]},
     "neuqi_quantease": {"algorithm": "sequence", "steps": ["neuqi", QUANTEASE]},
     "awq_quantease": {"algorithm": "sequence", "steps": ["awq", "neuqi", QUANTEASE]},
+    "neuqi_yaqa": {"algorithm": "sequence", "steps": ["neuqi", YAQA]},
     "gptq_norms": {"algorithm": "sequence", "steps": ["gptq", "norm_tweaking"]},
     "gptq_lqer": {"algorithm": "sequence", "steps": ["gptq", "lqer"]},
     "distillation": DISTILL,
     "tsld": {**DISTILL, "token_tau": 10.0},
     "off": {**DISTILL, "feature_weight": 1.0, "feature_loss": "cosine", "feature_places": "blocks"},
+    "yaqa_distillation": {
+        "algorithm": "sequence",
+        "steps": ["neuqi", YAQA, {"_target_": "dfq.algorithms.distillation.Distillation", **FINE, "weight_lr": 0.01}],
+    },
     "reconstruction": {"algorithm": "sequence", "steps": ["neuqi", RECONSTRUCTION]},
+    "reconstruction_distillation": {
+        "algorithm": "sequence",
+        "steps": [
+            "neuqi",
+            RECONSTRUCTION,
+            {"_target_": "dfq.algorithms.distillation.Distillation", **FINE, "weight_lr": 0.002},
+        ],
+    },
     "block_ap": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP]},
     "block_ap_e2e_qp": {"algorithm": "sequence", "steps": ["neuqi", BLOCK_AP, "e2e_qp"]},
     "block_ap_distillation": {

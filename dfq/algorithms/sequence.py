@@ -1,8 +1,8 @@
 """A sequence of algorithms on one student, each going on from what the one before left.
 
 ``algorithm=sequence algorithm.steps=[equalization,gptq]``: an algorithm that needs grids keeps those it
-finds, and calibrates a student that has none. gptq, quantease and comq have nothing to round behind an algorithm that
-has rounded already, and are refused there.
+finds, and calibrates a student that has none. gptq, quantease, comq and yaqa have nothing to round behind an algorithm
+that has rounded already, and are refused there.
 
 With ``algorithm.views=4 algorithm.shift=16`` every step sees each image four times: as it is, and three times mirrored
 by chance and moved by up to 16 pixels (what moves in from outside is a reflection). What that is worth:
