@@ -29,6 +29,7 @@ from dfq import evaluation as evaluations
 from dfq import mixed_precision, quality
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
+from dfq.detectors._base import adapter_record
 from dfq.errors import UserError
 from dfq.generators._base import Generator, Independent, Sampler, Source, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
@@ -254,7 +255,7 @@ def export(
     Returns:
         that description, with ``path``.
     """
-    settings = {"exporter": to_config(exporter), "student_sha256": student.sha256}
+    settings = {"exporter": to_config(exporter), "student_sha256": student.sha256, **adapter_record(student.module)}
     name = f"{student.teacher['name']}_{student.scheme.name}_{student.scheme.policy}_{_hash(settings)}"
     file_name = f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
     path = artifact_path or OUTPUTS / "artifacts" / name / getattr(exporter, "file_name", file_name)
@@ -526,6 +527,7 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
         "generator": {"_target_": "real"},
         "images_sha256": digest,
         "teacher_sha256": e.teacher.sha256,
+        **adapter_record(e.teacher.module),
         "input_spec": e.teacher.input_spec.to_dict(),
     }
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
@@ -601,6 +603,7 @@ def dataset_place(
         "generator": config,
         "seed": seed,
         "teacher_sha256": teacher.sha256,
+        **adapter_record(teacher.module),
         "input_spec": teacher.input_spec.to_dict(),
         **generator.recorded(teacher),
     }
@@ -625,6 +628,7 @@ def student_place(
     """The folder that :func:`quantize` fills, and the settings that decide what is in it; nothing is made."""
     settings = {
         "teacher_sha256": teacher.sha256,
+        **adapter_record(teacher.module),
         "dataset_sha256": dataset.sha256,
         "scheme": scheme.to_dict(),
         "algorithm": to_config(algorithm),
@@ -798,6 +802,7 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
         "model": sha256,
         "evaluation": to_config(evaluation),
         "data": evaluation.fingerprint(),
+        **adapter_record(teacher.module),
         "input_spec": teacher.input_spec.to_dict(),
     }
     path = OUTPUTS / "evaluations" / f"{what.replace(' ', '_')}_{_hash(key)}.json"

@@ -11,6 +11,7 @@ from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, two_s
 from dfq import pipeline
 from dfq.coco import export_coco
 from dfq.dataset import SyntheticDataset
+from dfq.detectors._base import adapter_record
 from dfq.errors import UserError
 from dfq.evaluation import Coco
 from dfq.hooks import tensors_in
@@ -22,6 +23,7 @@ from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import choices, load, resolve, signature
 from dfq.student import Student
 from dfq.teacher import Teacher
+from dfq.teachers._detector import as_detector
 
 W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
 FAST = {"iterations": 3, "final_iterations": 2, "finish_iterations": 2, "max_steps": 4, "checks": 2, "batch_size": 8}
@@ -312,6 +314,48 @@ def test_a_run_reads_nothing_real_until_it_evaluates(teacher, tmp_path, monkeypa
     assert [row["role"] for row in details["references"]] == ["teacher", "student", "reference", "reference"]
     assert details["grid"]["columns"] == 2 and details["predictions"][0].startswith("made from ")
     assert "teacher" in details["predictions"][0] and "student" in details["predictions"][0] and "data:image" in page
+
+
+def test_an_adapter_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
+    """The same weights and the same name: what was made and measured by the file's old content is not read again."""
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edit within a second would be read from the cache
+    monkeypatch.syspath_prepend(tmp_path)
+    base, generator = cell_teacher(), build("generator", "box_sampling")
+    evaluation = coco_of(tmp_path / "real", generate(base, generator, 12, 5, tmp_path / "g"))
+
+    def run(shift):
+        monkeypatch.delitem(sys.modules, "edited_adapter", raising=False)
+        (tmp_path / "edited_adapter.py").write_text(
+            "from tiny_detectors import Cells\n\n\nclass Adapter(Cells):\n    def decode(self, raw, sizes):\n"
+            f"        return [row._replace(boxes=row.boxes + {shift}) for row in super().decode(raw, sizes)]\n"
+        )
+        teacher = Teacher(as_detector(base.module.network, "edited_adapter:Adapter"), "detection", SPEC, name="edited")
+        dataset = generate(teacher, generator, 8)
+        algorithm = build("algorithm", "round_to_nearest")
+        student, student_dir = quantize(teacher, dataset, W4A8, algorithm, *QUANTIZERS)
+        figures = evaluate(teacher, student, evaluation)
+        return figures["teacher"]["map"], figures["student"]["map"], dataset.path, student_dir
+
+    right, wrong, again = run(0.0), run(12.0), run(0.0)
+    assert right[0] > wrong[0] and right[1] > wrong[1], "the detector that is 12 pixels off is worse"
+    assert right[2:] == again[2:] and all(a != b for a, b in zip(right[2:], wrong[2:], strict=True))
+    assert right == again and len(list((tmp_path / "outputs" / "datasets").iterdir())) == 2, "nothing is made twice"
+
+
+def test_what_a_record_says_of_an_adapter():
+    from conftest import NETS, as_teacher
+    from tiny_detectors import family_teacher
+
+    assert adapter_record(as_teacher(NETS["plain"]()).module) == {}, "folders of classifiers keep their names"
+    assert adapter_record(family_teacher("ssd").module) == {"adapter": {"name": "dfq.detectors.ssd.Adapter"}}
+    mine = adapter_record(cell_teacher().module)["adapter"]
+    assert mine["name"] == "tiny_detectors.Cells" and len(mine["sha256"]) == 64
+    scopes = [{"Cells": Cells, "__name__": "typed"} for _ in range(3)]  # classes of no file
+    for scope, most in zip(scopes, (10, 20, 10), strict=True):
+        exec(f"class Adapter(Cells):\n    def suppress(self, *row):\n        return row[:{most}]", scope)
+    hashes = [adapter_record(scope["Adapter"](torch.nn.Identity()))["adapter"]["sha256"] for scope in scopes]
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_edges_are_the_stem_and_the_last_layer_of_each_head(tmp_path):

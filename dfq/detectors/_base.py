@@ -13,8 +13,12 @@ are there already, and students are compared place by place instead of by their 
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -219,6 +223,40 @@ class Detector(nn.Module):
         chosen, best, labels = chosen[there], best[there], labels[there]
         order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
         return Boxes(chosen[order], best[order], labels[order])
+
+
+def adapter_record(network: nn.Module) -> dict[str, Any]:
+    """What decides a network's outputs beside its weights: of a :class:`Detector` its adapter, of others nothing.
+
+    Returns:
+        ``{"adapter": {"name": ..., "sha256": ...}}``: the class, and a hash of the files that it and the classes it
+        derives from are written in. Adapters that come with dfq have no hash: their version says what they are.
+    """
+    if not isinstance(network, Detector):
+        return {}
+    kind = type(network)
+    record = {"name": f"{kind.__module__}.{kind.__qualname__}"}
+    brought = ("dfq", "torch", "builtins")
+    written = [_source(k) for k in kind.__mro__ if k.__module__.partition(".")[0] not in brought]
+    if written:
+        record["sha256"] = hashlib.sha256(b"\0".join(dict.fromkeys(written))).hexdigest()
+    return {"adapter": record}
+
+
+def _source(kind: type) -> bytes:
+    """The file that ``kind`` is written in; where there is none, as in a notebook, the class's functions alone."""
+    try:
+        return Path(inspect.getfile(kind)).read_bytes()
+    except (TypeError, OSError):
+        return b"\0".join(_text(f).encode() for f in vars(kind).values() if isinstance(f, FunctionType))
+
+
+def _text(function: FunctionType) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # typed into an interpreter
+        code = function.__code__
+        return repr((code.co_code, code.co_names, [value for value in code.co_consts if not inspect.iscode(value)]))
 
 
 def _columns(targets: Sequence[Boxes]) -> tuple[list[Tensor], list[Tensor]]:
