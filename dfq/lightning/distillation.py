@@ -24,7 +24,6 @@ from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.packages import for_all_packages, settle
 from dfq.lightning.settings import DistillationSettings
 from dfq.lightning.sharding import average_gradients, is_sharded, local_part, shard
-from dfq.losses._box_overlap import area
 from dfq.losses.balance import balanced_sum
 from dfq.losses.cosine_features import cosine_distance
 from dfq.losses.dampening import dampening_loss
@@ -431,8 +430,7 @@ class DistillationModule(LightningModule):
         found = []
         for boxes, labels, scores in zip(rows, batch["labels"], batch["scores"], strict=True):
             boxes = boxes / boxes.new_tensor([width, height, width, height])
-            inside = area(boxes) > 0
-            found.append(Boxes(boxes[inside], scores[inside], labels[inside]))
+            found.append(Boxes(boxes, scores, labels).with_area())
         return found
 
     def _loss(self, name: str, seen: _Seen) -> Tensor:
