@@ -18,10 +18,13 @@ from dfq.hooks import tensors_in
 from dfq.inspection import describe
 from dfq.lightning.augmentation import augment, draw_moves
 from dfq.lightning.data import SyntheticDataModule
+from dfq.lightning.distillation import _terms
+from dfq.lightning.settings import DistillationSettings
 from dfq.pipeline import Experiment, evaluate, export, generate, quantize
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import choices, load, resolve, signature
 from dfq.student import Student
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 from dfq.teachers._detector import as_detector
 
@@ -198,6 +201,20 @@ def test_losses_that_need_one_answer_a_sample_are_refused(settings, message, tea
     with pytest.raises(UserError) as error:
         quantize(teacher, dataset, W4A8, build("algorithm", "distillation", **settings), *QUANTIZERS, 0, tmp_path / "s")
     assert str(error.value).startswith(message)
+
+
+def test_the_weight_of_boxes_that_no_adapter_tells_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    teacher = cell_teacher(DecodeOnly)
+    dataset = generate(teacher, build("generator", "gaussian"), 8, 0, tmp_path / "data")
+    with pytest.raises(UserError) as error:
+        quantize(teacher, dataset, W4A8, build("algorithm", "distillation", box_weight=2.0), *QUANTIZERS, 0)
+    assert str(error.value) == (
+        "got algorithm.box_weight=2.0 and the adapter DecodeOnly, whose raw outputs alone are compared; "
+        "allowed: algorithm.box_weight=0, or an adapter with candidates(raw)"
+    )
+    terms = [_terms(DistillationSettings(), True, task_of(t)) for t in (teacher, cell_teacher())]
+    assert [set(found) for found in terms] == [{"kl", "feature"}, {"kl", "box", "feature"}]
 
 
 def test_boxes_move_with_their_images():

@@ -109,6 +109,11 @@ class Detection:
         sure = [row._replace(boxes=clip_boxes_to_image(row.boxes, image_size)).with_area() for row in sure]
         return {name: [getattr(row, name).cpu() for row in sure] for name in ("boxes", "labels", "scores")}
 
+    @property
+    def compares_boxes(self) -> bool:
+        """Whether boxes of student and teacher are compared place by place: only candidates tell places."""
+        return self.detector.has_candidates
+
     # -- student beside teacher --------------------------------------------------------------------------------------
 
     def distillation_terms(self, student: Any, teacher: Any) -> dict[str, Tensor]:
@@ -116,9 +121,15 @@ class Detection:
 
         An adapter without candidates has ``kl`` alone, the relative error of its raw tensors.
         """
-        if not self.detector.has_candidates:
+        if not self.compares_boxes:
             pairs = [(student[name], teacher[name]) for name in teacher] if isinstance(teacher, Mapping) else None
             errors = [relative_mse(s, t) for s, t in pairs or [(student, teacher)] if t.is_floating_point()]
+            if not errors:
+                raise UserError(
+                    f"got integers alone from the raw() of {type(self.detector).__name__}, which has no candidates",
+                    "a tensor in floating point among them, by which student and teacher are compared",
+                    "let raw(images) give what the network computes, and decode make integers of it",
+                )
             return {"kl": torch.stack(errors).mean(), "box": torch.zeros((), device=errors[0].device)}
         terms: dict[str, list[Tensor]] = {"kl": [], "box": []}
         stages = zip(self.detector.stages(student), self.detector.stages(teacher), strict=True)

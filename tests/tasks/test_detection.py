@@ -307,6 +307,14 @@ def test_annotations_lie_inside_their_image():
     assert [row.tolist() for row in rows["labels"]] == [[2]] * 2 and len(rows["scores"]) == 2
 
 
+def test_raw_outputs_of_integers_alone_are_told():
+    Integers = type("Integers", (DecodeOnly,), {"raw": lambda self, images: {"labels": images[:, 0].long()}})
+    teacher = cell_teacher(Integers)
+    outputs = teacher(teacher.example(2))
+    with pytest.raises(UserError, match=r"got integers alone from the raw\(\) of Integers, which has no cand"):
+        task_of(teacher).distillation_loss(outputs, outputs)
+
+
 def test_load_teacher_takes_an_adapter(tmp_path, monkeypatch):
     (tmp_path / "my_detector.py").write_text("from tiny_detectors import Cells as Adapter, cells as build\n")
     monkeypatch.syspath_prepend(tmp_path)
