@@ -123,6 +123,7 @@ def test_generators_make_images_with_boxes(name, adapter, tmp_path):
     stored = made.tensors()["logits"] if adapter == "cells" else made.tensors()["raw.places"]
     torch.testing.assert_close(stored, outputs if adapter == "cells" else outputs["places"])
     assert generate(teacher, build("generator", name), 9, 0, tmp_path / "e").sha256 == made.sha256
+    assert made.manifest["boxes_from"] == ("generator" if name == "box_sampling" else "teacher")
     text = [str(cell) for column in describe(made.path).columns for cell in column.cells]
     assert "boxes" in text
 
@@ -330,7 +331,22 @@ def test_a_run_reads_nothing_real_until_it_evaluates(teacher, tmp_path, monkeypa
     details = json.loads((tmp_path / "run" / "details.json").read_text())
     assert [row["role"] for row in details["references"]] == ["teacher", "student", "reference", "reference"]
     assert details["grid"]["columns"] == 2 and details["predictions"][0].startswith("made from ")
+    assert "white: the boxes it was made from, green" in page
     assert "teacher" in details["predictions"][0] and "student" in details["predictions"][0] and "data:image" in page
+
+
+def test_boxes_that_the_teacher_found_are_called_so(teacher, tmp_path):
+    """No image of this generator was made from a box."""
+    dataset = generate(teacher, build("generator", "gaussian"), 8, 0, tmp_path / "data")
+    algorithm = build("algorithm", "round_to_nearest")
+    student, path = quantize(teacher, dataset, W4A8, algorithm, *QUANTIZERS, 0, tmp_path / "s")
+    pipeline.report_student(teacher, student, path, resolve("evaluation", "none"), dataset, tmp_path / "run", "")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "white: the boxes it is labelled with, which the teacher found in it, green" in page
+    assert "made from" not in "".join(json.loads((tmp_path / "run" / "details.json").read_text())["predictions"])
+    other = SyntheticDataset.create(tmp_path / "other", dataset.manifest["settings"], dataset.provenance)
+    other.adopt(dataset)
+    assert other.manifest["boxes_from"] == "teacher", "as a part made elsewhere says"
 
 
 def test_an_adapter_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
