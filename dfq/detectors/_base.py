@@ -120,10 +120,12 @@ class Detector(nn.Module):
         decoded_size: (height, width) in pixels that ``decode`` is asked for where fractions of the image are wanted;
             dfq sets it to the size of the network's input, so that a ``decode`` that thinks in pixels (rounds, clamps
             to the last one, leaves out the smallest boxes) gives what it always gives.
+        unused_labels: labels that the network was never trained on; no object gets one. See :func:`named_unused`.
     """
 
     num_classes: int | None = None
     decoded_size: tuple[float, float] = (1.0, 1.0)
+    unused_labels: tuple[int, ...] = ()
 
     least_score: ClassVar[float] = 0.001  # of what decode gives
     overlap: ClassVar[float] = 0.5  # from which the weaker of two boxes of a class is the same object
@@ -263,6 +265,12 @@ class Detector(nn.Module):
         chosen, best, labels = Boxes(chosen, best, labels).with_area()
         order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
         return Boxes(chosen[order], best[order], labels[order])
+
+
+def named_unused(names: Sequence[str] | Mapping[int, str]) -> tuple[int, ...]:
+    """The labels whose names are "N/A": what torchvision and transformers call the gaps between COCO's category ids."""
+    pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+    return tuple(label for label, name in pairs if name == "N/A")
 
 
 def adapter_record(network: nn.Module) -> dict[str, Any]:

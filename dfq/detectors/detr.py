@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import box_convert
 
-from dfq.detectors._base import Candidates, Detector
+from dfq.detectors._base import Candidates, Detector, named_unused
 from dfq.hooks import Choice, op_name
 
 SOFTMAX: tuple[str, ...] = (
@@ -50,6 +50,7 @@ class Adapter(Detector):
         self.exclusive = _is_of(network, SOFTMAX)
         self.chooses = _is_of(network, CHOSEN) or getattr(config, "two_stage", False)
         self.chosen = Choice()
+        self.unused_labels = named_unused(getattr(config, "id2label", None) or {})
 
     def raw(self, images: Tensor) -> dict[str, Tensor]:
         # Not while it is traced: torch.export does not follow a mode.

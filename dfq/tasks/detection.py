@@ -76,7 +76,8 @@ class Detection:
         """The labels that objects can have."""
         background = self.detector.candidates(outputs).background if self.detector.has_candidates else None
         count = self.num_outputs(outputs)
-        return [label for label in range(count) if background is None or label != background % count]
+        others = {*self.detector.unused_labels} | (set() if background is None else {background % count})
+        return [label for label in range(count) if label not in others]
 
     # -- what images are made of -------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from tiny_detectors import CLASSES, FAMILIES, family_teacher
 
 from dfq.detectors._base import Boxes
 from dfq.hooks import given_choices, kept_choices
+from dfq.settings import resolve
 from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 from dfq.teachers._detector import as_detector
@@ -86,9 +87,9 @@ def test_fcos_matches_fractions_as_torchvision_matches_pixels():
     torch.testing.assert_close(mine, sum(theirs.values()), rtol=1e-4, atol=1e-4)
 
 
-def transformers_teacher(name, derive=False):
+def transformers_teacher(name, derive=False, **settings):
     transformers = pytest.importorskip("transformers")
-    small = {"num_labels": CLASSES}
+    small = {"num_labels": CLASSES} | settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if name == "yolos":
@@ -132,6 +133,23 @@ def test_family_of_transformers(name, derive):
     """Or of a class derived from it."""
     outputs = check(transformers_teacher(name, derive), CLASSES)
     assert outputs["logits"].shape == (2, 5, CLASSES + 1) and outputs["pred_boxes"].shape == (2, 5, 4)
+
+
+def test_labels_without_a_name_are_no_objects(monkeypatch):
+    """COCO's ids have gaps, for which its networks have outputs that nothing was ever trained for."""
+    from torchvision import models
+
+    get_model = models.get_model  # no test downloads weights
+    monkeypatch.setattr(models, "get_model", lambda name, weights, **options: get_model(name, **options))
+    teacher = resolve("teacher", "torchvision", name="ssdlite320_mobilenet_v3_large", weights="DEFAULT")
+    outputs = teacher(teacher.example(1))
+    labels = task_of(teacher).labels(outputs)
+    assert task_of(teacher).num_outputs(outputs) == 91 and len(labels) == 80
+    assert {0, 12, 26, 83}.isdisjoint(labels) and {1, 11, 13, 90} <= set(labels)
+
+    names = {0: "N/A", 1: "person", 2: "N/A", 3: "car"}
+    teacher = transformers_teacher("detr", id2label=names)
+    assert task_of(teacher).labels(teacher(teacher.example(1))) == [1, 3]
 
 
 @pytest.mark.parametrize("derive", [False, True])
