@@ -128,8 +128,8 @@ class Detector(nn.Module):
     unused_labels: tuple[int, ...] = ()
 
     least_score: ClassVar[float] = 0.001  # of what decode gives
-    overlap: ClassVar[float] = 0.5  # from which the weaker of two boxes of a class is the same object
-    most: ClassVar[int] = 100  # boxes an image
+    overlap: float = 0.5  # from which the weaker of two boxes of a class is the same object
+    most: int = 100  # boxes an image
 
     def __init__(self, network: nn.Module):
         super().__init__()

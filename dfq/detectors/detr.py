@@ -42,7 +42,7 @@ class Adapter(Detector):
     """Raw: ``logits`` [N, Q, K] and ``pred_boxes`` [N, Q, 4], center and size in fractions of the image."""
 
     fits: ClassVar[tuple[str, ...]] = tuple(map(_class_of, (*SOFTMAX, *SIGMOID, *CHOSEN)))
-    overlap: ClassVar[float] = 0.9  # queries do not repeat each other; only copies go
+    overlap: float = 0.9  # queries do not repeat each other; only copies go
 
     def __init__(self, network: nn.Module):
         super().__init__(network)

@@ -53,6 +53,28 @@ def test_family_of_torchvision(name):
     check(family_teacher(name, SIZE), 0 if two_stages_or_softmax else None)
 
 
+@pytest.mark.parametrize(
+    "name, overlap, most",
+    [("retinanet", 0.5, 300), ("fcos", 0.6, 100), ("ssd", 0.55, 300), ("faster_rcnn", 0.5, 100)],
+)
+def test_doubles_are_suppressed_as_the_network_says(name, overlap, most):
+    detector = family_teacher(name, SIZE).module
+    assert (detector.overlap, detector.most) == (overlap, most)
+    kind = type(detector)
+    assert type("Own", (kind,), {"overlap": 0.3})(detector.network).overlap == 0.3, "an adapter has the last word"
+    side = torch.linspace(0.2, 0.8, most + 20)[:, None]  # a place of its own for each
+    rows = torch.cat([side, side, side + 1e-3, side + 1e-3], 1)
+    found = detector.suppress(rows, torch.full((len(rows), 1), 0.5), (1.0, 1.0))
+    assert len(found.scores) == most
+    apart = (1 - overlap) / (1 + overlap)  # by which two boxes of side 1 overlap just so much
+    pair = torch.tensor([[0.0, 0, 0.5, 0.5]] * 2)
+    kept = []
+    for shift in (0.49 * apart, 0.51 * apart):
+        pair[1, [0, 2]] = torch.tensor([shift, 0.5 + shift])
+        kept.append(len(detector.suppress(pair, torch.tensor([[0.5], [0.4]]), (1.0, 1.0)).scores))
+    assert kept == [1, 2]
+
+
 def test_retinanet_finds_what_torchvision_finds():
     """The whole way, resizing and normalization apart: the network's own forward is given the very same pixels."""
     teacher = family_teacher("retinanet", SIZE)
