@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import settle
-from tiny_detectors import CLASSES, FAMILIES, family_teacher
+from tiny_detectors import CLASSES, FAMILIES, family_teacher, transformers_teacher
 
 from dfq.detectors._base import Boxes
 from dfq.hooks import given_choices, kept_choices
 from dfq.settings import resolve
 from dfq.tasks._task import task_of
-from dfq.teacher import InputSpec, Teacher
-from dfq.teachers._detector import as_detector
 
 SIZE = 64
 
@@ -109,52 +107,48 @@ def test_fcos_matches_fractions_as_torchvision_matches_pixels():
     torch.testing.assert_close(mine, sum(theirs.values()), rtol=1e-4, atol=1e-4)
 
 
-def transformers_teacher(name, derive=False, **settings):
-    transformers = pytest.importorskip("transformers")
-    small = {"num_labels": CLASSES} | settings
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if name == "yolos":
-            config = transformers.YolosConfig(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                image_size=[SIZE, SIZE], patch_size=16, num_detection_tokens=5, **small,
-            )  # fmt: skip
-            network = transformers.YolosForObjectDetection(config)
-        elif name == "rt_detr":
-            backbone = transformers.RTDetrResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-                out_features=["stage2", "stage3", "stage4"],
-            )  # fmt: skip
-            config = transformers.RTDetrConfig(
-                backbone_config=backbone, backbone=None, use_timm_backbone=False, use_pretrained_backbone=False,
-                encoder_hidden_dim=16, encoder_in_channels=[16, 16, 16], encoder_ffn_dim=16, d_model=16,
-                encoder_attention_heads=2, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16, decoder_layers=1,
-                decoder_attention_heads=2, num_queries=7, num_denoising=0, anchor_image_size=None, **small,
-            )  # fmt: skip
-            network = transformers.RTDetrForObjectDetection(config)
-        else:
-            backbone = transformers.ResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-                out_features=["stage4"],
-            )  # fmt: skip
-            config = transformers.DetrConfig(
-                use_timm_backbone=False, backbone=None, backbone_config=backbone, use_pretrained_backbone=False,
-                num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
-                encoder_attention_heads=2, decoder_attention_heads=2, **small,
-            )  # fmt: skip
-            network = transformers.DetrForObjectDetection(config)
-        if derive:
-            network.__class__ = type("Mine", (type(network),), {})
-    spec = InputSpec((3, SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Teacher(as_detector(network.eval()), "detection", spec, name=name)
-
-
 @pytest.mark.parametrize("derive", [False, True])
-@pytest.mark.parametrize("name", ["yolos", "detr"])
+@pytest.mark.parametrize("name", ["yolos", "detr", "table_transformer"])
 def test_family_of_transformers(name, derive):
     """Or of a class derived from it."""
     outputs = check(transformers_teacher(name, derive), CLASSES)
     assert outputs["logits"].shape == (2, 5, CLASSES + 1) and outputs["pred_boxes"].shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("name", ["conditional_detr", "deformable_detr"])
+def test_families_of_sigmoids(name):
+    outputs = check(teacher := transformers_teacher(name), None)
+    assert outputs["logits"].shape == (2, 5, CLASSES) and outputs["pred_boxes"].shape == (2, 5, 4)
+    found = teacher.module.candidates(outputs)
+    assert not found.exclusive and found.are_fixed
+
+
+def test_deformable_detr_of_two_stages_chooses_its_queries():
+    settings = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 6}
+    teacher = transformers_teacher("deformable_detr", **settings)
+    check(teacher, None)
+    assert_chosen(teacher, 6)
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
+def test_later_families_that_choose(name):
+    teacher = transformers_teacher(name)
+    settle(teacher.module, teacher.input_spec.size, num_samples=8)
+    check(teacher, None)
+    assert_chosen(teacher, 7)
+
+
+def assert_chosen(teacher, count):
+    """Queries are the best ``count`` places of each image, and given others they are those."""
+    images = teacher.example(3)
+    with torch.no_grad():
+        with kept_choices(teacher.module) as chosen:
+            wanted = teacher(images)
+        assert [places.shape for places in chosen.values()] == [(3, count)]
+        with given_choices(teacher.module, {name: places.flip(1) for name, places in chosen.items()}):
+            other = teacher(images)
+    assert not teacher.module.candidates(wanted).are_fixed
+    torch.testing.assert_close(other["pred_boxes"], wanted["pred_boxes"].flip(1), atol=1e-4, rtol=1e-4)
 
 
 def test_labels_without_a_name_are_no_objects(monkeypatch):
