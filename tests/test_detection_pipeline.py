@@ -373,6 +373,10 @@ def test_an_adapter_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
     right, wrong, again = run(0.0), run(12.0), run(0.0)
     assert right[0] > wrong[0] and right[1] > wrong[1], "the detector that is 12 pixels off is worse"
     assert right[2:] == again[2:] and all(a != b for a, b in zip(right[2:], wrong[2:], strict=True))
+    running = sys.modules["edited_adapter"].Adapter(base.module.network)
+    record = adapter_record(running)
+    (tmp_path / "edited_adapter.py").write_text("")
+    assert adapter_record(running) == record, "an edit while it runs says nothing of what runs"
     assert right == again and len(list((tmp_path / "outputs" / "datasets").iterdir())) == 2, "nothing is made twice"
 
 

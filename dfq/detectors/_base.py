@@ -291,6 +291,7 @@ def adapter_record(network: nn.Module) -> dict[str, Any]:
     return {"adapter": record}
 
 
+@cache  # as it was when the class was first seen: the file may be edited while a run goes on with the old class
 def _source(kind: type) -> bytes:
     """The file that ``kind`` is written in; where there is none, as in a notebook, the class's functions alone."""
     try:
