@@ -374,11 +374,8 @@ def relabel(
 
 
 def seen_score(wanted: Boxes, found: Boxes) -> Tensor:
-    """For each label [n] the best score of a detection of its class upon it; 0 where there is none.
-
-    Boxes are fractions of the image; what lies outside it is cut off, as it is of labels.
-    """
+    """For each label [n] the best score of a detection of its class upon it; 0 where there is none."""
     if not len(found.boxes):
         return wanted.boxes.new_zeros(len(wanted.boxes))
-    same = (wanted.labels[:, None] == found.labels) & (pairwise_iou(wanted.boxes, found.boxes.clamp(0, 1)) >= APART)
+    same = (wanted.labels[:, None] == found.labels) & (pairwise_iou(wanted.boxes, found.boxes) >= APART)
     return (same * found.scores).amax(1)

@@ -82,8 +82,6 @@ def test_scores_of_labels_are_those_of_their_class_and_place():
     found = boxes([0.1, 0.1, 0.4, 0.4, 0.3, 1], [0.1, 0.1, 0.4, 0.41, 0.7, 1], [0.6, 0.6, 0.9, 0.9, 0.9, 0])
     assert seen_score(wanted, found).tolist() == pytest.approx([0.7, 0])
     assert seen_score(wanted, boxes()).tolist() == [0, 0]
-    edge, beyond = boxes([0.0, 0.1, 0.2, 0.5, 0, 1]), boxes([-0.6, 0.1, 0.2, 0.5, 0.8, 1])
-    assert seen_score(edge, beyond).tolist() == pytest.approx([0.8]), "of a box the part in the image counts"
 
 
 @pytest.mark.parametrize("adapter", [None, DecodeOnly])
