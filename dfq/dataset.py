@@ -238,6 +238,8 @@ class SyntheticDataset(torch.utils.data.Dataset):
         weights = other.source()
         if weights is not None and self.source() is None:
             self.write_source(weights)
+        if "boxes_from" in other.manifest:
+            self.note(boxes_from=other.manifest["boxes_from"])
         for shard in other.shards:
             index, count = shard["index"], shard["num_samples"]
             mine = self._entry(index)

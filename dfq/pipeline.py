@@ -29,6 +29,7 @@ from dfq import evaluation as evaluations
 from dfq import mixed_precision, quality
 from dfq import report as reports
 from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
+from dfq.detectors._base import adapter_record
 from dfq.errors import UserError
 from dfq.generators._base import Generator, Independent, Sampler, Source, batch_rng, dataset_rng
 from dfq.generators._memory import fitting_batch_size
@@ -127,13 +128,16 @@ def generate(
                 told = _Told(advance, sizes[index] / batch_size)  # a last, shorter batch is the head of a whole one
                 if isinstance(sampler, Independent):
                     start_at, told = index * batch_size, _Told(advance, 1)
-                    rows = sampler.make(teacher, range(start_at, start_at + sizes[index]), seed, told)
+                    made = rows = sampler.make(teacher, range(start_at, start_at + sizes[index]), seed, told)
                     told(sizes[index] - told.amount)
                 else:
                     made = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
                     told(batch_size - told.amount)  # a generator need not tell how far it is
                     rows = {name: values[: sizes[index]] for name, values in _stored(teacher, task, made).items()}
                 _check_finite(teacher, generator, index, rows)
+                if "boxes" in rows:
+                    own = isinstance(made, Mapping) and "boxes" in made
+                    dataset.note(boxes_from="generator" if own else "teacher")
                 dataset.write_shard(index, rows, time.perf_counter() - start)
                 start = time.perf_counter()
     except UserError:  # a network that the generator can do nothing with leaves nothing behind
@@ -254,7 +258,7 @@ def export(
     Returns:
         that description, with ``path``.
     """
-    settings = {"exporter": to_config(exporter), "student_sha256": student.sha256}
+    settings = {"exporter": to_config(exporter), "student_sha256": student.sha256, **adapter_record(student.module)}
     name = f"{student.teacher['name']}_{student.scheme.name}_{student.scheme.policy}_{_hash(settings)}"
     file_name = f"{student.teacher['name']}_{student.scheme.name}{exporter.suffix}"
     path = artifact_path or OUTPUTS / "artifacts" / name / getattr(exporter, "file_name", file_name)
@@ -445,6 +449,7 @@ def _details(
         "judged": {"num_samples": figures.get("num_judged")},
         "estimated_drop": fidelity.get("estimated_drop"),
         "quality": None if dataset is None else quality.read(dataset),
+        "boxes_from": None if dataset is None else dataset.manifest.get("boxes_from"),
         "continuation": (same := fidelity.get("continuation")),
         "notes": [
             f"goes on with a text as the teacher does for {same['match_length']:.1f} of {same['num_tokens']} tokens"
@@ -526,6 +531,7 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
         "generator": {"_target_": "real"},
         "images_sha256": digest,
         "teacher_sha256": e.teacher.sha256,
+        **adapter_record(e.teacher.module),
         "input_spec": e.teacher.input_spec.to_dict(),
     }
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
@@ -552,7 +558,7 @@ def _write(
         images = teacher.input_spec.to_pixels(tensors["images"])
         if finds_boxes:
             layout = reports.WIDE
-            images, predictions = _scenes(teacher, student, tensors, images)
+            images, predictions = _scenes(teacher, student, tensors, images, details.get("boxes_from"))
         else:
             predictions = [str(int(label)) for label in tensors["logits"].argmax(1)]
     page = reports.write(output_dir, report, details, images, predictions, layout)
@@ -561,9 +567,9 @@ def _write(
 
 @torch.no_grad()
 def _scenes(
-    teacher: Teacher, student: Student | None, tensors: Mapping[str, Any], pixels: Tensor
+    teacher: Teacher, student: Student | None, tensors: Mapping[str, Any], pixels: Tensor, boxes_from: str | None
 ) -> tuple[Tensor, list[str]]:
-    """Each image with what it was made from, what the teacher and what the student finds in it; and how many boxes."""
+    """Each image with its own boxes, with what the teacher and what the student finds in it; and how many boxes."""
     task, size = task_of(teacher), tuple(pixels.shape[-2:])
     shown = [(tensors["boxes"], tensors["labels"], "white")]
     for model, color in ((teacher, "lime"), (student, "red")):
@@ -571,7 +577,7 @@ def _scenes(
             found = [task.annotate(task.raw_outputs(model, x), size) for x in tensors["images"].split(1)]
             shown.append(([row["boxes"][0] for row in found], [row["labels"][0] for row in found], color))
     views = [reports.draw_boxes(pixels, boxes, labels, color) for boxes, labels, color in shown]
-    names = ("made from", "teacher", "student")
+    names = ("made from" if boxes_from == "generator" else "labels", "teacher", "student")
     counts = [
         ", ".join(f"{name} {len(boxes[i])}" for name, (boxes, _, _) in zip(names, shown, strict=False))
         for i in range(len(pixels))
@@ -604,6 +610,7 @@ def dataset_place(
         "generator": config,
         "seed": seed,
         "teacher_sha256": teacher.sha256,
+        **adapter_record(teacher.module),
         "input_spec": teacher.input_spec.to_dict(),
         **generator.recorded(teacher),
     }
@@ -628,6 +635,7 @@ def student_place(
     """The folder that :func:`quantize` fills, and the settings that decide what is in it; nothing is made."""
     settings = {
         "teacher_sha256": teacher.sha256,
+        **adapter_record(teacher.module),
         "dataset_sha256": dataset.sha256,
         "scheme": scheme.to_dict(),
         "algorithm": to_config(algorithm),
@@ -801,6 +809,7 @@ def _measure(model: Any, sha256: str, task: Any, evaluation: Any, teacher: Teach
         "model": sha256,
         "evaluation": to_config(evaluation),
         "data": evaluation.fingerprint(),
+        **adapter_record(teacher.module),
         "input_spec": teacher.input_spec.to_dict(),
     }
     path = OUTPUTS / "evaluations" / f"{what.replace(' ', '_')}_{_hash(key)}.json"

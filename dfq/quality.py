@@ -76,6 +76,7 @@ class Quality:
         statistic_distances: batch norm → distance, see :func:`dfq.evaluation.batch_norm_match`; empty without any.
         distance_to_noise: median over batch norms of the distance as a share of that of Gaussian noise.
         class_counts: samples of each class, by the teacher's answer; class_entropy: as a share of the largest possible.
+        class_labels: of a detector, whose class_counts are of objects, the label of each; None: samples, from label 0.
         confidence: the teacher's, on average.
         duplicates: share of samples that all but equal an earlier one.
         deviation: of all pixels, in units of the deviation that the input is normalized by; None where it is not.
@@ -99,6 +100,7 @@ class Quality:
     spectrum: float | None
     agreement: float | None
     num_not_finite: int = 0
+    class_labels: list[int] | None = None
 
     @property
     def statistic_distance(self) -> float | None:
@@ -107,7 +109,8 @@ class Quality:
         return fmean(known) if known else None
 
 
-KEYS = ("format", "dataset_sha256", "verdict", "reasons", "statistic_distance", *(f.name for f in fields(Quality)))
+MEASURED = [f.name for f in fields(Quality) if f.name != "class_labels"]  # older files lack it
+KEYS = ("format", "dataset_sha256", "verdict", "reasons", "statistic_distance", *MEASURED)
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -137,8 +140,9 @@ def measure(
     num_samples = num_samples or len(images if logits is None else logits)
     of_classes = logits if logits is not None and logits.dim() == 2 and logits.shape[1] > 1 else None
     counts = None if of_classes is None else of_classes.argmax(1).bincount(minlength=of_classes.shape[1]).tolist()
+    class_labels = None
     if labels is not None:
-        counts = _objects(teacher, labels)
+        counts, class_labels = _objects(teacher, labels)
     return Quality(
         num_samples=num_samples,
         num_looked_at=len(seen),
@@ -154,6 +158,7 @@ def measure(
         spectrum=spectrum(seen) if pictures else None,
         agreement=_agreement(teacher, spread(images, CALIBRATED_ON), spread(held_out, CALIBRATED_ON)),
         num_not_finite=max(_not_finite(seen), 0 if logits is None else _not_finite(logits)),
+        class_labels=class_labels,
     )
 
 
@@ -243,12 +248,12 @@ def _distances(teacher: Teacher, images: Tensor) -> tuple[dict[str, float | None
     return {name: _finite(value) for name, value in found.items()}, _finite(median(shares)) if shares else None
 
 
-def _objects(teacher: Teacher, labels: list[Tensor]) -> list[int] | None:
-    """Objects of each class in all images; None where there is none at all."""
+def _objects(teacher: Teacher, labels: list[Tensor]) -> tuple[list[int] | None, list[int]]:
+    """Objects of each class in all images, None where there is none at all; and the labels of these classes."""
     task = task_of(teacher)
     known = task.labels(task.raw_outputs(teacher, teacher.example(1)))
     counts = torch.cat(labels).bincount(minlength=max(known) + 1)[known].tolist()
-    return counts if sum(counts) else None
+    return counts if sum(counts) else None, known
 
 
 def _agreement(teacher: Teacher, images: Tensor, held_out: Tensor) -> float | None:

@@ -160,6 +160,7 @@ DETAILS: dict[str, Any] = {  # every key may be missing
     "notes": [str],
     "grid": ({"num_images": int, "columns": int, "height": int, "width": int}, None),  # tiles of images.png, pixels
     "predictions": ([str], None),  # what the teacher says to each image of the grid
+    "boxes_from": TEXT,  # of a detector's images: "generator", which made them to hold these boxes, or "teacher"
 }
 
 OPTIONAL = (
@@ -167,6 +168,7 @@ OPTIONAL = (
     "network",
     "grid",
     "predictions",
+    "boxes_from",
     "allocation",
     "estimated_drop",
     "continuation",
@@ -786,7 +788,7 @@ def _page(report: Mapping[str, Any], details: Mapping[str, Any], tiles: list[str
         "allocation_chart": _allocation_chart(details["allocation"] or {}),
         "match_chart": _match_chart(details["batch_norm_match"]),
         "quality_facts": quality_facts(details["quality"]) if details["quality"] else {},
-        "class_chart": _class_chart((details["quality"] or {}).get("class_counts") or []),
+        "class_chart": _class_chart(details["quality"] or {}),
         "estimated_loss": estimated_loss(details),
         "true_loss": true_loss(report),
         "series": [s for s in SERIES if any(_is_number(entry[s[0]]) for entry in details["batch_norm_match"])],
@@ -855,15 +857,19 @@ def _layer_chart(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _class_chart(counts: Sequence[int]) -> dict[str, Any] | None:
-    """Samples of each class; none for more classes than there are pixels."""
+def _class_chart(quality: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Samples, or objects of a detector's samples, of each class; none for more classes than there are pixels."""
+    counts, names = quality.get("class_counts") or [], quality.get("class_labels")
     if not 1 < len(counts) <= WIDTH:
         return None
     step, labels = _columns(len(counts))
+    what, names = ("objects", names) if names else ("samples", range(len(counts)))
     return {
         "right": LEFT + step * len(counts),
-        "labels": [{**label, "text": str(int(label["text"]) - 1)} for label in labels],  # classes count from 0
+        "labels": [{**label, "text": str(names[int(label["text"]) - 1])} for label in labels],
         "bars": _bars(counts, step, 24, 90, 1, 3, ""),
+        "what": what,
+        "titles": [f"class {name}: {format_count(n)} {what}" for name, n in zip(names, counts, strict=True)],
     }
 
 

@@ -113,7 +113,7 @@ class BoxSampling(Generator):
         with torch.no_grad():
             for images in noise.to(teacher.device).clamp(*spec.limits(teacher.device)).split(4):
                 outputs = task.raw_outputs(teacher, images)
-                found = task.detections(outputs, [(1.0, 1.0)] * len(images))
+                found = task.normalized_detections(outputs)
                 best += [float(row.scores.max()) if len(row.scores) else 0.0 for row in found]
             labels = task.labels(outputs)
         plausible, believed = torch.tensor(best).quantile(torch.tensor([0.5, max(0.5, self.certainty)])).tolist()
@@ -158,7 +158,7 @@ class Prepared:
         task, (height, width) = task_of(teacher), spec.size[1:]
         with torch.no_grad():
             outputs = task.raw_outputs(teacher, images)
-        found = task.detections(outputs, [(1.0, 1.0)] * num_samples)
+        found = task.normalized_detections(outputs)
         unit = torch.tensor([width, height, width, height])
         return {
             "images": images,
@@ -228,8 +228,7 @@ class _Descent:
 
     @torch.no_grad()
     def detections(self) -> list[Boxes]:
-        images = self.images()
-        return self.task.detections(self.task.raw_outputs(self.teacher, images), [(1.0, 1.0)] * len(images))
+        return self.task.normalized_detections(self.task.raw_outputs(self.teacher, self.images()))
 
 
 def placed(rows: list[Boxes], device: torch.device | str) -> list[Boxes]:
@@ -241,7 +240,10 @@ def placed(rows: list[Boxes], device: torch.device | str) -> list[Boxes]:
 def moved(
     images: Tensor, wanted: list[Boxes], flip: bool, shift: int, rng: torch.Generator
 ) -> tuple[Tensor, list[Boxes]]:
-    """Images and boxes (in fractions) mirrored in half of the cases and moved by up to ``shift`` pixels, all alike."""
+    """Images and boxes (in fractions) mirrored in half of the cases and moved by up to ``shift`` pixels, all alike.
+
+    Boxes are cut off at the image's edges; those that were moved out of it are left out.
+    """
     mirrored = flip and bool(torch.rand((), generator=rng) < 0.5)
     down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
     height, width = images.shape[-2:]
@@ -251,6 +253,8 @@ def moved(
     boxes = (boxes + images.new_tensor([right / width, down / height] * 2)).clamp(0, 1)
     parts = boxes.split([len(row.boxes) for row in wanted])
     shown = [row._replace(boxes=part) for row, part in zip(wanted, parts, strict=True)]
+    if not bool((area(boxes) > 0).all()):  # asked once for all images: each answer waits for the device
+        shown = [row.with_area() for row in shown]
     images = images.flip(-1) if mirrored else images
     return shift_reflecting(shift_reflecting(images, down, -2), right, -1), shown
 
@@ -331,10 +335,10 @@ def relabel(
     most_boxes: int,
     most_of_class: int,
 ) -> list[Boxes]:
-    """Labels that the teacher sees, and what it sees beside them.
+    """Labels that the teacher sees, and what it sees beside them, cut off at the image's edges.
 
     Args:
-        wanted, found: labels and detections of each image, in the same units.
+        wanted, found: labels and detections of each image, boxes in fractions of it.
         plausible: the score from which a label stays.
         believed: the score from which a detection is one.
         most_boxes: of an image; more are not added.
@@ -354,7 +358,8 @@ def relabel(
     for row, score, stays, seen in zip(wanted, scores, kept, found, strict=True):
         boxes, labels = list(row.boxes[stays]), row.labels[stays].tolist()
         least = adding if boxes else believed  # an image without any is not as choosy
-        for box, certainty, label in zip(seen.boxes, seen.scores.tolist(), seen.labels.tolist(), strict=True):
+        inside = seen.boxes.clamp(0, 1)
+        for box, certainty, label in zip(inside, seen.scores.tolist(), seen.labels.tolist(), strict=True):
             if certainty < least or len(boxes) >= most_boxes or counts.get(label, 0) >= most_of_class:
                 continue
             if SMALLEST < float(area(box)) < LARGEST and most_overlap(box, boxes) < APART:

@@ -11,17 +11,22 @@ from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, two_s
 from dfq import pipeline
 from dfq.coco import export_coco
 from dfq.dataset import SyntheticDataset
+from dfq.detectors._base import adapter_record
 from dfq.errors import UserError
 from dfq.evaluation import Coco
 from dfq.hooks import tensors_in
 from dfq.inspection import describe
 from dfq.lightning.augmentation import augment, draw_moves
 from dfq.lightning.data import SyntheticDataModule
+from dfq.lightning.distillation import _terms
+from dfq.lightning.settings import DistillationSettings
 from dfq.pipeline import Experiment, evaluate, export, generate, quantize
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import choices, load, resolve, signature
 from dfq.student import Student
+from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
+from dfq.teachers._detector import as_detector
 
 W4A8 = Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8))
 FAST = {"iterations": 3, "final_iterations": 2, "finish_iterations": 2, "max_steps": 4, "checks": 2, "batch_size": 8}
@@ -118,6 +123,7 @@ def test_generators_make_images_with_boxes(name, adapter, tmp_path):
     stored = made.tensors()["logits"] if adapter == "cells" else made.tensors()["raw.places"]
     torch.testing.assert_close(stored, outputs if adapter == "cells" else outputs["places"])
     assert generate(teacher, build("generator", name), 9, 0, tmp_path / "e").sha256 == made.sha256
+    assert made.manifest["boxes_from"] == ("generator" if name == "box_sampling" else "teacher")
     text = [str(cell) for column in describe(made.path).columns for cell in column.cells]
     assert "boxes" in text
 
@@ -196,6 +202,20 @@ def test_losses_that_need_one_answer_a_sample_are_refused(settings, message, tea
     with pytest.raises(UserError) as error:
         quantize(teacher, dataset, W4A8, build("algorithm", "distillation", **settings), *QUANTIZERS, 0, tmp_path / "s")
     assert str(error.value).startswith(message)
+
+
+def test_the_weight_of_boxes_that_no_adapter_tells_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    teacher = cell_teacher(DecodeOnly)
+    dataset = generate(teacher, build("generator", "gaussian"), 8, 0, tmp_path / "data")
+    with pytest.raises(UserError) as error:
+        quantize(teacher, dataset, W4A8, build("algorithm", "distillation", box_weight=2.0), *QUANTIZERS, 0)
+    assert str(error.value) == (
+        "got algorithm.box_weight=2.0 and the adapter DecodeOnly, whose raw outputs alone are compared; "
+        "allowed: algorithm.box_weight=0, or an adapter with candidates(raw)"
+    )
+    terms = [_terms(DistillationSettings(), True, task_of(t)) for t in (teacher, cell_teacher())]
+    assert [set(found) for found in terms] == [{"kl", "feature"}, {"kl", "box", "feature"}]
 
 
 def test_boxes_move_with_their_images():
@@ -311,7 +331,68 @@ def test_a_run_reads_nothing_real_until_it_evaluates(teacher, tmp_path, monkeypa
     details = json.loads((tmp_path / "run" / "details.json").read_text())
     assert [row["role"] for row in details["references"]] == ["teacher", "student", "reference", "reference"]
     assert details["grid"]["columns"] == 2 and details["predictions"][0].startswith("made from ")
+    assert "white: the boxes it was made from, green" in page
     assert "teacher" in details["predictions"][0] and "student" in details["predictions"][0] and "data:image" in page
+
+
+def test_boxes_that_the_teacher_found_are_called_so(teacher, tmp_path):
+    """No image of this generator was made from a box."""
+    dataset = generate(teacher, build("generator", "gaussian"), 8, 0, tmp_path / "data")
+    algorithm = build("algorithm", "round_to_nearest")
+    student, path = quantize(teacher, dataset, W4A8, algorithm, *QUANTIZERS, 0, tmp_path / "s")
+    pipeline.report_student(teacher, student, path, resolve("evaluation", "none"), dataset, tmp_path / "run", "")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "white: the boxes it is labelled with, which the teacher found in it, green" in page
+    assert "made from" not in "".join(json.loads((tmp_path / "run" / "details.json").read_text())["predictions"])
+    other = SyntheticDataset.create(tmp_path / "other", dataset.manifest["settings"], dataset.provenance)
+    other.adopt(dataset)
+    assert other.manifest["boxes_from"] == "teacher", "as a part made elsewhere says"
+
+
+def test_an_adapter_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
+    """The same weights and the same name: what was made and measured by the file's old content is not read again."""
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # an edit within a second would be read from the cache
+    monkeypatch.syspath_prepend(tmp_path)
+    base, generator = cell_teacher(), build("generator", "box_sampling")
+    evaluation = coco_of(tmp_path / "real", generate(base, generator, 12, 5, tmp_path / "g"))
+
+    def run(shift):
+        monkeypatch.delitem(sys.modules, "edited_adapter", raising=False)
+        (tmp_path / "edited_adapter.py").write_text(
+            "from tiny_detectors import Cells\n\n\nclass Adapter(Cells):\n    def decode(self, raw, sizes):\n"
+            f"        return [row._replace(boxes=row.boxes + {shift}) for row in super().decode(raw, sizes)]\n"
+        )
+        teacher = Teacher(as_detector(base.module.network, "edited_adapter:Adapter"), "detection", SPEC, name="edited")
+        dataset = generate(teacher, generator, 8)
+        algorithm = build("algorithm", "round_to_nearest")
+        student, student_dir = quantize(teacher, dataset, W4A8, algorithm, *QUANTIZERS)
+        figures = evaluate(teacher, student, evaluation)
+        return figures["teacher"]["map"], figures["student"]["map"], dataset.path, student_dir
+
+    right, wrong, again = run(0.0), run(12.0), run(0.0)
+    assert right[0] > wrong[0] and right[1] > wrong[1], "the detector that is 12 pixels off is worse"
+    assert right[2:] == again[2:] and all(a != b for a, b in zip(right[2:], wrong[2:], strict=True))
+    running = sys.modules["edited_adapter"].Adapter(base.module.network)
+    record = adapter_record(running)
+    (tmp_path / "edited_adapter.py").write_text("")
+    assert adapter_record(running) == record, "an edit while it runs says nothing of what runs"
+    assert right == again and len(list((tmp_path / "outputs" / "datasets").iterdir())) == 2, "nothing is made twice"
+
+
+def test_what_a_record_says_of_an_adapter():
+    from conftest import NETS, as_teacher
+    from tiny_detectors import family_teacher
+
+    assert adapter_record(as_teacher(NETS["plain"]()).module) == {}, "folders of classifiers keep their names"
+    assert adapter_record(family_teacher("ssd").module) == {"adapter": {"name": "dfq.detectors.ssd.Adapter"}}
+    mine = adapter_record(cell_teacher().module)["adapter"]
+    assert mine["name"] == "tiny_detectors.Cells" and len(mine["sha256"]) == 64
+    scopes = [{"Cells": Cells, "__name__": "typed"} for _ in range(3)]  # classes of no file
+    for scope, most in zip(scopes, (10, 20, 10), strict=True):
+        exec(f"class Adapter(Cells):\n    def suppress(self, *row):\n        return row[:{most}]", scope)
+    hashes = [adapter_record(scope["Adapter"](torch.nn.Identity()))["adapter"]["sha256"] for scope in scopes]
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_edges_are_the_stem_and_the_last_layer_of_each_head(tmp_path):

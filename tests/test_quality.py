@@ -23,6 +23,7 @@ from dfq.teacher import InputSpec, Teacher
 from tests.conftest import SPEC, bare, settle
 from tests.test_report import make_details, make_report, write
 from tests.test_tokens import language
+from tests.tiny_detectors import two_stages
 
 GOOD = quality.Quality(
     num_samples=1024,
@@ -330,6 +331,21 @@ def test_the_page_and_the_terminal_tell_it(tmp_path):
     assert lines["data"] == "poor: 60 % of the samples are all but copies of others"
     without = write(tmp_path)
     assert "Is this dataset good?" not in without.text
+
+
+def test_objects_are_counted_by_the_labels_of_their_network(tmp_path):
+    """Of a network whose label 0 is nothing, the first bar is that of label 1."""
+    teacher = two_stages()
+    labels = [torch.tensor([1, 1, 3]), torch.tensor([3, 1])]
+    images = teacher.example(4)
+    figures = quality.measure(teacher, images, None, images[:2], 2, labels)
+    assert (figures.class_labels, figures.class_counts) == ([1, 2, 3], [3, 0, 2])
+    assert quality.measure(teacher, images, None, images[:2], 2, [labels[0][:0]]).class_counts is None
+    found = {"verdict": "good", "reasons": [], "statistic_distance": None, **dataclasses.asdict(figures)}
+    page = write(tmp_path, details=make_details() | {"quality": found})
+    assert "class 1: 3 objects" in page.text and "class 3: 2 objects" in page.text and "class 0: " not in page.text
+    assert "What the samples hold" in page.text and "objects of each class" in page.text
+    assert "What the teacher says to the samples" not in page.text and "samples of each class" not in page.text
 
 
 def test_many_classes_have_no_chart_and_the_page_stands(tmp_path):

@@ -1,5 +1,6 @@
 """Tiny detectors with fixed weights: one with all its places known, one that only decodes, and the families'."""
 
+import pytest
 import torch
 from conftest import settle
 from torch import nn
@@ -116,3 +117,52 @@ def two_stages() -> Teacher:
     detector = as_detector(network)
     settle(detector, SPEC.size)
     return Teacher(detector, "detection", SPEC, name="two_stages")
+
+
+CHOOSING = {"rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2", "d_fine": "DFine"}
+FIXED = {
+    "detr": "Detr",
+    "table_transformer": "TableTransformer",
+    "conditional_detr": "ConditionalDetr",
+    "deformable_detr": "DeformableDetr",
+}
+
+
+def transformers_teacher(name, derive=False, size=64, **settings) -> Teacher:
+    """Of a random network of its family; ``derive``: of a class derived from it. ``settings``: of its configuration."""
+    transformers = pytest.importorskip("transformers")
+    small = {"num_labels": CLASSES} | settings
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if name == "yolos":
+            config = transformers.YolosConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                image_size=[size, size], patch_size=16, num_detection_tokens=5, **small,
+            )  # fmt: skip
+            network = transformers.YolosForObjectDetection(config)
+        elif name in CHOOSING:
+            backbone = transformers.RTDetrResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+                out_features=["stage2", "stage3", "stage4"],
+            )  # fmt: skip
+            config = getattr(transformers, CHOOSING[name] + "Config")(
+                backbone_config=backbone, encoder_hidden_dim=16, encoder_in_channels=[16, 16, 16], encoder_ffn_dim=16,
+                d_model=16, encoder_attention_heads=2, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16,
+                decoder_layers=2, decoder_attention_heads=2, num_queries=7, num_denoising=0, anchor_image_size=None,
+                **small,
+            )  # fmt: skip
+            network = getattr(transformers, CHOOSING[name] + "ForObjectDetection")(config)
+        else:
+            backbone = transformers.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+                out_features=["stage2", "stage3", "stage4"] if name == "deformable_detr" else ["stage4"],
+            )  # fmt: skip
+            config = getattr(transformers, FIXED[name] + "Config")(
+                backbone_config=backbone, num_queries=5, d_model=32, encoder_layers=1, decoder_layers=2,
+                encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, **small,
+            )  # fmt: skip
+            network = getattr(transformers, FIXED[name] + "ForObjectDetection")(config)
+        if derive:
+            network.__class__ = type("Mine", (type(network),), {})
+    spec = InputSpec((3, size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Teacher(as_detector(network.eval()), "detection", spec, name=name)

@@ -6,15 +6,24 @@
     decode(raw, image_sizes)  boxes in pixels, scores and labels, image by image
     loss(raw, targets)        how far from the wanted boxes, a scalar; what images are pulled by
 
-``raw`` and ``decode`` suffice. One more makes both and the distillation better: ``candidates(raw)``, the boxes and
-class logits of all places where the detector may see something, before any threshold. With it ``decode`` and ``loss``
-are there already, and students are compared place by place instead of by their raw numbers alone.
+``raw`` and ``decode`` suffice, with ``num_classes``. One more makes both and the distillation better:
+``candidates(raw)``, the boxes and class logits of all places where the detector may see something, before any
+threshold. With it ``num_classes``, ``decode`` and ``loss`` are there already, and students are compared place by place
+instead of by their raw numbers alone.
+
+A ``loss`` that is derived from ``decode`` alone can only pull what is decoded: let it give faint boxes too, down to
+``least_score``. An image in which it finds nothing stays as it is.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +34,7 @@ from dfq.errors import UserError
 from dfq.hooks import tensors_in
 from dfq.losses._box_overlap import area, pairwise_iou
 from dfq.losses.set_prediction import set_prediction_loss
+from dfq.progress import say
 
 MOST_BEFORE_SUPPRESSION = 1000  # best (place, class) pairs of an image
 
@@ -35,6 +45,11 @@ class Boxes(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+
+    def with_area(self) -> Boxes:
+        """Without the empty ones: what lay outside the image, or was moved out of it. Losses divide by their sides."""
+        there = area(self.boxes) > 0
+        return Boxes(*(part[there] for part in self))
 
 
 @dataclass
@@ -99,11 +114,22 @@ class Detector(nn.Module):
 
     Args:
         network: the network with its weights; images [N, C, H, W] come normalized, all of one size.
+
+    Attributes:
+        num_classes: labels are from 0 to one less; an adapter without ``candidates`` says it, others need not.
+        decoded_size: (height, width) in pixels that ``decode`` is asked for where fractions of the image are wanted;
+            dfq sets it to the size of the network's input, so that a ``decode`` that thinks in pixels (rounds, clamps
+            to the last one, leaves out the smallest boxes) gives what it always gives.
+        unused_labels: labels that the network was never trained on; no object gets one. See :func:`named_unused`.
     """
 
+    num_classes: int | None = None
+    decoded_size: tuple[float, float] = (1.0, 1.0)
+    unused_labels: tuple[int, ...] = ()
+
     least_score: ClassVar[float] = 0.001  # of what decode gives
-    overlap: ClassVar[float] = 0.5  # from which the weaker of two boxes of a class is the same object
-    most: ClassVar[int] = 100  # boxes an image
+    overlap: float = 0.5  # from which the weaker of two boxes of a class is the same object
+    most: int = 100  # boxes an image
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -156,6 +182,12 @@ class Detector(nn.Module):
             raise self._wrong(f"{got} for {len(image_sizes)} images")
         return [self._checked(row) for row in found]
 
+    def detect_normalized(self, raw: Any, num_images: int) -> list[Boxes]:
+        """What :meth:`detect` gives, boxes in fractions of each image's width and height."""
+        found = self.detect(raw, [self.decoded_size] * num_images)
+        height, width = self.decoded_size
+        return [row._replace(boxes=row.boxes / row.boxes.new_tensor([width, height, width, height])) for row in found]
+
     def _checked(self, row: Any) -> Boxes:
         if isinstance(row, Mapping):
             row = [row.get(name) for name in Boxes._fields]
@@ -191,7 +223,8 @@ class Detector(nn.Module):
             found = self.candidates(raw)
             losses = [set_prediction_loss(found.boxes, found.scores, *_columns(targets))]
         else:
-            losses, rows = [], self.detect(raw, [(1.0, 1.0)] * len(targets))
+            losses, rows = [], self.detect_normalized(raw, len(targets))
+            self._check_faint(raw, rows, targets)
             if _has_no_way_back(raw, rows):
                 raise UserError(
                     f"got boxes without a gradient from the decode() of {type(self).__name__}",
@@ -206,6 +239,20 @@ class Detector(nn.Module):
                 losses.append(set_prediction_loss(row.boxes[None], scores[None], *_columns([wanted])))
         return torch.cat(losses).mean()
 
+    def _check_faint(self, raw: Any, rows: Sequence[Boxes], targets: Sequence[Boxes]) -> None:
+        """Where nothing is decoded, no box can be pulled: said once, a UserError if it is so in all images."""
+        found = [len(row.scores) > 0 for row, wanted in zip(rows, targets, strict=True) if len(wanted.labels)]
+        if all(found) or not _wants_gradient(raw):
+            return
+        name, do = type(self).__name__, "lower the threshold in decode, or write loss(raw, targets) or candidates(raw)"
+        if not any(found):
+            raise UserError(
+                f"got no box at all from the decode() of {name}, so that nothing can be pulled to the wanted ones",
+                f"faint boxes too, down to a score of {self.least_score}",
+                do,
+            )
+        _say_once(f"{name}: decode() finds nothing in some images, where nothing is pulled to the wanted boxes; {do}")
+
     def suppress(self, boxes: Tensor, scores: Tensor, image_size: tuple[float, float]) -> Boxes:
         """The best of ``boxes`` [A, 4] (or [A, K, 4], one a class) in fractions, ``scores`` [A, K], of one image."""
         best, places = scores.flatten().topk(min(MOST_BEFORE_SUPPRESSION, scores.numel()))
@@ -215,10 +262,50 @@ class Detector(nn.Module):
         height, width = image_size
         limits = boxes.new_tensor([width, height, width, height])
         chosen = (boxes[row] if boxes.dim() == 2 else boxes[row, labels]).clamp(0, 1) * limits
-        there = area(chosen) > 0
-        chosen, best, labels = chosen[there], best[there], labels[there]
+        chosen, best, labels = Boxes(chosen, best, labels).with_area()
         order = batched_nms(chosen.detach().float(), best.detach().float(), labels, self.overlap)[: self.most]
         return Boxes(chosen[order], best[order], labels[order])
+
+
+def named_unused(names: Sequence[str] | Mapping[int, str]) -> tuple[int, ...]:
+    """The labels whose names are "N/A": what torchvision and transformers call the gaps between COCO's category ids."""
+    pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+    return tuple(label for label, name in pairs if name == "N/A")
+
+
+def adapter_record(network: nn.Module) -> dict[str, Any]:
+    """What decides a network's outputs beside its weights: of a :class:`Detector` its adapter, of others nothing.
+
+    Returns:
+        ``{"adapter": {"name": ..., "sha256": ...}}``: the class, and a hash of the files that it and the classes it
+        derives from are written in. Adapters that come with dfq have no hash: their version says what they are.
+    """
+    if not isinstance(network, Detector):
+        return {}
+    kind = type(network)
+    record = {"name": f"{kind.__module__}.{kind.__qualname__}"}
+    brought = ("dfq", "torch", "builtins")
+    written = [_source(k) for k in kind.__mro__ if k.__module__.partition(".")[0] not in brought]
+    if written:
+        record["sha256"] = hashlib.sha256(b"\0".join(dict.fromkeys(written))).hexdigest()
+    return {"adapter": record}
+
+
+@cache  # as it was when the class was first seen: the file may be edited while a run goes on with the old class
+def _source(kind: type) -> bytes:
+    """The file that ``kind`` is written in; where there is none, as in a notebook, the class's functions alone."""
+    try:
+        return Path(inspect.getfile(kind)).read_bytes()
+    except (TypeError, OSError):
+        return b"\0".join(_text(f).encode() for f in vars(kind).values() if isinstance(f, FunctionType))
+
+
+def _text(function: FunctionType) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # typed into an interpreter
+        code = function.__code__
+        return repr((code.co_code, code.co_names, [value for value in code.co_consts if not inspect.iscode(value)]))
 
 
 def _columns(targets: Sequence[Boxes]) -> tuple[list[Tensor], list[Tensor]]:
@@ -227,6 +314,16 @@ def _columns(targets: Sequence[Boxes]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _has_no_way_back(raw: Any, rows: Sequence[Boxes]) -> bool:
     """Whether ``raw`` wants a gradient and boxes that were decoded from it have none."""
-    wants = torch.is_grad_enabled() and any(values.requires_grad for values in tensors_in(raw))
     found = [row for row in rows if len(row.scores)]
-    return wants and bool(found) and not any(part.requires_grad for row in found for part in (row.boxes, row.scores))
+    parts = [part for row in found for part in (row.boxes, row.scores)]
+    return _wants_gradient(raw) and bool(found) and not any(part.requires_grad for part in parts)
+
+
+def _wants_gradient(raw: Any) -> bool:
+    return torch.is_grad_enabled() and any(values.requires_grad for values in tensors_in(raw))
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A loss is asked for in every step."""
+    say(text)

@@ -46,7 +46,18 @@ def as_torchvision(targets: Sequence[Boxes]) -> list[dict[str, Tensor]]:
     return [{"boxes": wanted.boxes, "labels": wanted.labels} for wanted in targets]
 
 
-class OneStage(Detector):
+class Suppressing(Detector):
+    """Suppresses doubles as its network does, unless a derived class says otherwise."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        settings: Any = getattr(network, "roi_heads", network)  # of two stages the second one's
+        for name, value in (("overlap", settings.nms_thresh), ("most", settings.detections_per_img)):
+            if getattr(type(self), name) == getattr(Detector, name):
+                setattr(self, name, value)
+
+
+class OneStage(Suppressing):
     """One head for all anchors. Raw: what it gives, and ``anchors`` [N, A, 4] in fractions of the image."""
 
     def raw(self, images: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import box_convert
 
-from dfq.detectors._base import Candidates, Detector
+from dfq.detectors._base import Candidates, Detector, named_unused
 from dfq.hooks import Choice, op_name
 
 SOFTMAX: tuple[str, ...] = (
@@ -42,7 +42,7 @@ class Adapter(Detector):
     """Raw: ``logits`` [N, Q, K] and ``pred_boxes`` [N, Q, 4], center and size in fractions of the image."""
 
     fits: ClassVar[tuple[str, ...]] = tuple(map(_class_of, (*SOFTMAX, *SIGMOID, *CHOSEN)))
-    overlap: ClassVar[float] = 0.9  # queries do not repeat each other; only copies go
+    overlap: float = 0.9  # queries do not repeat each other; only copies go
 
     def __init__(self, network: nn.Module):
         super().__init__(network)
@@ -50,6 +50,7 @@ class Adapter(Detector):
         self.exclusive = _is_of(network, SOFTMAX)
         self.chooses = _is_of(network, CHOSEN) or getattr(config, "two_stage", False)
         self.chosen = Choice()
+        self.unused_labels = named_unused(getattr(config, "id2label", None) or {})
 
     def raw(self, images: Tensor) -> dict[str, Tensor]:
         # Not while it is traced: torch.export does not follow a mode.

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
-from dfq.detectors._base import Boxes, Candidates, Detector
-from dfq.detectors._torchvision import anchors_of, decoded, features_of, image_list, unit
+from dfq.detectors._base import Boxes, Candidates
+from dfq.detectors._torchvision import Suppressing, anchors_of, decoded, features_of, image_list, unit
 from dfq.hooks import Choice
 from dfq.losses.set_prediction import set_prediction_loss
 
-NUM_PROPOSALS = 100  # an image; fewer are filled up with the whole image
+NUM_PROPOSALS = 100  # an image, where torchvision takes 1,000; fewer are filled up with the whole image
 
 
-class Adapter(Detector):
+class Adapter(Suppressing):
     """Raw: ``objectness`` [N, A], ``deltas`` and ``anchors`` [N, A, 4], ``proposals`` [N, P, 4], ``class_logits``
     [N, P, K] with class 0 for nothing, ``box_deltas`` [N, P, 4 K].
     """

@@ -23,7 +23,7 @@ class Adapter(Detector):
     """Raw: ``boxes`` [N, A, 4], center and size in fractions of the image, and ``class_logits`` [N, A, K]."""
 
     fits: ClassVar[tuple[str, ...]] = ("ultralytics.nn.tasks.DetectionModel",)
-    overlap: ClassVar[float] = 0.7  # as the package suppresses
+    overlap: float = 0.7  # as the package suppresses
 
     def raw(self, images: Tensor) -> dict[str, Tensor]:
         found = self.network(images)

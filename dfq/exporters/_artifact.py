@@ -260,10 +260,12 @@ def boxes_of(student: Student, example: Tensor) -> BoxesOf | None:
         return None
     raw = student(example)
     names = list(raw) if isinstance(raw, Mapping) else None
+    height, width = example.shape[-2:]
 
     def found(outputs: list[Tensor]) -> list[Boxes]:
         there = [output.to(student.device) for output in outputs]
         again = there[0] if names is None else dict(zip(names, there, strict=True))
-        return [Boxes(*(part.cpu() for part in row)) for row in detector.detect(again, [(1.0, 1.0)] * len(outputs[0]))]
+        rows = detector.detect(again, [(height, width)] * len(outputs[0]))
+        return [Boxes(*(part.cpu() for part in row)) for row in rows]
 
     return found

@@ -24,7 +24,6 @@ from dfq.lightning.freezing import FrozenChannels
 from dfq.lightning.packages import for_all_packages, settle
 from dfq.lightning.settings import DistillationSettings
 from dfq.lightning.sharding import average_gradients, is_sharded, local_part, shard
-from dfq.losses._box_overlap import area
 from dfq.losses.balance import balanced_sum
 from dfq.losses.cosine_features import cosine_distance
 from dfq.losses.dampening import dampening_loss
@@ -117,7 +116,8 @@ class DistillationModule(LightningModule):
         spec = teacher.input_spec
         self.limits = spec.limits(teacher.device) if isinstance(spec, InputSpec) else None
         self.finds_boxes = hasattr(self.task, "distillation_terms")
-        self.terms = _terms(s, bool(self.features), self.finds_boxes, teacher.task == "language_modeling")
+        is_text = teacher.task == "language_modeling"
+        self.terms = _terms(s, bool(self.features), self.task if self.finds_boxes else None, is_text)
         if student.surgery.rotated:
             self._check_rotated()
         self.cuts = self._places_before_layers() if s.intervention or s.blocks_first else []
@@ -436,8 +436,7 @@ class DistillationModule(LightningModule):
         found = []
         for boxes, labels, scores in zip(rows, batch["labels"], batch["scores"], strict=True):
             boxes = boxes / boxes.new_tensor([width, height, width, height])
-            inside = area(boxes) > 0
-            found.append(Boxes(boxes[inside], scores[inside], labels[inside]))
+            found.append(Boxes(boxes, scores, labels).with_area())
         return found
 
     def _loss(self, name: str, seen: _Seen) -> Tensor:
@@ -653,9 +652,10 @@ BOXES = ("box", "task")
 
 
 def _terms(
-    settings: DistillationSettings, has_features: bool, finds_boxes: bool = False, is_text: bool = False
+    settings: DistillationSettings, has_features: bool, detection: Any = None, is_text: bool = False
 ) -> dict[str, float]:
-    """Name → weight of each loss that counts."""
+    """Name → weight of each loss that counts; ``detection``: the task of a detector, None for other networks."""
+    finds_boxes = detection is not None
     names = ("kl", *(BOXES if finds_boxes else LOGITS), "feature", *(() if settings.loss is None else ("loss",)))
     if settings.loss is not None and not callable(settings.loss):
         raise UserError(f"got algorithm.loss={settings.loss!r}", "{_target_: package.module.Class} with a __call__")
@@ -669,6 +669,13 @@ def _terms(
             f"got algorithm.{name}={getattr(settings, name)} and a detector",
             "algorithm.kl_weight, algorithm.box_weight, algorithm.task_weight (without mixup) and "
             "algorithm.feature_weight for detectors",
+        )
+    no_places = detection is not None and not detection.compares_boxes
+    if no_places and weights.pop("box") not in (0, DistillationSettings.box_weight):  # the default is nobody's wish
+        raise UserError(
+            f"got algorithm.box_weight={settings.box_weight} and the adapter {type(detection.detector).__name__}, "
+            "whose raw outputs alone are compared",
+            "algorithm.box_weight=0, or an adapter with candidates(raw)",
         )
     found = {name: weight for name, weight in weights.items() if weight and (has_features or name != "feature")}
     if not found:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from dfq.settings import resolve
-from dfq.teacher import Teacher
+from dfq.teacher import InputSpec, Teacher
 
 
 def task_of(teacher: Teacher) -> Any:
     """What ``teacher``'s outputs mean."""
     task = resolve("task", teacher.task)
-    return task.of(teacher.module) if hasattr(task, "of") else task
+    if not hasattr(task, "of"):
+        return task
+    spec = teacher.input_spec
+    return task.of(teacher.module, spec.size[1:] if isinstance(spec, InputSpec) else None)

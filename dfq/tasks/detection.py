@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
 from dfq.detectors._base import Boxes, Candidates, Detector
 from dfq.errors import UserError
@@ -33,14 +34,23 @@ class Detection:
     most_bytes: ClassVar[int] = 2**22  # of raw outputs a sample in a dataset; larger ones are made again when needed
     detector: Any = None  # reads raw outputs; a student's are read by its teacher's
 
-    def of(self, module: nn.Module) -> Detection:
-        """The task for the outputs of ``module``."""
+    def of(self, module: nn.Module, input_size: tuple[float, float] | None = None) -> Detection:
+        """The task for the outputs of ``module``, which takes images of ``input_size`` (height, width)."""
         if not isinstance(module, Detector):
             raise UserError(
                 f"got a {type(module).__name__} for task=detection",
                 "a network behind an adapter, a class derived from dfq.Detector",
                 "give teacher.adapter=package.module:Adapter",
             )
+        known = module.num_classes
+        if not module.has_candidates and not (isinstance(known, int) and known > 0):
+            raise UserError(
+                f"got num_classes={known} of the adapter {type(module).__name__}, which has no candidates",
+                "num_classes = the number of labels that decode gives, a whole number >= 1",
+                "write it in the class, or candidates(raw), which says it",
+            )
+        if input_size is not None:
+            module.decoded_size = input_size
         return replace(self, detector=module)
 
     def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Any:
@@ -60,19 +70,14 @@ class Detection:
         """Classes, that of no object among them."""
         if self.detector.has_candidates:
             return self.detector.candidates(outputs).num_classes
-        known = getattr(self.detector, "num_classes", None)
-        if not isinstance(known, int):
-            raise UserError(
-                f"got an adapter {type(self.detector).__name__} that does not say how many classes there are",
-                "an adapter with candidates(raw), or with num_classes",
-            )
-        return known
+        return self.detector.num_classes
 
     def labels(self, outputs: Any) -> list[int]:
         """The labels that objects can have."""
         background = self.detector.candidates(outputs).background if self.detector.has_candidates else None
         count = self.num_outputs(outputs)
-        return [label for label in range(count) if background is None or label != background % count]
+        others = {*self.detector.unused_labels} | (set() if background is None else {background % count})
+        return [label for label in range(count) if label not in others]
 
     # -- what images are made of -------------------------------------------------------------------------------------
 
@@ -88,14 +93,27 @@ class Detection:
     def detections(self, outputs: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
         """What is found in each image, best first, without a gradient."""
         with torch.no_grad():
-            return [Boxes(*(part.detach() for part in found)) for found in self.detector.detect(outputs, image_sizes)]
+            return _detached(self.detector.detect(outputs, image_sizes))
+
+    def normalized_detections(self, outputs: Any) -> list[Boxes]:
+        """The same with boxes in fractions of each image's width and height."""
+        with torch.no_grad():
+            return _detached(self.detector.detect_normalized(outputs, _num_images(outputs)))
 
     def annotate(self, outputs: Any, image_size: tuple[int, int]) -> dict[str, list[Tensor]]:
-        """Labels of images by what was found in them: boxes in pixels, labels, scores, one of each an image."""
-        count = len(next(iter(outputs.values())) if isinstance(outputs, Mapping) else outputs)
-        found = self.detections(outputs, [image_size] * count)
+        """Labels of images by what was found in them: boxes in pixels, labels, scores, one of each an image.
+
+        Boxes are cut off at the image's edges, as annotations are.
+        """
+        found = self.detections(outputs, [image_size] * _num_images(outputs))
         sure = [Boxes(*(part[row.scores >= self.least_score] for part in row)) for row in found]
+        sure = [row._replace(boxes=clip_boxes_to_image(row.boxes, image_size)).with_area() for row in sure]
         return {name: [getattr(row, name).cpu() for row in sure] for name in ("boxes", "labels", "scores")}
+
+    @property
+    def compares_boxes(self) -> bool:
+        """Whether boxes of student and teacher are compared place by place: only candidates tell places."""
+        return self.detector.has_candidates
 
     # -- student beside teacher --------------------------------------------------------------------------------------
 
@@ -104,9 +122,15 @@ class Detection:
 
         An adapter without candidates has ``kl`` alone, the relative error of its raw tensors.
         """
-        if not self.detector.has_candidates:
+        if not self.compares_boxes:
             pairs = [(student[name], teacher[name]) for name in teacher] if isinstance(teacher, Mapping) else None
             errors = [relative_mse(s, t) for s, t in pairs or [(student, teacher)] if t.is_floating_point()]
+            if not errors:
+                raise UserError(
+                    f"got integers alone from the raw() of {type(self.detector).__name__}, which has no candidates",
+                    "a tensor in floating point among them, by which student and teacher are compared",
+                    "let raw(images) give what the network computes, and decode make integers of it",
+                )
             return {"kl": torch.stack(errors).mean(), "box": torch.zeros((), device=errors[0].device)}
         terms: dict[str, list[Tensor]] = {"kl": [], "box": []}
         stages = zip(self.detector.stages(student), self.detector.stages(teacher), strict=True)
@@ -126,10 +150,9 @@ class Detection:
 
         1 where both find the same, 0 where nothing is found by both; images in which neither finds anything agree.
         """
-        count = len(next(iter(teacher.values())) if isinstance(teacher, Mapping) else teacher)
-        sizes = [(1.0, 1.0)] * count
         found = []
-        for mine, theirs in zip(self.detections(student, sizes), self.detections(teacher, sizes), strict=True):
+        pairs = zip(self.normalized_detections(student), self.normalized_detections(teacher), strict=True)
+        for mine, theirs in pairs:
             total = float(mine.scores.sum() + theirs.scores.sum())
             found.append(2 * float(shared_score(mine, theirs)) / total if total > 0 else 1.0)
         return torch.tensor(found).mean()
@@ -147,6 +170,14 @@ class Detection:
     def metrics(self, num_classes: int) -> BoxMetrics:
         """map and map_50, as fractions."""
         return BoxMetrics(self)
+
+
+def _num_images(outputs: Any) -> int:
+    return len(next(iter(outputs.values())) if isinstance(outputs, Mapping) else outputs)
+
+
+def _detached(rows: Sequence[Boxes]) -> list[Boxes]:
+    return [Boxes(*(part.detach() for part in row)) for row in rows]
 
 
 def _no_classes() -> UserError:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dfq import detectors
-from dfq.detectors._base import Detector
+from dfq.detectors._base import Detector, adapter_record
 from dfq.errors import UserError
 from dfq.teachers._import import import_named
 
@@ -19,8 +19,12 @@ STATISTICS = {"weight", "bias", "running_mean", "running_var"}
 
 def as_detector(network: nn.Module, adapter: str | type[Detector] | None = None) -> Detector:
     """``network`` behind an adapter: ``package.module:Adapter``, the class itself, or None for its family's own."""
-    if isinstance(network, Detector):
-        return network
+    detector = network if isinstance(network, Detector) else _adapted(network, adapter)
+    adapter_record(detector)  # reads the adapter's file now, while it is the one that was imported
+    return detector
+
+
+def _adapted(network: nn.Module, adapter: str | type[Detector] | None) -> Detector:
     if isinstance(adapter, str):
         kind = import_named("teacher.adapter", adapter, "package.module:Adapter of your own")
     else:

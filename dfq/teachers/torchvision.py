@@ -73,7 +73,8 @@ def load(
     if checkpoint is not None and weights is not False:
         load_checkpoint(module, Path(checkpoint))
     if finds_boxes:
-        return _detector(module, name, adapter, input_size, mean, std)
+        names = [] if entry is None else entry.meta["categories"]
+        return _detector(module, name, adapter, input_size, mean, std, names)
     if adapter is not None:
         raise UserError(f"got teacher.adapter={adapter} and teacher.name={name}, a classifier", "a detector")
     own = entry.transforms() if entry is not None else None
@@ -91,10 +92,14 @@ def _detector(
     input_size: Sequence[int] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
+    names: Sequence[str],
 ) -> Teacher:
+    from dfq.detectors._base import named_unused
     from dfq.teachers._detector import as_detector
 
     inside = module.transform  # what torchvision would do to images
     size = tuple(input_size or (3, *(inside.fixed_size or (640, 640))[::-1]))
     spec = InputSpec(size, tuple(mean or inside.image_mean), tuple(std or inside.image_std))
-    return Teacher(as_detector(module, adapter), "detection", spec, name=name)
+    detector = as_detector(module, adapter)
+    detector.unused_labels = detector.unused_labels or named_unused(names)
+    return Teacher(detector, "detection", spec, name=name)

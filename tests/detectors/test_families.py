@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import settle
-from tiny_detectors import CLASSES, FAMILIES, family_teacher
+from tiny_detectors import CLASSES, FAMILIES, family_teacher, transformers_teacher
 
 from dfq.detectors._base import Boxes
 from dfq.hooks import given_choices, kept_choices
+from dfq.settings import resolve
 from dfq.tasks._task import task_of
-from dfq.teacher import InputSpec, Teacher
-from dfq.teachers._detector import as_detector
 
 SIZE = 64
 
@@ -52,6 +51,28 @@ def test_family_of_torchvision(name):
     check(family_teacher(name, SIZE), 0 if two_stages_or_softmax else None)
 
 
+@pytest.mark.parametrize(
+    "name, overlap, most",
+    [("retinanet", 0.5, 300), ("fcos", 0.6, 100), ("ssd", 0.55, 300), ("faster_rcnn", 0.5, 100)],
+)
+def test_doubles_are_suppressed_as_the_network_says(name, overlap, most):
+    detector = family_teacher(name, SIZE).module
+    assert (detector.overlap, detector.most) == (overlap, most)
+    kind = type(detector)
+    assert type("Own", (kind,), {"overlap": 0.3})(detector.network).overlap == 0.3, "an adapter has the last word"
+    side = torch.linspace(0.2, 0.8, most + 20)[:, None]  # a place of its own for each
+    rows = torch.cat([side, side, side + 1e-3, side + 1e-3], 1)
+    found = detector.suppress(rows, torch.full((len(rows), 1), 0.5), (1.0, 1.0))
+    assert len(found.scores) == most
+    apart = (1 - overlap) / (1 + overlap)  # by which two boxes of side 1 overlap just so much
+    pair = torch.tensor([[0.0, 0, 0.5, 0.5]] * 2)
+    kept = []
+    for shift in (0.49 * apart, 0.51 * apart):
+        pair[1, [0, 2]] = torch.tensor([shift, 0.5 + shift])
+        kept.append(len(detector.suppress(pair, torch.tensor([[0.5], [0.4]]), (1.0, 1.0)).scores))
+    assert kept == [1, 2]
+
+
 def test_retinanet_finds_what_torchvision_finds():
     """The whole way, resizing and normalization apart: the network's own forward is given the very same pixels."""
     teacher = family_teacher("retinanet", SIZE)
@@ -86,52 +107,65 @@ def test_fcos_matches_fractions_as_torchvision_matches_pixels():
     torch.testing.assert_close(mine, sum(theirs.values()), rtol=1e-4, atol=1e-4)
 
 
-def transformers_teacher(name, derive=False):
-    transformers = pytest.importorskip("transformers")
-    small = {"num_labels": CLASSES}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if name == "yolos":
-            config = transformers.YolosConfig(
-                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                image_size=[SIZE, SIZE], patch_size=16, num_detection_tokens=5, **small,
-            )  # fmt: skip
-            network = transformers.YolosForObjectDetection(config)
-        elif name == "rt_detr":
-            backbone = transformers.RTDetrResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-                out_features=["stage2", "stage3", "stage4"],
-            )  # fmt: skip
-            config = transformers.RTDetrConfig(
-                backbone_config=backbone, backbone=None, use_timm_backbone=False, use_pretrained_backbone=False,
-                encoder_hidden_dim=16, encoder_in_channels=[16, 16, 16], encoder_ffn_dim=16, d_model=16,
-                encoder_attention_heads=2, decoder_in_channels=[16, 16, 16], decoder_ffn_dim=16, decoder_layers=1,
-                decoder_attention_heads=2, num_queries=7, num_denoising=0, anchor_image_size=None, **small,
-            )  # fmt: skip
-            network = transformers.RTDetrForObjectDetection(config)
-        else:
-            backbone = transformers.ResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
-                out_features=["stage4"],
-            )  # fmt: skip
-            config = transformers.DetrConfig(
-                use_timm_backbone=False, backbone=None, backbone_config=backbone, use_pretrained_backbone=False,
-                num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
-                encoder_attention_heads=2, decoder_attention_heads=2, **small,
-            )  # fmt: skip
-            network = transformers.DetrForObjectDetection(config)
-        if derive:
-            network.__class__ = type("Mine", (type(network),), {})
-    spec = InputSpec((3, SIZE, SIZE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Teacher(as_detector(network.eval()), "detection", spec, name=name)
-
-
 @pytest.mark.parametrize("derive", [False, True])
-@pytest.mark.parametrize("name", ["yolos", "detr"])
+@pytest.mark.parametrize("name", ["yolos", "detr", "table_transformer"])
 def test_family_of_transformers(name, derive):
     """Or of a class derived from it."""
     outputs = check(transformers_teacher(name, derive), CLASSES)
     assert outputs["logits"].shape == (2, 5, CLASSES + 1) and outputs["pred_boxes"].shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("name", ["conditional_detr", "deformable_detr"])
+def test_families_of_sigmoids(name):
+    outputs = check(teacher := transformers_teacher(name), None)
+    assert outputs["logits"].shape == (2, 5, CLASSES) and outputs["pred_boxes"].shape == (2, 5, 4)
+    found = teacher.module.candidates(outputs)
+    assert not found.exclusive and found.are_fixed
+
+
+def test_deformable_detr_of_two_stages_chooses_its_queries():
+    settings = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 6}
+    teacher = transformers_teacher("deformable_detr", **settings)
+    check(teacher, None)
+    assert_chosen(teacher, 6)
+
+
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine"])
+def test_later_families_that_choose(name):
+    teacher = transformers_teacher(name)
+    settle(teacher.module, teacher.input_spec.size, num_samples=8)
+    check(teacher, None)
+    assert_chosen(teacher, 7)
+
+
+def assert_chosen(teacher, count):
+    """Queries are the best ``count`` places of each image, and given others they are those."""
+    images = teacher.example(3)
+    with torch.no_grad():
+        with kept_choices(teacher.module) as chosen:
+            wanted = teacher(images)
+        assert [places.shape for places in chosen.values()] == [(3, count)]
+        with given_choices(teacher.module, {name: places.flip(1) for name, places in chosen.items()}):
+            other = teacher(images)
+    assert not teacher.module.candidates(wanted).are_fixed
+    torch.testing.assert_close(other["pred_boxes"], wanted["pred_boxes"].flip(1), atol=1e-4, rtol=1e-4)
+
+
+def test_labels_without_a_name_are_no_objects(monkeypatch):
+    """COCO's ids have gaps, for which its networks have outputs that nothing was ever trained for."""
+    from torchvision import models
+
+    get_model = models.get_model  # no test downloads weights
+    monkeypatch.setattr(models, "get_model", lambda name, weights, **options: get_model(name, **options))
+    teacher = resolve("teacher", "torchvision", name="ssdlite320_mobilenet_v3_large", weights="DEFAULT")
+    outputs = teacher(teacher.example(1))
+    labels = task_of(teacher).labels(outputs)
+    assert task_of(teacher).num_outputs(outputs) == 91 and len(labels) == 80
+    assert {0, 12, 26, 83}.isdisjoint(labels) and {1, 11, 13, 90} <= set(labels)
+
+    names = {0: "N/A", 1: "person", 2: "N/A", 3: "car"}
+    teacher = transformers_teacher("detr", id2label=names)
+    assert task_of(teacher).labels(teacher(teacher.example(1))) == [1, 3]
 
 
 @pytest.mark.parametrize("derive", [False, True])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_detectors import Cells, DecodeOnly, cell_teacher, family_teacher
+from tiny_detectors import Cells, DecodeOnly, cell_teacher, family_teacher, transformers_teacher
 
 from dfq.calibration import calibrate
 from dfq.errors import UserError
@@ -55,6 +55,23 @@ def test_raw_outputs_of_families_keep_their_names(name, tmp_path):
         assert outputs[key].shape == values.shape
         assert (outputs[key] - values).norm() < 0.02 * values.norm() + 1e-6, key
     assert made["parity"]["relative_error"] < 0.02 and made["parity"]["num_integer_initializers"] > 0
+
+
+@pytest.mark.parametrize("decode", [pytest.param(False, marks=pytest.mark.slow), True])  # 20 seconds each
+def test_a_transformer_that_finds_boxes_as_a_file(decode, tmp_path):
+    teacher = transformers_teacher("detr", size=32)
+    student, images = quantized(teacher)
+    made = OnnxQDQ(latency=False, decode=decode).export(student, tmp_path / "a.onnx", teacher, images)
+    outputs = found_by(tmp_path / "a.onnx", student, images)
+    if decode:
+        assert set(outputs) == {"boxes", "scores", "labels", "image"} and len(outputs["boxes"]) > 0
+        assert made["parity"]["box_agreement"] > 0.95
+        return
+    assert set(outputs) == {"logits", "pred_boxes"} and made["parity"]["relative_error"] < 0.02
+    with torch.no_grad():
+        wanted = student(images)
+    for key, values in wanted.items():
+        assert (outputs[key] - values).norm() < 0.02 * values.norm(), key
 
 
 def test_what_chooses_proposals_as_it_runs_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NETS, as_teacher
-from tiny_detectors import CLASSES, SPEC, DecodeOnly, cell_teacher
+from tiny_detectors import CLASSES, SPEC, DecodeOnly, cell_teacher, family_teacher
 
 from dfq.detectors._base import Boxes
 from dfq.errors import UserError
@@ -153,6 +153,29 @@ def test_boxes_are_shown_where_their_objects_are():
     assert len(seen) > 8
     same, rows = moved(images, wanted, False, 0, batch_rng(0, 0))
     assert torch.equal(same, images) and torch.equal(rows[0].boxes, wanted[0].boxes)
+
+
+def test_boxes_that_are_moved_out_of_the_image_are_left_out():
+    """A box of no width has an infinite loss in detectors that match the logarithm of sides."""
+    images, thin = torch.rand(2, 3, 32, 32), [0.0, 0.2, 2 / 32, 0.9, 0, 1]  # two pixels wide, at the left edge
+    wanted, lost = [boxes(thin, [0.2, 0.2, 0.8, 0.8, 0, 2]), boxes(thin)], 0
+    teacher = family_teacher("retinanet")
+    for seed in range(24):
+        shown, rows = moved(images, wanted, False, 4, batch_rng(seed, 0))
+        assert all((area(row.boxes) > 0).all() for row in rows) and rows[0].labels.tolist()[-1] == 2
+        assert [len(part) for part in rows[1]] == [len(rows[1].boxes)] * 3
+        if not len(rows[1].boxes) and not lost:
+            assert torch.isfinite(task_of(teacher).synthesis_loss(teacher(shown), rows))
+        lost += not len(rows[1].boxes)
+    assert 0 < lost < 24
+
+
+def test_what_is_added_is_cut_off_at_the_edges():
+    wanted = [boxes([0.4, 0.4, 0.6, 0.6, 0, 0])]
+    found = [boxes([-0.3, 0.1, 0.2, 1.2, 0.9, 1], [0.97, 0.0, 1.8, 0.1, 0.8, 2])]
+    (row,) = relabel(wanted, found, 0.0, 0.5, 4, 9)
+    assert row.labels.tolist() == [1], "less than a hundredth of the image is left of the other"
+    torch.testing.assert_close(row.boxes, torch.tensor([[0.0, 0.1, 0.2, 1.0]]))
 
 
 def test_labels_are_compared_in_the_second_half():

@@ -13,7 +13,7 @@ from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, cells
 from torch import nn
 
 import dfq
-from dfq.detectors._base import Boxes, Candidates, Detector
+from dfq.detectors._base import Boxes, Candidates, Detector, _say_once
 from dfq.errors import UserError
 from dfq.evaluation import Coco, measure
 from dfq.losses._box_overlap import iou
@@ -156,6 +156,20 @@ def test_a_network_without_adapter_and_strange_outputs_are_told():
         task_of(teacher).synthesis_targets(4, 4, torch.Generator(), 0.0)
 
 
+@pytest.mark.parametrize("known", [None, 0, "four"])
+def test_an_adapter_that_only_decodes_says_how_many_classes_there_are(known):
+    Unsaid = type("Unsaid", (DecodeOnly,), {"num_classes": known})
+    with pytest.raises(UserError) as error:
+        task_of(cell_teacher(Unsaid))
+    assert str(error.value) == (
+        f"got num_classes={known} of the adapter Unsaid, which has no candidates; allowed: num_classes = the number of "
+        "labels that decode gives, a whole number >= 1; write it in the class, or candidates(raw), which says it"
+    )
+    assert Detector.num_classes is None and Cells.num_classes is None
+    teacher = cell_teacher()  # whose candidates say it
+    assert task_of(teacher).num_outputs(teacher(teacher.example(1))) == CLASSES
+
+
 def decoding(change):
     """An adapter whose decode gives what ``change`` makes of boxes, scores and labels."""
 
@@ -216,6 +230,89 @@ def test_a_loss_of_boxes_without_a_gradient_is_told():
     assert torch.isfinite(task_of(teacher).synthesis_loss(teacher(images), targets)), "where none is wanted"
     with pytest.raises(UserError, match=r"got boxes without a gradient from the decode\(\) of Changed; allowed"):
         task_of(teacher).synthesis_loss(teacher(images.requires_grad_()), targets)
+
+
+class Pixels(DecodeOnly):
+    """Leaves out boxes of less than a pixel, and clamps to the last one, as decodes of one's own do."""
+
+    def decode(self, raw, image_sizes):
+        rows = []
+        for (boxes, scores, labels), (height, width) in zip(super().decode(raw, image_sizes), image_sizes, strict=True):
+            last = boxes.new_tensor([width - 1, height - 1] * 2)
+            boxes = torch.minimum(boxes.clamp(min=0), last)
+            kept = (boxes[:, 2:] - boxes[:, :2] >= 1).all(-1)
+            rows.append(Boxes(boxes[kept], scores[kept], labels[kept]))
+        return rows
+
+
+def test_a_decode_is_asked_for_pixels_of_the_networks_input():
+    asked = []
+
+    class Watched(Pixels):
+        def decode(self, raw, image_sizes):
+            asked.extend(image_sizes)
+            return super().decode(raw, image_sizes)
+
+    teacher = cell_teacher(Watched)
+    task, images = task_of(teacher), teacher.example(2)
+    outputs = teacher(images)
+    pixels, fractions = task.detections(outputs, [SPEC.size[1:]] * 2), task.normalized_detections(outputs)
+    for mine, theirs in zip(pixels, fractions, strict=True):
+        assert len(mine.boxes) and 0 <= float(theirs.boxes.min()) < float(theirs.boxes.max()) <= 31 / 32
+        torch.testing.assert_close(theirs.boxes * 32, mine.boxes)
+        assert torch.equal(mine.scores, theirs.scores)
+    assert float(task.agreement(outputs, outputs)) == pytest.approx(1)
+    assert torch.isfinite(task.synthesis_loss(outputs, fractions))
+    assert set(asked) == {SPEC.size[1:]}
+
+
+def thresholded(least):
+    def sure(boxes, scores, labels):
+        kept = scores >= least
+        return Boxes(boxes[kept], scores[kept], labels[kept])
+
+    return decoding(sure)
+
+
+def test_a_loss_of_a_decode_that_finds_nothing_is_told(capsys):
+    wanted = Boxes(torch.tensor([[0.1, 0.1, 0.5, 0.6]]), torch.ones(1), torch.tensor([1]))
+    images = cell_teacher().example(4).requires_grad_()
+    teacher = thresholded(1.1)
+    task = task_of(teacher)
+    with pytest.raises(UserError) as error:
+        task.synthesis_loss(teacher(images), [wanted] * 4)
+    assert str(error.value) == (
+        "got no box at all from the decode() of Changed, so that nothing can be pulled to the wanted ones; "
+        "allowed: faint boxes too, down to a score of 0.001; "
+        "lower the threshold in decode, or write loss(raw, targets) or candidates(raw)"
+    )
+    assert torch.isfinite(task.synthesis_loss(teacher(images), [boxes()] * 4)), "none is wanted"
+    assert torch.isfinite(task.synthesis_loss(teacher(images.detach()), [wanted] * 4)), "nothing is pulled"
+    plain = cell_teacher(DecodeOnly)
+    best = [float(row.scores[0]) for row in task_of(plain).normalized_detections(plain(images))]
+    teacher = thresholded(sum(sorted(best)[1:3]) / 2)  # two images have a box
+    _say_once.cache_clear()
+    capsys.readouterr()
+    for _ in range(2):
+        task_of(teacher).synthesis_loss(teacher(images), [wanted] * 4).backward()
+    assert capsys.readouterr().err.count("Changed: decode() finds nothing in some images") == 1
+    assert (images.grad.flatten(1).abs().sum(1) > 0).sum() == 2
+
+
+def test_annotations_lie_inside_their_image():
+    far = torch.tensor([[-8.0, 4.0, 6.0, 40.0], [33.0, 2.0, 40.0, 9.0]])
+    teacher = decoding(lambda b, s, k: Boxes(far, torch.tensor([0.9, 0.8]), torch.tensor([2, 3])))
+    rows = task_of(teacher).annotate(teacher(teacher.example(2)), (32, 32))
+    assert [row.tolist() for row in rows["boxes"]] == [[[0, 4, 6, 32]]] * 2, "the one outside is left out"
+    assert [row.tolist() for row in rows["labels"]] == [[2]] * 2 and len(rows["scores"]) == 2
+
+
+def test_raw_outputs_of_integers_alone_are_told():
+    Integers = type("Integers", (DecodeOnly,), {"raw": lambda self, images: {"labels": images[:, 0].long()}})
+    teacher = cell_teacher(Integers)
+    outputs = teacher(teacher.example(2))
+    with pytest.raises(UserError, match=r"got integers alone from the raw\(\) of Integers, which has no cand"):
+        task_of(teacher).distillation_loss(outputs, outputs)
 
 
 def test_load_teacher_takes_an_adapter(tmp_path, monkeypatch):
