@@ -362,8 +362,25 @@ class LayerwiseRounding(Algorithm):
         raise NotImplementedError
 
     def output_moments(self, work: Work, reference: nn.Module, images: Tensor, layers: list[str]) -> dict[str, Tensor]:
-        """Layer → what errors of its outputs cost together [P, O, O]; those that have none cost all the same."""
+        """Layer → what errors of its outputs cost together [P, O, O]; those that have none cost all the same.
+
+        Asked for as many ``layers`` at once as ``memory_bytes`` have room for, before the first of them is rounded.
+        """
         return {}
+
+    def _within_memory(self, student: Student, names: list[str]) -> Iterator[list[str]]:
+        """``names`` in parts whose output moments fit into ``memory_bytes``, or hold one layer."""
+        part: list[str] = []
+        size = 0
+        for name in names:
+            layer = student.layers[name]
+            needed = 4 * layer.weight.shape[0] ** 2 // getattr(layer, "groups", 1)
+            if part and size + needed > self.memory_bytes:
+                yield part
+                part, size = [], 0
+            part.append(name)
+            size += needed
+        yield part
 
     @torch.no_grad()
     def run(self, work: Work) -> None:
@@ -383,7 +400,8 @@ class LayerwiseRounding(Algorithm):
         parts.sort(key=lambda part: min(first[name] for name in part[1]))
         tell_left(self, student, {name for _, names in parts for name in names})
         rng = torch.Generator().manual_seed(work.seed)
-        outputs = self.output_moments(work, reference, images, [name for _, names in parts for name in names])
+        outputs: dict[str, Tensor] = {}
+        ahead = list(self._within_memory(student, [name for _, names in parts for name in names]))
         captures = Captures(student.module, reference, images, self.batch_size, work_dir, self.memory_bytes)
         with captures, progress_bar(type(self).__name__, len(wanted), "layers") as advance:
             for block, names in parts:
@@ -397,6 +415,8 @@ class LayerwiseRounding(Algorithm):
                 for name in names:
                     if not clock.allows_another():
                         return
+                    if ahead and name == ahead[0][0]:
+                        outputs = self.output_moments(work, reference, images, ahead.pop(0))
                     runs = partial(self._runs, student, reference, captures, captured)
                     self._round(student, reference, runs, name, wanted[name], rng, outputs.pop(name, None))
                     advance(1)

@@ -21,7 +21,10 @@ column. Where a move of all would not be an improvement, those that gain most by
 Differences from the paper: H is that of the student's inputs, with the shared pieces of
 :mod:`dfq.algorithms._hessian` (QEP, biases, convolutions), and not iterated; coordinate descent behind the rounding; no
 incoherence processing (``algorithm=rotation`` goes in front); rows and columns in order of their diagonals; layers on
-which no label depends have G = 1. It takes one backward pass of the whole float network for each sample.
+which no label depends have G = 1.
+
+It takes one backward pass of the whole float network for each sample, and another one whenever moments of the layers
+ahead would not fit into ``memory_bytes``; that changes time, not results.
 """
 
 from __future__ import annotations

@@ -198,6 +198,25 @@ def test_it_keeps_what_a_network_says_better_than_one_sided_rounding(tmp_path):
     assert kl["yaqa"] < 0.9 * kl["gptq"], kl
 
 
+def test_memory_changes_passes_and_no_bit(tmp_path, monkeypatch):
+    teacher, calls = dfq.load_teacher("digits", device="cpu"), []
+    dataset = dfq.generate(teacher, "gaussian", 32, tmp_path / "data")
+
+    def watched(reference, teacher, images, groups, *others):
+        calls.append(list(groups))
+        return output_moments(reference, teacher, images, groups, *others)
+
+    monkeypatch.setattr("dfq.algorithms.yaqa.output_moments", watched)
+    found = []
+    for memory_bytes in (1, 2**31):
+        calls.clear()
+        student = dfq.quantize(teacher, dataset, "w4a4", algorithm="yaqa", memory_bytes=memory_bytes)
+        found.append([layer.weight for layer in student.layers.values()])
+        assert sorted(name for part in calls for name in part) == sorted(student.layers)
+        assert len(calls) == (len(student.layers) if memory_bytes == 1 else 1)
+    assert all(map(torch.equal, *found))
+
+
 def test_a_detector_without_class_logits_is_refused(tmp_path):
     teacher = cell_teacher(DecodeOnly)
     dataset = dfq.generate(teacher, "gaussian", 8, tmp_path / "data")
