@@ -191,7 +191,7 @@ def test_it_keeps_what_a_network_says_better_than_one_sided_rounding(tmp_path):
     x = torch.randn(256, *teacher.input_spec.size, generator=torch.Generator().manual_seed(9))
     scheme, kl = Scheme(TensorScheme(3, False, "per_channel"), FLOAT), {}
     for name in ("gptq", "yaqa"):
-        student = dfq.quantize(teacher, dataset, scheme, algorithm=name)
+        student = dfq.quantize(teacher, dataset, scheme, algorithm=name, num_samples=64)
         with torch.no_grad():
             wanted, mine = teacher(x).log_softmax(-1), student(x).log_softmax(-1)
         kl[name] = float(F.kl_div(mine, wanted, reduction="batchmean", log_target=True))
@@ -210,7 +210,7 @@ def test_memory_changes_passes_and_no_bit(tmp_path, monkeypatch):
     found = []
     for memory_bytes in (1, 2**31):
         calls.clear()
-        student = dfq.quantize(teacher, dataset, "w4a4", algorithm="yaqa", memory_bytes=memory_bytes)
+        student = dfq.quantize(teacher, dataset, "w4a4", algorithm="yaqa", sweeps=0, memory_bytes=memory_bytes)
         found.append([layer.weight for layer in student.layers.values()])
         assert sorted(name for part in calls for name in part) == sorted(student.layers)
         assert len(calls) == (len(student.layers) if memory_bytes == 1 else 1)
