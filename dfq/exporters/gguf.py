@@ -11,7 +11,7 @@ specification, version 3)::
 Nothing is derived from the weights again: codes and scales are the student's, so ``scheme.weight.scale_format=float16``
 makes the file exact; other scales are rounded to float16 here. The offset is -scale * zero point: with such scales
 ``scheme.weight.zero_point=float`` has zero points whose offset is a float16 number, and weights differ by the last bits
-of a float32; of a whole zero point (up to 15 scales) the offset is rounded here, by 0.5 % of the step at most. How far
+of a float32; of a whole zero point (up to 15 scales) the offset is rounded here, by 0.8 % of the step at most. How far
 weights are from the student's is in the description. Groups are multiples of a block, or whole rows. What is not
 quantized is float32. Rows of queries and keys are in the order of llama.cpp's rotary embedding, where it has one of
 its own. The vocabulary is written from ``tokenizer.json`` where the teacher came with one.
