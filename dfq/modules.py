@@ -28,6 +28,7 @@ from dfq.quantization import (
     round_zero_point,
     scale_through,
     to_groups,
+    zero_point_through,
 )
 from dfq.scheme import FLOAT, ROLES, Scheme, TensorScheme
 
@@ -93,15 +94,19 @@ class Quantizer(nn.Module):
         """Take a grid (as many entries as ``self.scale``) and start quantizing."""
         with torch.no_grad():
             self.scale.copy_(round_scale(scale.reshape(self.scale.shape), self.scheme))
-            self.zero_point.copy_(zero_point.reshape(self.zero_point.shape))
+            zero_point = zero_point.reshape(self.zero_point.shape)
+            if self.scheme.has_float_zero_point:
+                zero_point = round_zero_point(zero_point.to(self.scale.dtype), self.scale, self.scheme)
+            self.zero_point.copy_(zero_point)
         self.enabled = True
 
     def freeze(self) -> None:
         """Stop all training: scale and zero point become constants of the format that they are stored in."""
         if self.has_qparams:
             scale, zero_point = round_scale(self.scale.detach(), self.scheme), self.zero_point.detach()
-            if zero_point.is_floating_point() and not self.scheme.has_float_zero_point:
-                zero_point = round_zero_point(zero_point, self.scheme).to(torch.int32)
+            if zero_point.is_floating_point():
+                zero_point = round_zero_point(zero_point, scale, self.scheme)
+                zero_point = zero_point if self.scheme.has_float_zero_point else zero_point.to(torch.int32)
             for name, value in (("scale", scale), ("zero_point", zero_point)):
                 self._parameters.pop(name, None)
                 self.register_buffer(name, value.clone())
@@ -112,9 +117,8 @@ class Quantizer(nn.Module):
             return x
         if self.scheme.dynamic:
             return self._with_the_range_of(x)
-        scale, zero_point = scale_through(self.scale, self.scheme), self.zero_point
-        if zero_point.requires_grad and not self.scheme.has_float_zero_point:
-            zero_point = zero_point + (round_zero_point(zero_point, self.scheme) - zero_point).detach()  # as frozen
+        scale = scale_through(self.scale, self.scheme)
+        zero_point = zero_point_through(self.zero_point, scale, self.scheme)
         if self.scheme.group_size is None:
             return self._fake_quantize(x, scale, zero_point, self.axis)
         assert self.axis is not None

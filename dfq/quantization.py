@@ -88,10 +88,10 @@ def _qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tuple[Te
     tiny = torch.finfo(torch.float32).tiny
     if scheme.has_float_zero_point and scheme.grid == "uniform":
         scale = shifted_scale((maximum - minimum) / scheme.quant_max, minimum, scheme)
-        return scale, -minimum / scale
+        return scale, round_zero_point(-minimum / scale, scale, scheme)
     if scheme.has_float_zero_point:
         scale = shifted_scale((maximum / 2 - minimum / 2) / _largest_level(scheme), maximum / 2 + minimum / 2, scheme)
-        return scale, -(maximum / 2 + minimum / 2) / scale
+        return scale, round_zero_point(-(maximum / 2 + minimum / 2) / scale, scale, scheme)
     low, high = minimum.clamp(max=0), maximum.clamp(min=0)
     if scheme.symmetric or scheme.grid != "uniform":
         scale = (torch.maximum(-low, high) / _largest_level(scheme)).clamp(min=tiny)
@@ -100,15 +100,20 @@ def _qparams(minimum: Tensor, maximum: Tensor, scheme: TensorScheme) -> tuple[Te
     scale = (high / levels - low / levels).clamp(min=tiny)
     if scheme.scale_format != "float32":
         scale = round_scale(scale, scheme)  # the zero point belongs to the scale that will be used
-    return scale, round_zero_point(scheme.quant_min - low / scale, scheme).to(torch.int32)
+    return scale, round_zero_point(scheme.quant_min - low / scale, scale, scheme).to(torch.int32)
 
 
-def round_zero_point(zero_point: Tensor, scheme: TensorScheme) -> Tensor:
+def round_zero_point(zero_point: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
     """The nearest code that may stand for zero; with scales that are powers of two the nearest even one.
 
     Sums of powers of two often end exactly between two codes. Runtimes round before or after they add the zero point,
-    which comes to the same if it is even.
+    which comes to the same if it is even. A float zero point stays as it is, unless scales are float16: then zero_point
+    * scale is such a number too, as GGUF stores it (but for the last bits of a float32).
     """
+    if scheme.has_float_zero_point:
+        if scheme.scale_format != "float16":
+            return zero_point
+        return ((zero_point * scale).clamp(-65504.0, 65504.0).half().to(scale.dtype) / scale).to(zero_point.dtype)
     step = 2 if scheme.scale_format == "e8m0" else 1
     return (torch.round(zero_point / step) * step).clamp(scheme.quant_min, scheme.quant_max // step * step)
 
@@ -378,6 +383,13 @@ def scale_through(scale: Tensor, scheme: TensorScheme) -> Tensor:
     if scheme.scale_format == "float32" or not scale.requires_grad:
         return scale
     return scale + (round_scale(scale.detach(), scheme) - scale).detach()
+
+
+def zero_point_through(zero_point: Tensor, scale: Tensor, scheme: TensorScheme) -> Tensor:
+    """``zero_point``, if it or the scale is trained, as :func:`round_zero_point` will leave it; its own gradient."""
+    if not zero_point.is_floating_point() or not (zero_point.requires_grad or scale.requires_grad):
+        return zero_point
+    return zero_point + (round_zero_point(zero_point.detach(), scale.detach(), scheme) - zero_point).detach()
 
 
 def soft_quantize(

@@ -20,7 +20,8 @@ Policies (the convention has to be named, or two papers cannot be compared):
 Grids (x_hat is what stands for x; s the scale, z the zero point, b the bits):
 
 ``uniform``
-    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed; a float z is added before rounding.
+    x_hat = (q - z) s, q = clamp(round(x / s) + z); symmetric: z = 0, signed; a float z is added before rounding,
+    and z s is a float16 number where s is one (``scale_format``).
 ``ternary``
     x_hat = q s, q in -1, 0, 1 (TWN, 1605.04711); not symmetric: x_hat = q s + shift (TernaryLLM, 2406.07177).
 ``seq``

@@ -94,6 +94,34 @@ def test_students_keep_them(algorithm, make_dataset, tmp_path):
     assert again.scheme.weight.zero_point == "float"
 
 
+@pytest.mark.parametrize("algorithm", ["neuqi", "block_ap", "reconstruction", "e2e_qp", "distillation"])
+def test_with_float16_scales_offsets_are_float16_too(algorithm, make_dataset, tmp_path):
+    """Found or trained, scale * zero_point is a float16 number; weights are what codes and offsets say."""
+    teacher = as_teacher(nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(64), nn.Linear(64, 64), nn.ReLU(),
+                                       nn.Linear(64, 10)))  # fmt: skip
+    scheme = Scheme(TensorScheme(4, False, "per_group", 16, zero_point="float", scale_format="float16"), FLOAT)
+    settings = {
+        "block_ap": {"iterations": 20, "batch_size": 8},
+        "reconstruction": {"iterations": 20},
+        "e2e_qp": {"max_steps": 10, "batch_size": 8, "step_lr": 0.05},
+        "distillation": {"max_steps": 10, "batch_size": 8},
+    }.get(algorithm, {})
+    student = dfq.quantize(
+        teacher, make_dataset(teacher), scheme, algorithm=algorithm, student_dir=tmp_path / "s", **settings
+    )
+    again = dfq.load_student(tmp_path / "s", teacher)
+    for name, layer in student.layers.items():
+        scale, zero_point = layer.weight_quantizer.scale, layer.weight_quantizer.zero_point
+        offset = (scale.double() * zero_point.double()).half().double()
+        assert (zero_point != zero_point.round()).any()
+        torch.testing.assert_close(scale.double() * zero_point.double(), offset, rtol=3e-7, atol=0)
+        codes = student.integer_weight(name).view(len(layer.weight), -1, 16)
+        values = codes * scale.double()[..., None] - offset[..., None]
+        error = (values.flatten(1) - layer.weight).abs() / layer.weight_quantizer.steps_of(layer.weight)
+        assert float(error.max()) < 1e-5
+        assert torch.equal(again.layers[name].weight, layer.weight)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

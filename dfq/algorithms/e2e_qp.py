@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dfq.algorithms._base import Algorithm, Work
 from dfq.losses.token_divergence import Divergence
 from dfq.modules import QuantizedLayer, Quantizer
-from dfq.quantization import dequantize, from_groups, scale_through, to_groups
+from dfq.quantization import dequantize, from_groups, scale_through, to_groups, zero_point_through
 from dfq.settings import NonNegativeFloat, PositiveFloat, PositiveInt, resolve
 from dfq.student import Student
 
@@ -66,7 +66,8 @@ class FixedCodes(Quantizer):
     codes: Tensor  # shaped like the weight, in groups where the grid has them
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = scale_through(self.scale, self.scheme), self.zero_point
+        scale = scale_through(self.scale, self.scheme)
+        zero_point = zero_point_through(self.zero_point, scale, self.scheme)
         if self.scheme.group_size is None:
             return dequantize(self.codes, scale, zero_point, self.scheme, self.axis)
         values = dequantize(self.codes, scale[..., None], zero_point[..., None], self.scheme)

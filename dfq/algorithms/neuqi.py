@@ -85,7 +85,8 @@ class NeUQI(GridSearch):
             return start
         if scheme.has_float_zero_point:
             levels = scheme.quant_max - scheme.quant_min
-            return (real_zero_point(w / scale[:, None].double(), h, levels) + scheme.quant_min).float()
+            real = real_zero_point(w / scale[:, None].double(), h, levels) + scheme.quant_min
+            return round_zero_point(real.float(), scale, scheme)
         low, high = scheme.quant_min, scheme.quant_max
         if high - low < FEW_CODES:
             candidates = [torch.full_like(start, z) for z in range(low, high + 1)]
@@ -93,7 +94,7 @@ class NeUQI(GridSearch):
             real = (high + low) / 2 - (w.amax(1) + w.amin(1)) / 2 / scale.double()
             nearest = torch.round(real).to(start.dtype)
             candidates = [(nearest + d).clamp(low, high) for d in range(-FEW_CODES // 2, FEW_CODES // 2)]
-        candidates = [round_zero_point(candidate, scheme) for candidate in candidates]
+        candidates = [round_zero_point(candidate, scale, scheme) for candidate in candidates]
         errors = torch.stack([_error(w, h, scale, z, scheme) for z in candidates])
         return torch.stack(candidates).gather(0, errors.argmin(0, keepdim=True))[0]
 

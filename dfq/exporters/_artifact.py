@@ -111,7 +111,9 @@ def exact_bits(student: Student) -> dict[str, float]:
         bits["scales"] += quantizer.scale.numel() * SCALE_BITS[scheme.scale_format]
         bits["scales"] += 32 * (scheme.scale_format == "e4m3")  # which are small beside one of the tensor's
         if not scheme.symmetric:
-            bits["zero_points"] += quantizer.scale.numel() * (32 if scheme.has_float_zero_point else scheme.num_bits)
+            of_float = 16 if scheme.scale_format == "float16" else 32  # times the scale, it is one of such too
+            width = of_float if scheme.has_float_zero_point else scheme.num_bits
+            bits["zero_points"] += quantizer.scale.numel() * width
     own = {id(part): part for part in student.module.modules() if isinstance(part, Quantizer)}
     theirs = {id(tensor) for part in own.values() for tensor in part.state_dict(keep_vars=True).values()}
     rest = {id(tensor): tensor for tensor in student.module.state_dict(keep_vars=True).values()}

@@ -79,6 +79,8 @@ def _take_four_bits(graph: Any, codes_name: str, group_size: int | None) -> None
 
         codes [O G, K] ─ DequantizeLinear ─ Reshape [O, I] ─ Transpose ─ MatMul
         codes [I, O] int4 ─ DequantizeLinear(axis=0, block_size=K) ─ MatMul
+
+    The offset of float zero points, [O G, 1], is subtracted behind DequantizeLinear, before and after.
     """
     from onnx import helper, numpy_helper
 
@@ -98,14 +100,18 @@ def _take_four_bits(graph: Any, codes_name: str, group_size: int | None) -> None
     readers = {name: [node for node in graph.node if name in node.input] for name in _outputs(graph)}
     for node in found:
         path = [node]
-        while len(readers[path[-1].output[0]]) == 1 and readers[path[-1].output[0]][0].op_type in (
-            "Reshape",
-            "Transpose",
-        ):
-            path.append(readers[path[-1].output[0]][0])
+        offset = None
+        while len(readers[path[-1].output[0]]) == 1:
+            reader = readers[path[-1].output[0]][0]
+            if len(path) == 1 and reader.op_type == "Sub" and reader.input[1] in tensors:
+                offset = numpy_helper.to_array(tensors[reader.input[1]])
+            elif reader.op_type not in ("Reshape", "Transpose"):
+                break
+            path.append(reader)
         users = readers[path[-1].output[0]]
-        kinds = [inner.op_type for inner in path[1:]]
-        channels = _channels(graph, tensors, path)
+        shaping = [inner for inner in path[1:] if inner.op_type != "Sub"]
+        kinds = [inner.op_type for inner in shaping]
+        channels = _channels(tensors, shaping)
         by_channel = [array.reshape(channels, -1) for array in (codes, scale, zero_point)] if channels else []
         product = users[0] if len(users) == 1 and channels and len(node.output) == 1 else None
         if product is not None and product.op_type == "MatMul" and kinds == ["Reshape", "Transpose"]:
@@ -113,7 +119,7 @@ def _take_four_bits(graph: Any, codes_name: str, group_size: int | None) -> None
         elif product is not None and _is_linear(product, tensors) and kinds == ["Reshape"]:
             arrays, axis, last = [array.T for array in by_channel], 0, path[-1].output[0]
             _gemm_to_matmul(graph, tensors, product)
-        elif channels and kinds[:1] == ["Reshape"]:  # a convolution: [O, I K K] in blocks, then its shape
+        elif channels and kinds[:1] == ["Reshape"] and offset is None:  # a convolution: [O, I K K] in blocks, its shape
             arrays, axis, last = by_channel, 1, node.output[0]
         else:
             continue
@@ -123,22 +129,42 @@ def _take_four_bits(graph: Any, codes_name: str, group_size: int | None) -> None
             _add(graph, numpy_helper.from_array(np.ascontiguousarray(arrays[1]), f"{stem}_scale")),
             _add(graph, _four_bits(f"{stem}_zero_point", arrays[2])),
         ]
-        blocks = helper.make_node("DequantizeLinear", inputs, [last], axis=axis, block_size=group_size)
+        output = last if offset is None else f"{stem}_blocks"
+        new = [helper.make_node("DequantizeLinear", inputs, [output], axis=axis, block_size=group_size)]
+        if offset is not None:
+            new += _subtract(graph, output, offset.reshape(channels, -1).T, group_size, last)
         for old in path if last != node.output[0] else [node]:
             position = list(graph.node).index(old)
             graph.node.remove(old)
-        graph.node.insert(min(position, len(graph.node)), blocks)
+        for added in reversed(new):
+            graph.node.insert(position, added)
+
+
+def _subtract(graph: Any, values: str, offset: np.ndarray, group_size: int, output: str) -> list[Any]:
+    """Nodes that subtract ``offset`` [G, O] from ``values`` [I, O], in groups along I."""
+    from onnx import helper, numpy_helper
+
+    groups, channels = offset.shape
+    arrays = {
+        f"{values}_groups": np.array([groups, group_size, channels]),
+        f"{values}_offset": np.ascontiguousarray(offset[:, None]),
+        f"{values}_whole": np.array([groups * group_size, channels]),
+    }
+    names = [_add(graph, numpy_helper.from_array(array, name)) for name, array in arrays.items()]
+    steps = [values, f"{values}_grouped", f"{values}_shifted", output]
+    kinds = ("Reshape", "Sub", "Reshape")
+    return [helper.make_node(kind, [steps[i], names[i]], [steps[i + 1]]) for i, kind in enumerate(kinds)]
 
 
 def _outputs(graph: Any) -> list[str]:
     return [name for node in graph.node for name in node.output]
 
 
-def _channels(graph: Any, tensors: Mapping[str, Any], path: list[Any]) -> int:
+def _channels(tensors: Mapping[str, Any], shaping: list[Any]) -> int:
     """The number of output channels of a weight: what the Reshape behind its codes has first; 0 if there is none."""
     from onnx import numpy_helper
 
-    shape = tensors.get(path[1].input[1]) if len(path) > 1 and path[1].op_type == "Reshape" else None
+    shape = tensors.get(shaping[0].input[1]) if shaping and shaping[0].op_type == "Reshape" else None
     return 0 if shape is None else int(numpy_helper.to_array(shape)[0])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.hooks import tensors_in
 from dfq.modules import BiasQuantizer, QuantizedLayer, Quantizer
-from dfq.quantization import from_groups, round_to_grid, to_groups
+from dfq.quantization import broadcast, from_groups, round_to_grid, to_groups
 from dfq.scheme import TensorScheme
 from dfq.student import Student
 
@@ -45,12 +45,14 @@ class _IntegerInput(nn.Module):
 class _IntegerWeight(nn.Module):
     """Takes the place of a layer's weight quantizer: holds the codes and gives w_hat, whatever the float weight is.
 
-    Codes of a per-group grid lie as [channels * groups, group size], a scale each.
+    Codes of a per-group grid lie as [channels * groups, group size], a scale each. A float zero point is an offset,
+    zero_point * scale, that is subtracted afterwards: no operation takes codes and such a zero point.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    offset: Tensor | None
 
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, quantizer: Quantizer):
         super().__init__()
@@ -65,6 +67,11 @@ class _IntegerWeight(nn.Module):
         self.grid = (limits.min, limits.max, dtype)
         self.register_buffer("codes", codes.to(dtype))
         self.register_buffer("scale", scale.detach().clone())
+        offset = None
+        if quantizer.scheme.has_float_zero_point:
+            offset = broadcast(zero_point * scale.detach(), codes, self.axis)
+            zero_point = torch.zeros_like(zero_point)
+        self.register_buffer("offset", offset)
         self.register_buffer("zero_point", zero_point.to(dtype))
         if self.axis is None:
             self.qparams = float(self.scale), int(self.zero_point)
@@ -72,8 +79,11 @@ class _IntegerWeight(nn.Module):
     def forward(self, _weight: Tensor) -> Tensor:
         ops = torch.ops.quantized_decomposed
         if self.axis is None:
-            return ops.dequantize_per_tensor(self.codes, *self.qparams, *self.grid)
-        values = ops.dequantize_per_channel(self.codes, self.scale, self.zero_point, self.axis, *self.grid)
+            values = ops.dequantize_per_tensor(self.codes, *self.qparams, *self.grid)
+        else:
+            values = ops.dequantize_per_channel(self.codes, self.scale, self.zero_point, self.axis, *self.grid)
+        if self.offset is not None:
+            values = values - self.offset
         if self.group_size is None:
             return values
         assert self.channel_axis is not None
@@ -106,14 +116,17 @@ def has_integer_form(scheme: TensorScheme) -> bool:
     return scheme.has_integer_codes or (scheme.grid == "seq" and scheme.num_bits < 8)
 
 
-def integer_form(student: Student, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
+def integer_form(student: Student, name: str, float_zero_points: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
     """Codes, scale and zero point with weight = (codes - zero point) * scale, all whole; None if there are none.
 
     A grid of half steps, (q + 1/2) s, has the odd numbers 2 q + 1 at half the scale.
+
+    Args:
+        float_zero_points: zero points need not be whole.
     """
     quantizer = student.layers[name].weight_quantizer
     scheme = quantizer.scheme
-    if scheme.has_integer_codes:
+    if scheme.has_integer_codes or (float_zero_points and scheme.has_float_zero_point):
         return student.integer_weight(name).cpu(), quantizer.scale.cpu(), quantizer.zero_point.cpu()
     if has_integer_form(scheme):
         return 2 * student.integer_weight(name).cpu() + 1, quantizer.scale.cpu() / 2, quantizer.zero_point.cpu()
@@ -146,7 +159,7 @@ class Flat(nn.Module):
         return tuple(tensors_in(self.network(inputs)))
 
 
-def integer_network(student: Student, wide_zero_points: bool = False) -> nn.Module:
+def integer_network(student: Student, wide_zero_points: bool = False, float_zero_points: bool = False) -> nn.Module:
     """A copy of the student on the CPU whose weight layers read integer buffers.
 
     Only the quantizers are replaced: a float weight that something else reads as well stays where it is.
@@ -154,6 +167,7 @@ def integer_network(student: Student, wide_zero_points: bool = False) -> nn.Modu
     Args:
         wide_zero_points: int32, for torch to run: it subtracts them from the codes before it makes those float, and
             differences of unsigned bytes wrap around. Otherwise of the type of the codes, as ONNX wants them.
+        float_zero_points: weights that have them are codes and an offset, not floats.
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers torch.ops.quantized_decomposed)
 
@@ -162,7 +176,7 @@ def integer_network(student: Student, wide_zero_points: bool = False) -> nn.Modu
     for name in student.layers:
         layer = network.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
-        form = integer_form(student, name)
+        form = integer_form(student, name, float_zero_points)
         if form is None:
             stands_in[id(layer.weight_quantizer)] = nn.Identity()  # its values are in the float weight
         else:

@@ -1,14 +1,19 @@
 """GGUF: one file for llama.cpp, ollama and transformers' ``gguf_file=``, with the student's own codes and scales.
 
-Blocks of 32 weights of a row, ternary ones of 256, share a float16 scale d (GGUF specification, version 3)::
+Blocks of 32 weights of a row, ternary ones of 256, share a float16 scale d, in Q4_1 a float16 offset m too (GGUF
+specification, version 3)::
 
     Q4_0    d, 16 bytes: weight j in the low and weight j + 16 in the high half of byte j, code + 8;  w = (code) d
+    Q4_1    d, m, 16 bytes as above, code;                                                            w = code d + m
     Q8_0    d, 32 int8;                                                                               w = code d
     TQ2_0   64 bytes, d: of 128 weights, j, j + 32, j + 64, j + 96 from the low bits of byte j on, code + 1;  w = code d
 
 Nothing is derived from the weights again: codes and scales are the student's, so ``scheme.weight.scale_format=float16``
-makes the file exact; other scales are rounded to float16 here. Groups are multiples of a block, or whole rows. What is
-not quantized is float32. Rows of queries and keys are in the order of llama.cpp's rotary embedding, where it has one of
+makes the file exact; other scales are rounded to float16 here. The offset is -scale * zero point: with such scales
+``scheme.weight.zero_point=float`` has zero points whose offset is a float16 number, and weights differ by the last bits
+of a float32; of a whole zero point (up to 15 scales) the offset is rounded here, by 0.8 % of the step at most. How far
+weights are from the student's is in the description. Groups are multiples of a block, or whole rows. What is not
+quantized is float32. Rows of queries and keys are in the order of llama.cpp's rotary embedding, where it has one of
 its own. The vocabulary is written from ``tokenizer.json`` where the teacher came with one.
 """
 
@@ -36,9 +41,9 @@ from dfq.student import Student
 from dfq.teacher import Teacher
 
 ALIGNMENT = 32
-F32, Q4_0, Q8_0, TQ2_0 = 0, 2, 8, 35  # numbers of tensor types
-BLOCKS = {Q4_0: (32, 18), Q8_0: (32, 34), TQ2_0: (256, 66)}  # weights and bytes of a block
-FILE_TYPES = {Q4_0: 2, Q8_0: 7, TQ2_0: 37}
+F32, Q4_0, Q4_1, Q8_0, TQ2_0 = 0, 2, 3, 8, 35  # numbers of tensor types
+BLOCKS = {Q4_0: (32, 18), Q4_1: (32, 20), Q8_0: (32, 34), TQ2_0: (256, 66)}  # weights and bytes of a block
+FILE_TYPES = {Q4_0: 2, Q4_1: 3, Q8_0: 7, TQ2_0: 37}
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # of values of metadata
 FORMS = {UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?"}
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type → GGUF's
@@ -75,7 +80,7 @@ PRE_TOKENIZERS = {
 
 @dataclass(frozen=True)
 class GGUF:
-    """One ``.gguf`` file with Q4_0, Q8_0 and TQ2_0 blocks."""
+    """One ``.gguf`` file with Q4_0, Q4_1, Q8_0 and TQ2_0 blocks."""
 
     format: ClassVar[str] = "gguf"
     suffix: ClassVar[str] = ".gguf"
@@ -170,8 +175,8 @@ def _blocks(student: Student, name: str, config: dict[str, Any]) -> tuple[int, b
             f"got exporter=gguf and layer {name} with {scheme.num_bits} bits, symmetric="
             f"{str(scheme.symmetric).lower()}, group_size={scheme.group_size}"
             + ("" if activation.is_float else ", and quantized inputs"),
-            "grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of 32 (grid=ternary: of 256), and inputs "
-            "that stay float",
+            "grid=uniform with 4 bits, or with 8 and symmetric=true, groups of a multiple of 32 (grid=ternary with "
+            "symmetric=true: of 256), and inputs that stay float",
             "use scheme=w4a16_g32 scheme.weight.scale_format=float16",
         )
     codes = student.integer_weight(name).cpu()
@@ -181,19 +186,25 @@ def _blocks(student: Student, name: str, config: dict[str, Any]) -> tuple[int, b
             f"a multiple of {block}",
             f"give scheme.skip=[...,{name}]",
         )
-    scale, _ = network.weight_grid(student.layers[name])
+    scale, zero_point = network.weight_grid(student.layers[name])
     num_blocks = codes.shape[1] // block
-    scales = scale.view(-1, scale.shape[-1] if scale.dim() > 1 else 1)
-    scales = scales.repeat_interleave(num_blocks // scales.shape[1], 1).expand(len(codes), -1)
-    codes, scales = _in_order(codes, name, config), _in_order(scales.contiguous(), name, config)
-    d = scales.half().contiguous().numpy().view(np.uint8).reshape(len(codes), num_blocks, 2)
-    values = codes.view(len(codes), num_blocks, block)
+
+    def of_blocks(numbers: Tensor) -> np.ndarray:
+        """One float16 a block, from one a group, row or tensor."""
+        columns = numbers.view(-1, numbers.shape[-1] if numbers.dim() > 1 else 1)
+        columns = columns.repeat_interleave(num_blocks // columns.shape[1], 1).expand(len(codes), -1).contiguous()
+        halves = _in_order(columns, name, config).half().contiguous()
+        return halves.numpy().view(np.uint8).reshape(len(codes), num_blocks, 2)
+
+    d = of_blocks(scale)
+    values = _in_order(codes, name, config).reshape(len(codes), num_blocks, block)
     if kind == Q8_0:
         quants = values.to(torch.int8).contiguous().numpy().view(np.uint8)
         return kind, np.concatenate([d, quants], -1).tobytes()
-    if kind == Q4_0:
-        low, high = (values + 8).to(torch.uint8).chunk(2, -1)
-        return kind, np.concatenate([d, (low | high << 4).numpy()], -1).tobytes()
+    if kind in (Q4_0, Q4_1):
+        low, high = (values + 8 if kind == Q4_0 else values).to(torch.uint8).chunk(2, -1)
+        m = [] if kind == Q4_0 else [of_blocks(-zero_point * scale)]
+        return kind, np.concatenate([d, *m, (low | high << 4).numpy()], -1).tobytes()
     parts = (values + 1).to(torch.uint8).unflatten(-1, (2, 4, 32)).unbind(-2)
     quants = (parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6).flatten(-2).numpy()
     return kind, np.concatenate([quants, d], -1).tobytes()
@@ -201,11 +212,12 @@ def _blocks(student: Student, name: str, config: dict[str, Any]) -> tuple[int, b
 
 def _kind(scheme: TensorScheme) -> int | None:
     """The type of tensor that holds this grid."""
-    if not scheme.symmetric:
-        return None
-    if scheme.grid == "uniform":
-        return {4: Q4_0, 8: Q8_0}.get(scheme.num_bits)
-    return TQ2_0 if scheme.grid == "ternary" else None
+    return {
+        ("uniform", True, 4): Q4_0,
+        ("uniform", False, 4): Q4_1,
+        ("uniform", True, 8): Q8_0,
+        ("ternary", True, 2): TQ2_0,
+    }.get((scheme.grid, scheme.symmetric, scheme.num_bits))
 
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -471,25 +483,37 @@ def read_weights(content: bytes) -> dict[str, np.ndarray]:
         blocks = np.frombuffer(content, np.uint8, count // size * width, at).reshape(-1, width)
         scales, quants = (blocks[:, -2:], blocks[:, :-2]) if kind == TQ2_0 else (blocks[:, :2], blocks[:, 2:])
         d = scales.copy().view("<f2").astype(np.float32)
+        m = np.zeros_like(d)
         if kind == Q4_0:
             codes = np.concatenate([quants & 15, quants >> 4], -1).astype(np.float32) - 8
+        elif kind == Q4_1:
+            m, quants = quants[:, :2].copy().view("<f2").astype(np.float32), quants[:, 2:]
+            codes = np.concatenate([quants & 15, quants >> 4], -1).astype(np.float32)
         elif kind == TQ2_0:
             shifted = quants.reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
             codes = (shifted & 3).astype(np.float32).reshape(len(blocks), size) - 1
         else:
             codes = quants.copy().view(np.int8).astype(np.float32)
-        found[name] = (d * codes).reshape(shape)
+        found[name] = (d * codes + m).reshape(shape)
     return found
 
 
 def _weights(student: Student, config: dict[str, Any], content: bytes) -> dict[str, Any]:
-    """The file's weights against the student's."""
-    found, largest = read_weights(content), 0.0
+    """The file's weights against the student's: the largest difference, and the largest in steps of the grid."""
+    found, largest, in_steps = read_weights(content), 0.0, 0.0
     for name, layer in student.layers.items():
         if f"{_name(name)}.weight" in found:
-            wanted = _in_order(layer.weight.detach().cpu().float(), name, config).numpy()
-            largest = max(largest, float(np.abs(found[f"{_name(name)}.weight"] - wanted).max()))
-    return {"num_layers": len(student.layers), "max_abs_error_of_weights": largest}
+            weight = layer.weight.detach().cpu().float()
+            error = np.abs(found[f"{_name(name)}.weight"] - _in_order(weight, name, config).numpy())
+            largest = max(largest, float(error.max()))
+            if layer.weight_quantizer.has_qparams:
+                steps = layer.weight_quantizer.steps_of(layer.weight.detach()).cpu().expand_as(weight)
+                in_steps = max(in_steps, float((error / _in_order(steps, name, config).numpy()).max()))
+    return {
+        "num_layers": len(student.layers),
+        "max_abs_error_of_weights": largest,
+        "max_error_of_weights_in_steps": in_steps,
+    }
 
 
 def _logits(student: Student, path: Path, ids: Tensor, teacher: Teacher | None) -> dict[str, Any]:

@@ -24,7 +24,8 @@ as in the student, and what is gained is the size. What ONNX Runtime 1.32 does w
   refuses to load a file in which two of them share a tensor, or in which one has no zero point.
 - From opset 21 on weights of at most 4 bits are int4 or uint4, and groups are blocks of one DequantizeLinear. ONNX
   Runtime makes its own MatMulNBits of it while it loads; with ``matmul_nbits`` the file has that operator already, for
-  runtimes that know it and no such blocks. Nothing but ONNX Runtime's kin reads such a file.
+  runtimes that know it and no such blocks. Nothing but ONNX Runtime's kin reads such a file. It takes float zero points
+  too; without it, weights that have them are float32 in the file.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ class OnnxQDQ:
         options, opset = session_options(student), self._opset(student)
         # In the file itself too: it may travel alone.
         provenance = artifact.provenance(student) | {"session_options": json.dumps(options)}
-        model = _to_onnx(integer_network(student), spec, opset, self.decode)
-        low_bits = _low_bits(student) if opset >= FOUR_BITS else {}
+        network = integer_network(student, float_zero_points=self.matmul_nbits)
+        model = _to_onnx(network, spec, opset, self.decode)
+        low_bits = _low_bits(student, self.matmul_nbits) if opset >= FOUR_BITS else {}
         if self.matmul_nbits and not low_bits:
             raise UserError(
                 "got exporter.matmul_nbits=true and a student without weights of at most 4 bits",
@@ -183,11 +185,11 @@ def _other(file: Path, content: bytes) -> bool:
     return file.exists() and file.read_bytes() != content
 
 
-def _low_bits(student: Student) -> dict[str, int | None]:
-    """Layers whose codes fit 4 bits → their group size."""
+def _low_bits(student: Student, float_zero_points: bool = False) -> dict[str, int | None]:
+    """Layers whose codes fit 4 bits → their group size; those with float zero points only if they are codes too."""
     found = {}
     for name, (scheme, _) in student.swap.layers.items():
-        form = integer_form(student, name)
+        form = integer_form(student, name, float_zero_points)
         if form is not None and int(form[0].max()) <= (7 if scheme.symmetric else 15) and int(form[0].min()) >= -8:
             # A group that is a whole channel leaves no trace of groups in the graph.
             is_channel = student.layers[name].weight_quantizer.scale.shape[-1:] == (1,)

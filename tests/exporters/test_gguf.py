@@ -46,9 +46,15 @@ def scaled(kind, **settings):
     return transformers.LlamaConfig(**{**TEXT, "hidden_size": 64, "num_attention_heads": 2}, rope_parameters=rope)
 
 
-def scheme(bits, granularity="per_group", scale_format="float16"):
-    size = 32 if granularity == "per_group" else None
-    return Scheme(TensorScheme(bits, True, granularity, size, scale_format=scale_format), FLOAT)
+def scheme(bits, granularity="per_group", scale_format="float16", zero_point=None):
+    """Symmetric without a ``zero_point``."""
+    size, has_zero = 32 if granularity == "per_group" else None, zero_point is not None
+    weight = TensorScheme(bits, not has_zero, granularity, size, scale_format=scale_format,
+                          zero_point=zero_point or "integer")  # fmt: skip
+    return Scheme(weight, FLOAT)
+
+
+ZERO_POINTS = pytest.mark.parametrize("zero_point", ["integer", "float"])
 
 
 @pytest.fixture
@@ -111,6 +117,62 @@ def test_what_others_read(teacher, chosen, make_dataset, tmp_path):
 
 
 @of("llama")
+@ZERO_POINTS
+def test_blocks_with_an_offset_byte_by_byte(zero_point, make_dataset, tmp_path, teacher):
+    """d, m, and the student's codes as they are; codes, scales and offsets take as much as the student says."""
+    student, path, found = made(teacher, make_dataset, tmp_path, scheme(4, zero_point=zero_point))
+    content, name = path.read_bytes(), "model.layers.1.mlp.up_proj"
+    quantizer, codes = student.layers[name].weight_quantizer, student.integer_weight(name)[3].tolist()
+    scale, zero = float(quantizer.scale[3]), float(quantizer.zero_point[3])
+    assert (zero == round(zero)) == (zero_point == "integer") and min(codes) == 0
+    quants = bytes(codes[j] | codes[j + 16] << 4 for j in range(16))
+    assert struct.pack("<ee", scale, -scale * zero) + quants in content
+    count = sum(layer.weight.numel() for layer in student.layers.values())
+    exact, width = found["exact_bits"], {"integer": 4, "float": 16}[zero_point]
+    assert (exact["codes"], exact["scales"], exact["zero_points"]) == (count * 4, count / 2, count / 32 * width)
+    floats = sum(tensor.size * 4 for tensor in read_weights(content).values()) - 4 * count
+    blocks = count // 32 * 20
+    assert blocks + floats < found["size_bytes"] == len(content) < blocks + floats + 6000, "and names of tensors"
+
+
+@of("llama", "tied", "mistral", "qwen2")
+@pytest.mark.parametrize("granularity", ["per_group", "per_channel", "per_tensor"])
+@ZERO_POINTS
+def test_what_others_read_of_offsets(teacher, granularity, zero_point, make_dataset, tmp_path):
+    """The file's numbers are the same to all; with float zero points they are the student's but for a float's end."""
+    gguf = pytest.importorskip("gguf")
+    student, path, found = made(teacher, make_dataset, tmp_path, scheme(4, granularity, zero_point=zero_point))
+    mine, kinds = read_weights(path.read_bytes()), set()
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_1
+    for tensor in reader.tensors:
+        theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(mine[tensor.name].shape)
+        assert (theirs == mine[tensor.name]).all()
+        kinds.add(tensor.tensor_type.name)
+    assert kinds == {"Q4_1", "F32"}
+    in_steps = found["parity"]["max_error_of_weights_in_steps"]
+    assert in_steps < (1e-5 if zero_point == "float" else 16 * 2**-11)
+    up = student.layers["model.layers.1.mlp.up_proj"]
+    differs = torch.from_numpy(mine["blk.1.ffn_up.weight"]) - up.weight
+    assert float((differs / up.weight_quantizer.steps_of(up.weight)).abs().max()) <= in_steps * 1.0001
+    pytest.importorskip("accelerate")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ids = teacher.example(3)
+    with torch.no_grad():
+        found_logits, wanted = loaded.eval()(ids).logits, student(ids).logits
+    largest = float((found_logits - wanted).abs().max())
+    assert largest < float(wanted.abs().max()) * (1e-5 if zero_point == "float" else 0.02)
+    assert found["parity"]["max_abs_error"] < float(wanted.abs().max()) * (1e-5 if zero_point == "float" else 0.02)
+
+
+@of("llama")
+def test_whole_zero_points_cost_a_little_and_that_is_told(teacher, make_dataset, tmp_path):
+    _, _, found = made(teacher, make_dataset, tmp_path, scheme(4, zero_point="integer"))
+    assert 1e-4 < found["parity"]["max_error_of_weights_in_steps"] < 16 * 2**-11
+    assert found["parity"]["max_abs_error_of_weights"] > 0
+
+
+@of("llama")
 def test_scales_that_are_no_float16_are_rounded_and_told(teacher, make_dataset, tmp_path):
     _, _, found = made(teacher, make_dataset, tmp_path, scheme(4, scale_format="float32"))
     assert "key_value" not in found
@@ -119,9 +181,9 @@ def test_scales_that_are_no_float16_are_rounded_and_told(teacher, make_dataset, 
 
 @of("llama", "gpt2")
 def test_what_gguf_cannot_hold(teacher, make_dataset, tmp_path):
-    for bits, size in ((3, 32), (4, 16)):
+    for bits, size, symmetric in ((3, 32, True), (4, 16, True), (4, 16, False), (2, 32, False), (8, 32, False)):
         with pytest.raises(UserError) as error:
-            made(teacher, make_dataset, tmp_path, Scheme(TensorScheme(bits, True, "per_group", size), FLOAT))
+            made(teacher, make_dataset, tmp_path, Scheme(TensorScheme(bits, symmetric, "per_group", size), FLOAT))
         if "gpt2" in type(teacher.module).__module__:
             assert str(error.value) == (
                 "got exporter=gguf and teacher of type gpt2; allowed: llama | mistral | qwen2 | qwen3; "
@@ -129,10 +191,10 @@ def test_what_gguf_cannot_hold(teacher, make_dataset, tmp_path):
             )
         else:
             assert str(error.value) == (
-                f"got exporter=gguf and layer model.layers.0.self_attn.q_proj with {bits} bits, symmetric=true, "
-                f"group_size={size}; allowed: grid=uniform, symmetric=true, 4 or 8 bits, groups of a multiple of 32 "
-                "(grid=ternary: of 256), and inputs that stay float; use scheme=w4a16_g32 "
-                "scheme.weight.scale_format=float16"
+                f"got exporter=gguf and layer model.layers.0.self_attn.q_proj with {bits} bits, symmetric="
+                f"{str(symmetric).lower()}, group_size={size}; allowed: grid=uniform with 4 bits, or with 8 and "
+                "symmetric=true, groups of a multiple of 32 (grid=ternary with symmetric=true: of 256), and inputs "
+                "that stay float; use scheme=w4a16_g32 scheme.weight.scale_format=float16"
             )
 
 
@@ -224,10 +286,13 @@ def test_scaled_rotary_embeddings(teacher, make_dataset, tmp_path):
 
 
 @of("linear", "llama3", "yarn", "yarn_factor", "llama", "tied", "qwen2", "qwen3")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_logits_in_llama_cpp(teacher, bits, make_dataset, tmp_path):
+@pytest.mark.parametrize(
+    "chosen", [scheme(4), scheme(8), scheme(4, zero_point="integer"), scheme(4, zero_point="float")],
+    ids=["q4_0", "q8_0", "q4_1", "q4_1_float"],
+)  # fmt: skip
+def test_logits_in_llama_cpp(teacher, chosen, make_dataset, tmp_path):
     pytest.importorskip("llama_cpp")
-    student, path, _ = made(teacher, make_dataset, tmp_path, scheme(bits))
+    student, path, _ = made(teacher, make_dataset, tmp_path, chosen)
     assert_same_in_llama_cpp(path, student, teacher.example(1))
 
 
