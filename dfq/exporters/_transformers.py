@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -214,30 +214,39 @@ def weight_grid(layer: QuantizedLayer) -> tuple[Tensor, Tensor]:
     return (scale.view(len(scale), -1), zero_point.view(len(scale), -1)) if scale.dim() else (scale.view(1), zero_point)
 
 
-@torch.no_grad()
 def parity(student: Student, folder: Path, ids: Tensor, teacher: Teacher | None, **options: Any) -> dict[str, Any]:
     """What transformers loads from ``folder`` against the student: logits of ids [N, T]."""
+    import transformers
+
+    def load() -> nn.Module:
+        auto = getattr(transformers, "AutoModelForCausalLM")  # noqa: B009
+        return auto.from_pretrained(folder, **options)
+
+    return compared(student, load, ids, teacher) | {"runtime": f"transformers {transformers.__version__}"}
+
+
+@torch.no_grad()
+def compared(student: Student, load: Callable[[], nn.Module], ids: Tensor, teacher: Teacher | None) -> dict[str, Any]:
+    """The network that ``load`` gives against the student: logits of ids [N, T]."""
     import transformers
 
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
         with artifact.silence():
-            auto = getattr(transformers, "AutoModelForCausalLM")  # noqa: B009
-            loaded = auto.from_pretrained(folder, **options).eval()
+            loaded = load().eval()
     finally:
         transformers.utils.logging.set_verbosity(level)
-    compared, quantization = artifact.Comparison(), artifact.Comparison()
+    outputs, quantization = artifact.Comparison(), artifact.Comparison()
     for batch in artifact.batches_of(ids):
         wanted = [student(batch).logits.float().cpu()]
-        compared.add(wanted, [loaded(batch).logits.float()])
+        outputs.add(wanted, [loaded(batch).logits.float()])
         if teacher is not None:
             quantization.add(artifact.outputs_of(teacher, batch)[:1], wanted)
     return {
-        "runtime": f"transformers {transformers.__version__}",
         "num_samples": len(ids),
-        "argmax_agreement": compared.agreement,
-        "max_abs_error": compared.largest,
-        "relative_error": compared.relative_error,
+        "argmax_agreement": outputs.agreement,
+        "max_abs_error": outputs.largest,
+        "relative_error": outputs.relative_error,
         "quantization_error": quantization.relative_error if teacher is not None else None,
     }

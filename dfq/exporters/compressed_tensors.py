@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
@@ -110,7 +111,8 @@ class CompressedTensors:
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
         found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
         if settings is not None and (unread := unread_by_vllm(settings)):
-            found["parity"]["warning"] = f"vLLM {'; '.join(unread)}"
+            told = found["parity"].get("warning")
+            found["parity"]["warning"] = "; ".join([*([told] if told else []), f"vLLM {'; '.join(unread)}"])
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
         if not network.has_tokenizer(files):
             found["tokenizer"] = network.NO_TOKENIZER
@@ -329,7 +331,61 @@ def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:
 
 def parity(student: Student, path: Path, ids: Tensor, teacher: Teacher | None) -> dict[str, Any]:
     """The folder in transformers against the student; of that nothing where compressed-tensors is not installed."""
-    needs_reader = "quantization_config" in json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    if needs_reader and importlib.util.find_spec("compressed_tensors") is None:
+    config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config", None)
+    if settings is not None and importlib.util.find_spec("compressed_tensors") is None:
         return {"runtime": None, "note": "compressed-tensors is not installed here: the folder was not loaded again"}
-    return network.parity(student, path.parent, ids, teacher)
+    if settings is None or len(settings["config_groups"]) == 1 or not reads_one_group():
+        return network.parity(student, path.parent, ids, teacher)
+    return _parity_of_groups(student, path, ids, teacher, config, settings)
+
+
+def reads_one_group() -> bool:
+    """Whether the transformers that is installed reads all layers by the first config group, as 5.24 does."""
+    return hasattr(importlib.import_module("transformers.integrations.compressed_tensors"), "get_dense_scheme")
+
+
+def _parity_of_groups(
+    student: Student,
+    path: Path,
+    ids: Tensor,
+    teacher: Teacher | None,
+    config: dict[str, Any],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """What compressed-tensors by itself reads, each layer by its own config group."""
+    import compressed_tensors
+    import transformers
+
+    warning = (
+        f"transformers {transformers.__version__} reads all layers by the first of {len(settings['config_groups'])} "
+        "config groups and gets others wrong or not at all; the same grid for all layers is read (no scheme.overrides)"
+    )
+    groups = settings["config_groups"].values()
+    if settings["kv_cache_scheme"] or any(g["input_activations"] for g in groups) or network.mixtures_of(student):
+        return {"runtime": None, "note": warning}
+
+    def load() -> nn.Module:
+        auto, kind = (getattr(transformers, name) for name in ("AutoModelForCausalLM", "AutoConfig"))
+        loaded = auto.from_config(kind.for_model(**config), dtype=torch.float32)
+        loaded.load_state_dict(decompressed(path, settings), strict=False)  # what is tied is there once
+        return loaded
+
+    found = network.compared(student, load, ids, teacher)
+    return found | {"runtime": f"compressed-tensors {compressed_tensors.__version__}", "warning": warning}
+
+
+def decompressed(path: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The float tensors of a folder, read by compressed-tensors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = QuantizationConfig.model_validate(settings)
+    state = load_safetensors(path)
+    for group in config.config_groups.values():
+        reader = BaseCompressor.get_value_from_registry(group.format or config.format)
+        for name in group.targets:
+            stored = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.weight")}
+            parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}
+            state[f"{name}.weight"] = reader.decompress(parts, group)["weight"]
+    return state
