@@ -75,6 +75,8 @@ STRIDE = 32  # what sides are a multiple of at low resolution
 TRIES = 10  # places drawn for a box
 NOISE = 16  # images of white noise, and of noise with the spectrum of photographs, that scores are calibrated on
 
+NO_SIDE = 1e-6  # fraction of an image: less is none in float32
+
 
 @dataclass(frozen=True)
 class BoxSampling(Generator):
@@ -198,11 +200,11 @@ class _Descent:
         return self.blur(self.canvas())
 
     def run(self, steps: int, wanted: list[Boxes]) -> None:
-        shown = wanted
+        shown, corners = wanted, corners_of(wanted)
 
         def make() -> Tensor:
             nonlocal shown
-            images, shown = moved(self.images(), wanted, self.s.flip, self.shift, self.rng)
+            images, shown = moved(self.images(), wanted, self.s.flip, self.shift, self.rng, corners)
             return images
 
         def penalty(images: Tensor, outputs: Any) -> Tensor:
@@ -237,12 +239,22 @@ def placed(rows: list[Boxes], device: torch.device | str) -> list[Boxes]:
     return [Boxes(*parts) for parts in zip(*together, strict=True)]
 
 
+Corners = list[list[list[float]]]  # x1, y1, x2, y2 in fractions, of each box of each image
+
+
+def corners_of(rows: list[Boxes]) -> Corners:
+    return [row.boxes.tolist() for row in rows]
+
+
 def moved(
-    images: Tensor, wanted: list[Boxes], flip: bool, shift: int, rng: torch.Generator
+    images: Tensor, wanted: list[Boxes], flip: bool, shift: int, rng: torch.Generator, corners: Corners | None = None
 ) -> tuple[Tensor, list[Boxes]]:
     """Images and boxes (in fractions) mirrored in half of the cases and moved by up to ``shift`` pixels, all alike.
 
     Boxes are cut off at the image's edges; those that were moved out of it are left out.
+
+    Args:
+        corners: :func:`corners_of` ``wanted``, read before: what is asked of the device in each step is waited for.
     """
     mirrored = flip and bool(torch.rand((), generator=rng) < 0.5)
     down, right = torch.randint(-shift, shift + 1, (2,), generator=rng).tolist()
@@ -253,10 +265,20 @@ def moved(
     boxes = (boxes + images.new_tensor([right / width, down / height] * 2)).clamp(0, 1)
     parts = boxes.split([len(row.boxes) for row in wanted])
     shown = [row._replace(boxes=part) for row, part in zip(wanted, parts, strict=True)]
-    if not bool((area(boxes) > 0).all()):  # asked once for all images: each answer waits for the device
-        shown = [row.with_area() for row in shown]
+    for i, row in enumerate(corners_of(wanted) if corners is None else corners):
+        there = [k for k, box in enumerate(row) if _is_inside(box, mirrored, right / width, down / height)]
+        if len(there) < len(row):
+            shown[i] = Boxes(*(part[there] for part in shown[i]))
     images = images.flip(-1) if mirrored else images
     return shift_reflecting(shift_reflecting(images, down, -2), right, -1), shown
+
+
+def _is_inside(box: list[float], mirrored: bool, right: float, down: float) -> bool:
+    """Whether anything of ``box`` is left in the image when it is moved by fractions of it."""
+    x1, y1, x2, y2 = box
+    x1, x2 = (1 - x2, 1 - x1) if mirrored else (x1, x2)
+    sides = ((x1 + right, x2 + right), (y1 + down, y2 + down))
+    return all(min(high, 1.0) - max(low, 0.0) > NO_SIDE for low, high in sides)
 
 
 @contextmanager
