@@ -68,13 +68,6 @@ class YAQA(LayerwiseRounding):
         return Solution(values)
 
 
-def objective(problem: Problem, values: Tensor) -> Tensor:
-    """tr(G (Q - W) H (Q - W)^T) of each problem [P]."""
-    assert problem.output is not None
-    error = values - problem.weight
-    return ((problem.output @ error @ problem.hessian) * error).sum((1, 2))
-
-
 def feed_back(problem: Problem) -> Tensor:
     """Each entry rounded to what makes up for the errors of those before it, the largest diagonals first: [P, O, I]."""
     assert problem.output is not None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import dfq
 from dfq.algorithms._likelihood import output_moments
 from dfq.algorithms.gptq import GPTQ
-from dfq.algorithms.yaqa import YAQA, descend, feed_back, objective
+from dfq.algorithms.yaqa import YAQA, descend, feed_back
 from dfq.errors import UserError
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 
@@ -62,12 +62,6 @@ def one_by_one(given):
 def test_errors_are_fed_back_as_the_whole_product_says(scheme, shape):
     given = two_sided(scheme, num_outputs=shape[0], num_inputs=shape[1])
     np.testing.assert_allclose(feed_back(given).numpy(), one_by_one(given), atol=1e-9)
-
-
-def test_the_objective_is_that_of_the_product():
-    given = two_sided()
-    values = given.grid.nearest(given.weight)
-    np.testing.assert_allclose(objective(given, values).numpy(), cost(given, values), rtol=1e-9)
 
 
 @pytest.mark.parametrize("scheme", [SIGNED3, GROUPS], ids=ids)
