@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
 from dfq.exporters import _transformers as network
+from dfq.exporters._travelling import NO_TOKENIZER, has_tokenizer, travelling, write_beside
 from dfq.scheme import TensorScheme
 from dfq.student import Student
 from dfq.surgery import stacked_experts
@@ -105,8 +106,8 @@ class CompressedTensors:
         config |= {"dtype": self.dtype} | ({} if settings is None else {"quantization_config": settings})
         config.pop("torch_dtype", None)
         content = save_safetensors(state, metadata={"format": "pt", **artifact.provenance(student)})
-        files = network.travelling(student, folder)
-        network.write_beside(path, {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **files})
+        files = travelling(student, folder)
+        write_beside(path, {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **files})
         artifact.write(path, content, self, student, {"parity": None, "latency_ms": None})
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
         found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
@@ -114,8 +115,8 @@ class CompressedTensors:
             told = found["parity"].get("warning")
             found["parity"]["warning"] = "; ".join([*([told] if told else []), f"vLLM {'; '.join(unread)}"])
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
-        if not network.has_tokenizer(files):
-            found["tokenizer"] = network.NO_TOKENIZER
+        if not has_tokenizer(files):
+            found["tokenizer"] = NO_TOKENIZER
         if network.rounds_attention(student):
             why = "no weight has a grid" if settings is None else "no reader has such a grid"
             found["key_value"] = f"not stored: {why}" if key_value is None else key_value

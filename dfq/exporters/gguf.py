@@ -36,6 +36,7 @@ from torch import Tensor
 from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
 from dfq.exporters import _transformers as network
+from dfq.exporters._travelling import NO_TOKENIZER
 from dfq.scheme import TensorScheme
 from dfq.student import Student
 from dfq.teacher import Teacher
@@ -338,7 +339,7 @@ def _vocabulary(folder: Path | None, config: dict[str, Any]) -> tuple[dict[str, 
     """Tokens, their kinds and merges, and the chat template, and in words what was written."""
     nothing = {"tokenizer.ggml.model": (STRING, "none")}  # without it llama.cpp refuses the file
     if folder is None or not (folder / "tokenizer.json").is_file():
-        return nothing, network.NO_TOKENIZER.replace("one", "a tokenizer.json", 1)
+        return nothing, NO_TOKENIZER.replace("one", "a tokenizer.json", 1)
     read, settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), _settings(folder)
     model = read.get("model", {})
     if model.get("type") != "BPE":

@@ -58,7 +58,7 @@ from dfq.exporters._runtime import (
     openvino_parity,
     parity,
 )
-from dfq.exporters._transformers import NO_TOKENIZER, has_tokenizer, source_folder, travelling, write_beside
+from dfq.exporters._travelling import NO_TOKENIZER, has_tokenizer, source_folder, travelling, write_beside
 from dfq.hooks import tensors_in
 from dfq.settings import Bound
 from dfq.student import Student
