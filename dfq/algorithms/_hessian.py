@@ -47,6 +47,7 @@ from torch.overrides import TorchFunctionMode
 
 from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import remember_bias_correction
+from dfq.algorithms._linear_algebra import cholesky, damped
 from dfq.algorithms._reconstruction import float_copy
 from dfq.algorithms._token_weights import Kind, token_weights
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
@@ -171,26 +172,6 @@ class Solution:
 
     values: Tensor
     scale: Tensor | None = None
-
-
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping mean(diag) I, positive where an input is always zero: what cannot be seen is rounded to nearest."""
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1, keepdim=True)
-    unit = torch.where(mean > 0, mean, 1.0)
-    extra = damping * unit + torch.where(diagonal > 0, 0.0, unit)
-    return hessian + torch.diag_embed(extra)
-
-
-def cholesky(hessian: Tensor) -> Tensor:
-    """The lower factor [P, I, I]; more is added to the diagonal where rounding errors have made H indefinite."""
-    unit = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
-    for extra in (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        added = torch.diag_embed((extra * unit)[:, None].expand(hessian.shape[:2]))
-        factor, failed = torch.linalg.cholesky_ex(hessian + added)
-        if not failed.any():
-            return factor
-    raise RuntimeError("a second moment that is not finite")
 
 
 # ------------------------------------------------------------------------------------------------ moments

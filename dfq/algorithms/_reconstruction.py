@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import undo_bias_correction
 from dfq.algorithms._equalization import float_network
 from dfq.algorithms._likelihood import drawn_log_likelihood
+from dfq.algorithms._linear_algebra import cholesky, damped
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
 from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
@@ -58,6 +59,10 @@ from dfq.teacher import Teacher
 from dfq.weights import copy_network
 
 FIRST_BETA, LAST_BETA = 20.0, 2.0
+FISHER_DAMPING = 0.01  # of the channels' Fisher information, in units of its diagonal's mean
+
+Sensitivity = Literal["none", "elements", "channels"]
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # output and wanted [B, ...], numbers of the samples [B] → errors
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,11 @@ class BlockFitting(Algorithm):
         """What is minimized of a block's output [N, ...], before it is averaged and divided by the outputs' size."""
         return (output - wanted).square()
 
-    def weights(
+    def measure(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> Tensor | None:
-        """Of the error at each place [N, ...]; None: all the same."""
-        return None
+    ) -> Measure:
+        """How far a block's output is from what is wanted; ``images`` are those that the block is fitted on."""
+        return lambda output, wanted, _chosen: self.error(output, wanted)
 
     def finish(
         self, work: Work, reference: nn.Module, images: Tensor, elements: dict[Quantizer, int], limit_s: float
@@ -141,10 +146,10 @@ class BlockFitting(Algorithm):
                     tell_left(self, student, student.layers.keys() - block.layers)
                     advance(self.iterations)
                     continue
-                weights = self.weights(reference, teacher, block, images, rng)
+                measure = self.measure(reference, teacher, block, images, rng)
                 looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
                 limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
-                fit = _Fit(self, student, captured, elements, weights, rng)
+                fit = _Fit(self, student, captured, elements, measure, rng)
                 fit.run(limit_s, advance)
                 done.save(index, student, block, fit.trainable.activations)
         if clock.left_s > 0:
@@ -165,7 +170,7 @@ class BlockReconstruction(BlockFitting):
     rounding_weight: NonNegativeFloat = 0.05  # lambda
     warm_up: Fraction = 0.2  # share of the steps before lambda sets in
     finish_iterations: NonNegativeInt = 0  # steps at the end that train steps and biases on the teacher's outputs
-    sensitivity: bool = False  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
+    sensitivity: Sensitivity = "none"  # what errors count by: gradients of the teacher's likelihood (see above)
 
     @property
     def float_share(self) -> float:
@@ -186,10 +191,21 @@ class BlockReconstruction(BlockFitting):
         found = student.layers
         return _Roundings(self, [found[name] for name in block.layers], activations, elements, True)
 
-    def weights(
+    def measure(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> Tensor | None:
-        return self._sensitivity(reference, teacher, block, images, rng) if self.sensitivity else None
+    ) -> Measure:
+        plain = super().measure(reference, teacher, block, images, rng)
+        if self.sensitivity == "none":
+            return plain
+        gradients = self._gradients(reference, teacher, block, images, rng)
+        if gradients is None:
+            return plain
+        if self.sensitivity == "channels":
+            factor = channel_factor(gradients)
+            return lambda output, wanted, _chosen: mixed(output - wanted, factor).square()
+        weights = torch.cat([gradient.square().cpu() for gradient in gradients])
+        weights /= weights.mean().clamp(min=1e-30)
+        return lambda output, wanted, chosen: self.error(output, wanted) * weights[chosen].to(output.device)
 
     def finish(
         self, work: Work, reference: nn.Module, images: Tensor, elements: dict[Quantizer, int], limit_s: float
@@ -214,10 +230,10 @@ class BlockReconstruction(BlockFitting):
         with trainable as groups, progress_bar("finish", self.finish_iterations, "steps") as advance:
             descend(groups, loss, trainable.keep_steps_positive, self.finish_iterations, max(limit_s, 1e-3), advance)
 
-    def _sensitivity(
+    def _gradients(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> Tensor | None:
-        """Squared gradients [N, ...] of log p(label) at the block's output (BRECQ, eq. 10), divided by their mean.
+    ) -> list[Tensor] | None:
+        """Gradients [n, ...] of log p(label) at the block's output, batch by batch.
 
         None where no label depends on it. The label of a sample is drawn from what the teacher says of it.
         """
@@ -235,10 +251,25 @@ class BlockReconstruction(BlockFitting):
                 value = drawn_log_likelihood(task, reference, batch.to(teacher.device), rng)
             if not value.requires_grad:  # a block of boxes alone
                 return None
-            (gradient,) = torch.autograd.grad(value, kept[0])
-            parts.append(gradient.square().cpu())
-        squares = torch.cat(parts)
-        return squares / squares.mean().clamp(min=1e-30)
+            parts.extend(torch.autograd.grad(value, kept[0]))
+        return parts
+
+
+def channel_factor(gradients: list[Tensor]) -> Tensor:
+    """L [C, C] of L L^T = C F / tr(F), F = E[g g^T] the Fisher information of the channels at one place.
+
+    Args:
+        gradients: [n, C, H, W] or [n, ..., C] each.
+    """
+    rows = [g.float().movedim(1 if g.dim() == 4 else -1, 0).flatten(1) for g in gradients]
+    total = torch.stack([part @ part.mT for part in rows]).sum(0)[None]
+    factor = cholesky(damped(total, FISHER_DAMPING))[0]
+    return factor * (len(factor) / factor.square().sum().clamp(min=1e-30)).sqrt()
+
+
+def mixed(error: Tensor, factor: Tensor) -> Tensor:
+    """Errors e [n, C, H, W] or [n, ..., C] as e^T L, channels last: their squares sum to e^T L L^T e."""
+    return (error.movedim(1, -1) if error.dim() == 4 else error) @ factor.to(error.dtype)
 
 
 def output_loss(task: Any, student: Callable, reference: Callable, parts: tuple[Tensor, ...]) -> Tensor:
@@ -503,10 +534,10 @@ class _Fit:
         student: Student,
         captured: Captured,
         elements: dict[Quantizer, int],
-        sensitivity: Tensor | None,
+        measure: Measure,
         rng: torch.Generator,
     ):
-        self.settings, self.captured, self.sensitivity, self.rng = settings, captured, sensitivity, rng
+        self.settings, self.captured, self.measure, self.rng = settings, captured, measure, rng
         self.network, self.device = student.module, student.device
         self.trainable = settings.trainable(student, captured.block, self._activation_quantizers(student), elements)
         outputs = captured.float_outputs
@@ -544,9 +575,7 @@ class _Fit:
         x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
         if s.float_share > 0:
             x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.float_share))
-        error = s.error(run_block(self.network, c.block, x, c.arguments), wanted)
-        if self.sensitivity is not None:
-            error = error * self.sensitivity[chosen].to(self.device)
+        error = self.measure(run_block(self.network, c.block, x, c.arguments), wanted, chosen)
         loss = self.channels * error.mean() / self.size
         penalty = self.trainable.penalty(done)
         return loss if penalty is None else loss + penalty

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfq.algorithms._reconstruction import BlockReconstruction
+from dfq.algorithms._reconstruction import BlockReconstruction, Sensitivity
 from dfq.settings import NonNegativeFloat
 
 
@@ -20,4 +20,4 @@ class BRECQ(BlockReconstruction):
     """Blocks, and the Fisher information as weights."""
 
     activation_step_lr: NonNegativeFloat = 1e-3  # Adam on activation steps, relative to each; 0: they stay
-    sensitivity: bool = True  # weigh the error by the squared gradient of the teacher's likelihood (BRECQ)
+    sensitivity: Sensitivity = "elements"  # what errors count by: squared gradients of the teacher's likelihood

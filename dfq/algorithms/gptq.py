@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfq.algorithms._hessian import LayerwiseRounding, Problem, Solution, cholesky
+from dfq.algorithms._hessian import LayerwiseRounding, Problem, Solution
+from dfq.algorithms._linear_algebra import cholesky
 from dfq.settings import PositiveInt
 
 

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from dfq.algorithms._base import Work
-from dfq.algorithms._hessian import LayerwiseRounding, Problem, Solution, cholesky, damped
+from dfq.algorithms._hessian import LayerwiseRounding, Problem, Solution
 from dfq.algorithms._likelihood import output_moments
+from dfq.algorithms._linear_algebra import cholesky, damped
 from dfq.settings import NonNegativeFloat, NonNegativeInt
 
 

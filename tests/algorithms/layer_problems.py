@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from dfq.algorithms._hessian import Grid, Problem, damped
+from dfq.algorithms._hessian import Grid, Problem
+from dfq.algorithms._linear_algebra import damped
 from dfq.quantization import choose_qparams, to_groups
 from dfq.scheme import TensorScheme
 
