@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from dfq.algorithms._reconstruction import SoftQuantizer, _Fit, float_copy
+from dfq.algorithms._reconstruction import FISHER_DAMPING, SoftQuantizer, _Fit, channel_factor, float_copy, mixed
 from dfq.algorithms.reconstruction import Reconstruction
-from dfq.blocks import Captures
+from dfq.blocks import Captures, find_blocks
+from dfq.hooks import record_dataflow
 from dfq.modules import Quantizer
 from dfq.pipeline import quantize
 from dfq.quantization import quantize as codes_of
@@ -314,23 +315,48 @@ def test_the_time_limit_counts_what_lies_between_blocks(parts, now, monkeypatch)
     assert torch.isfinite(found.freeze()(teacher.example())).all()
 
 
-def test_sensitivities_are_squared_gradients_of_the_log_likelihood(parts):
+@pytest.mark.parametrize("sensitivity", ["none", "elements", "channels"])
+def test_what_errors_count_by_are_gradients_of_the_log_likelihood(parts, sensitivity):
     teacher, dataset, _ = parts
     student = nearest(teacher, dataset)
     reference = float_copy(student, teacher)
-    from dfq.blocks import find_blocks
-    from dfq.hooks import record_dataflow
-
     block = find_blocks(reference, record_dataflow(reference, teacher.example()), student.layers)[-1]
     images = dataset.tensors()["images"][:16]
-    found = Reconstruction(batch_size=4)._sensitivity(
-        reference, teacher, block, images, torch.Generator().manual_seed(0)
-    )
+    rng = torch.Generator().manual_seed(0)
+    measure = Reconstruction(batch_size=1, sensitivity=sensitivity).measure(reference, teacher, block, images, rng)
     # At the logits the gradient of log p(y) is onehot(y) - p.
     p = teacher(images).detach().softmax(1)
-    labels = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    want = (nn.functional.one_hot(labels, p.shape[1]) - p).square()
-    torch.testing.assert_close(found, want / want.mean(), rtol=1e-4, atol=1e-5)
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.multinomial(part, 1, generator=rng) for part in p.split(4)])[:, 0]
+    gradient = (nn.functional.one_hot(labels, p.shape[1]) - p).double().numpy()
+    output, wanted = torch.randn(3, 10, generator=rng), torch.randn(3, 10, generator=rng)
+    chosen = torch.tensor([5, 0, 11])
+    error = (output - wanted).double().numpy()
+    found = measure(output, wanted, chosen).double().numpy()
+    if sensitivity == "none":
+        want = error**2
+    elif sensitivity == "elements":
+        want = error**2 * gradient[chosen] ** 2 / np.square(gradient).mean()
+    else:
+        fisher = gradient.T @ gradient
+        fisher += FISHER_DAMPING * np.trace(fisher) / 10 * np.eye(10)
+        fisher *= 10 / np.trace(fisher)
+        want, found = np.einsum("ni,ij,nj->n", error, fisher, error), found.sum(1)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_images_channels_are_mixed_place_by_place():
+    rng = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(2, 3, 4, 5, generator=rng), torch.randn(1, 3, 4, 5, generator=rng)]
+    factor, error = channel_factor(gradients), torch.randn(2, 3, 4, 5, generator=rng)
+    rows = torch.cat([g.permute(0, 2, 3, 1).reshape(-1, 3) for g in gradients]).double()
+    fisher = rows.T @ rows
+    fisher += FISHER_DAMPING * fisher.trace() / 3 * torch.eye(3)
+    fisher *= 3 / fisher.trace()
+    want = torch.einsum("nihw,ij,njhw->", error.double(), fisher, error.double())
+    torch.testing.assert_close(mixed(error, factor).square().sum().double(), want, rtol=1e-5, atol=0)
+    # Tokens have their channels last, and the same places in another order are the same.
+    torch.testing.assert_close(channel_factor([g.permute(0, 2, 3, 1).flatten(1, 2) for g in gradients]), factor)
 
 
 def test_through_the_pipeline_nothing_is_left_in_the_folder(parts, tmp_path):
