@@ -52,6 +52,9 @@ SCHEMES = {
     "w4a16_g32_float_zero": Scheme(TensorScheme(4, False, **G32, zero_point="float"), FLOAT, overrides=ODD),
     "w4a8kv4": Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(8, True, "per_token"), key_value=KV4),
     "w4a8kv4_k32": Scheme(TensorScheme(4, False, "per_channel"), TensorScheme(8, True, "per_token"), **KEYS4),
+    "w4a8kv4_k32_float_zero": Scheme(
+        TensorScheme(4, False, "per_channel", zero_point="float"), TensorScheme(8, True, "per_token"), **KEYS4
+    ),
     "w4a16kv2_g32": Scheme(TensorScheme(4, False, **G32), FLOAT, overrides=ODD, **KV2),
     "w2a16_g32": Scheme(TensorScheme(2, False, **G32), FLOAT, overrides=ODD),
     "w2a16_g32_float_zero": Scheme(TensorScheme(2, False, **G32, zero_point="float"), FLOAT, overrides=ODD),
@@ -63,6 +66,7 @@ QUANTEASE = {"_target_": "dfq.algorithms.quantease.QuantEase", "propagate": 1.0}
 YAQA = {"_target_": "dfq.algorithms.yaqa.YAQA", "propagate": 1.0}
 DISTILLATION = {"max_steps": 600, "batch_size": 16, "weight_lr": 0.02}
 LONG = {**DISTILLATION, "max_steps": 9000, "bias_lr": 0.005, "gradient": "stable", "patience": None}
+ROUNDING = {"_target_": "dfq.algorithms.e2e_rounding.E2ERounding"}
 FINE = {"max_steps": 800, "batch_size": 8, "bias_lr": 0.004, "gradient": "stable", "patience": None}  # of 256 tokens
 AGAIN = {**LONG, "max_steps": 2000, "weight_lr": 0.01, "bias_lr": 0.003}  # rates rise once more, and fall
 DISTILL = {"algorithm": "distillation", **DISTILLATION}
@@ -78,6 +82,8 @@ METHODS = {
     "neuqi_quantease": {"algorithm": "sequence", "steps": ["neuqi", QUANTEASE]},
     "awq_quantease": {"algorithm": "sequence", "steps": ["awq", "neuqi", QUANTEASE]},
     "neuqi_yaqa": {"algorithm": "sequence", "steps": ["neuqi", YAQA]},
+    "yaqa_e2e_rounding": {"algorithm": "sequence", "steps": ["neuqi", YAQA, ROUNDING]},
+    "awq_yaqa_e2e_rounding": {"algorithm": "sequence", "steps": ["awq", "neuqi", YAQA, ROUNDING]},
     "gptq_norms": {"algorithm": "sequence", "steps": ["gptq", "norm_tweaking"]},
     "gptq_lqer": {"algorithm": "sequence", "steps": ["gptq", "lqer"]},
     "distillation": DISTILL,

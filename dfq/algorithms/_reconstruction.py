@@ -41,16 +41,7 @@ from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
 from dfq.optimizer import ScaledAdam
 from dfq.progress import progress_bar
-from dfq.quantization import (
-    broadcast,
-    from_groups,
-    round_scale,
-    scale_through,
-    soft_quantize,
-    soft_rounding,
-    soft_rounding_logits,
-    to_groups,
-)
+from dfq.quantizers._soft import SoftQuantizer, is_off_grid, total
 from dfq.quantizers.lsq import learn_step
 from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from dfq.student import Student
@@ -58,7 +49,6 @@ from dfq.tasks._task import task_of
 from dfq.teacher import Teacher
 from dfq.weights import copy_network
 
-FIRST_BETA, LAST_BETA = 20.0, 2.0
 FISHER_DAMPING = 0.01  # of the channels' Fisher information, in units of its diagonal's mean
 
 Sensitivity = Literal["none", "elements", "channels"]
@@ -295,7 +285,7 @@ def float_reference(student: Student, teacher: Teacher) -> nn.Module:
     Equalization along a path out of a block would change what comes out of it; what AWQ does stays inside blocks.
     """
     rounded = student.has_grids and not any(
-        _is_off_grid(layer) for layer in student.layers.values() if layer.weight_quantizer.has_qparams
+        is_off_grid(layer) for layer in student.layers.values() if layer.weight_quantizer.has_qparams
     )
     if not rounded:
         return float_copy(student, teacher)
@@ -319,68 +309,6 @@ def float_copy(student: Student, teacher: Teacher) -> nn.Module:
         if isinstance(part, Quantizer):
             part.enabled = False
     return reference
-
-
-class SoftQuantizer(nn.Module):
-    """In the place of a weight quantizer while a block is fitted: a weight between two codes, and a trained step."""
-
-    def __init__(self, quantizer: Quantizer, weight: Tensor, learn_step: bool):
-        super().__init__()
-        self.scheme, self.axis, self.enabled = quantizer.scheme, quantizer.axis, True
-        self.shape = weight.shape
-        scale, zero_point = self._shaped(quantizer.scale.detach()), self._shaped(quantizer.zero_point)
-        if self.scheme.grid == "seq":  # its levels, (q + 1/2) s, are those of a zero point between two codes
-            zero_point = torch.full_like(scale, -0.5)
-        fraction = zero_point - torch.floor(zero_point)  # 0 of whole zero points
-        steps = (
-            self._grouped(weight.detach()) / scale + fraction
-        )  # once: a weight on a level must not be seen on both sides
-        self.base = torch.floor(steps) - fraction
-        self.logits = nn.Parameter(soft_rounding_logits(steps, torch.ones_like(scale)))
-        # A power of two stays: with B fixed its next one would double all weights.
-        self.step = nn.Parameter(scale.clone(), requires_grad=learn_step and self.scheme.scale_format != "e8m0")
-        self.zero_point, self.smallest = zero_point, round_scale(scale * 1e-2, self.scheme)
-
-    def _grouped(self, weight: Tensor) -> Tensor:
-        size = self.scheme.group_size
-        return weight if size is None else to_groups(weight, self.axis or 0, size)
-
-    def _shaped(self, values: Tensor) -> Tensor:
-        """A grid's scale, to broadcast against the weight (in groups)."""
-        if self.scheme.group_size is not None:
-            return values[..., None]
-        return broadcast(values, torch.empty(self.shape, device="meta"), self.axis)
-
-    @property
-    def scale(self) -> Tensor:
-        """As :class:`~dfq.modules.Quantizer` has it: a layer's integer bias asks for it."""
-        scale = self._rounded_step
-        return scale[..., 0] if self.scheme.group_size is not None else scale.flatten() if scale.dim() else scale
-
-    @property
-    def _rounded_step(self) -> Tensor:
-        """As it is stored in the end."""
-        return torch.maximum(scale_through(self.step, self.scheme), self.smallest)
-
-    def _weight(self, logits: Tensor) -> Tensor:
-        found = soft_quantize(self.base, self._rounded_step, self.zero_point, self.scheme, logits)
-        return found if self.scheme.group_size is None else from_groups(found, self.axis or 0, self.shape)
-
-    def forward(self, _weight: Tensor) -> Tensor:
-        return self._weight(self.logits)
-
-    def regularizer(self, beta: float) -> Tensor:
-        """Sum of 1 - |2 h(V) - 1|^beta: zero where every rounding is decided."""
-        return (1 - (2 * soft_rounding(self.logits) - 1).abs().pow(beta)).sum()
-
-    def decide(self) -> None:
-        """Round every weight to the nearer code, for good."""
-        self.logits = nn.Parameter(torch.where(self.logits >= 0, torch.inf, -torch.inf), requires_grad=False)
-
-    @torch.no_grad()
-    def hardened(self) -> Tensor:
-        """The weight with every rounding decided."""
-        return self._weight(torch.where(self.logits >= 0, torch.inf, -torch.inf))
 
 
 def magnitude(parameter: Tensor, beside: Tensor | None = None) -> Tensor:
@@ -465,9 +393,15 @@ class _Roundings(Trainable):
         self.hard = {layer: layer.weight_quantizer for layer in self.layers}
         # A weight that is on its grid already (tied to a layer of an earlier block) keeps its codes.
         self.soft = {
-            layer: SoftQuantizer(layer.weight_quantizer, layer.weight, settings.weight_step_lr > 0)
+            layer: SoftQuantizer(
+                layer.weight_quantizer,
+                layer.weight,
+                settings.weight_step_lr > 0,
+                settings.rounding_weight,
+                settings.warm_up,
+            )
             for layer in self.layers
-            if settings.takes(layer) and (_is_off_grid(layer) if roundings else settings.weight_step_lr > 0)
+            if settings.takes(layer) and (is_off_grid(layer) if roundings else settings.weight_step_lr > 0)
         }
 
     def __enter__(self) -> list[dict[str, Any]]:
@@ -490,11 +424,7 @@ class _Roundings(Trainable):
         super().__exit__(*error)
 
     def penalty(self, done: float) -> Tensor | None:
-        s = self.settings
-        if done < s.warm_up or s.rounding_weight == 0 or not self.soft:
-            return None
-        beta = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (done - s.warm_up) / (1 - s.warm_up)
-        return s.rounding_weight * torch.stack([soft.regularizer(beta) for soft in self.soft.values()]).sum()
+        return total([soft.penalty(done) for soft in self.soft.values()])
 
 
 def descend(
@@ -601,12 +531,6 @@ class _Fit:
 
         with forward_hooks([("", q) for q in self.trainable.activations] if p > 0 else [], after=mix):
             yield
-
-
-def _is_off_grid(layer: QuantizedLayer) -> bool:
-    """Whether rounding the weight would change it: what is on its grid (an embedding tied to a head) stays."""
-    with torch.no_grad():
-        return not torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
 
 
 class _Done:

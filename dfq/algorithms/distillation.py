@@ -53,6 +53,7 @@ from dfq.dataset import SyntheticDataset, samples_of
 from dfq.errors import UserError
 from dfq.lightning.settings import DistillationSettings
 from dfq.modules import LowRank, repeated_blocks, stage_ends, weight_layers
+from dfq.quantizers._soft import decided
 from dfq.quantizers.lsq import learn_steps
 from dfq.settings import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, resolve
 from dfq.student import Student, build_network
@@ -119,6 +120,7 @@ class Distillation(DistillationSettings, Algorithm):
         before = time.perf_counter()
         # Not in memory: what the run began with is wanted in the end, or not at all. Each process has its own.
         given, loss_before = work.work_dir / "given.safetensors", _held_out_loss(module, data)
+        module.given_loss = loss_before
         work.work_dir.mkdir(parents=True, exist_ok=True)
         save_safetensors(_state(module), given)
         module.look_s = time.perf_counter() - before
@@ -303,7 +305,8 @@ def _held_out_loss(module: Any, data: Any) -> float:
     total = 0.0
     for batch in data.val_dataloader():
         batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        total += float(module.look(batch)[0]) * len(samples_of(batch))
+        with decided(module.soft):
+            total += float(module.look(batch)[0]) * len(samples_of(batch))
     return total / len(data.held_out_indices)
 
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._held import held
 from dfq.losses.token_divergence import Divergence
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.quantization import dequantize, from_groups, scale_through, to_groups, zero_point_through
@@ -99,25 +100,3 @@ def fixed_codes(student: Student) -> Iterator[None]:
                 del quantizer.codes
                 quantizer.__class__ = Quantizer
                 layer.weight.requires_grad_(False)
-
-
-@contextmanager
-def held(student: Student, all_but_grids: bool) -> Iterator[None]:
-    """Weights, or all that no quantizer owns, are buffers inside: whoever trains parameters does not see them."""
-    weights = {id(layer.weight) for layer in student.layers.values()}
-    kept: list[tuple[nn.Module, dict[str, Any]]] = []
-    for part in list(student.module.modules()):
-        own = {name: p for name, p in part._parameters.items() if p is not None and (all_but_grids or id(p) in weights)}
-        if own and not isinstance(part, Quantizer):
-            kept.append((part, dict(part._parameters)))
-            for name, parameter in own.items():
-                del part._parameters[name]
-                part.register_buffer(name, parameter.detach())
-    try:
-        yield
-    finally:
-        for part, parameters in kept:
-            for name in parameters:
-                part._buffers.pop(name, None)
-            part._parameters.clear()
-            part._parameters.update(parameters)

@@ -46,7 +46,7 @@ class Sequence(Algorithm):
                 raise UserError(
                     f"got {name} behind {rounded_by} in algorithm.steps, and no weight left to round",
                     "one algorithm that rounds, behind those that prepare (equalization, awq, neuqi)",
-                    f"leave out one of the two; distillation and e2e_qp go on from {rounded_by}",
+                    f"leave out one of the two; distillation, e2e_rounding and e2e_qp go on from {rounded_by}",
                 )
             if getattr(algorithm, "rounds_weights", False):
                 rounded_by = name

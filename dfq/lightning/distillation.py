@@ -37,6 +37,7 @@ from dfq.losses.quantized_features import quantized_feature_loss
 from dfq.losses.reverse_kl import reverse_kl
 from dfq.modules import LowRank, Quantizer, find_foldable, fold_batch_norm, to_fast_layout, weight_layers
 from dfq.optimizer import ScaledAdam, ZerothOrder, local
+from dfq.quantizers._soft import SoftQuantizer, decided, soft_quantizers, total
 from dfq.quantizers.lsq import learn_steps
 from dfq.scheme import MixedScheme, Scheme
 from dfq.settings import load, locate, resolve
@@ -84,6 +85,7 @@ class DistillationModule(LightningModule):
         start: when the run began on the clock of ``time.perf_counter``; None: when training does.
     """
 
+    given_loss = 1.0  # of the student as it came: the unit of what drives soft weights to their codes
     runs_teacher = True  # False: every batch has the teacher's answers, and its network stays where it is
 
     def __new__(cls, *_: Any, **__: Any) -> DistillationModule:
@@ -125,6 +127,7 @@ class DistillationModule(LightningModule):
         self.log_scales = nn.Parameter(torch.zeros(len(self.terms))) if s.balance == "learned" else None
         self.channels = FrozenChannels(list(student.layers.values()), s.frozen_channels) if s.frozen_channels else None
         self.held_channels: list[Tensor] | None = None  # those that a resumed run trains until it chooses anew
+        self.soft = soft_quantizers(student.module)
         # A step that crossed zero would flip the sign of its whole tensor.
         self.steps = [p for name, p in student.module.named_parameters() if _is_step(student.module, name)]
         self.smallest_steps = [p.detach().abs() * 1e-2 for p in self.steps]
@@ -202,6 +205,11 @@ class DistillationModule(LightningModule):
             layer = own.get(id(parameter))
             if _is_step(self.student_module, name):
                 lr, self.sizes[parameter] = self.settings.step_lr, parameter.detach().abs()
+            elif isinstance(owner, SoftQuantizer):
+                if parameter is owner.logits:
+                    lr = self.settings.weight_lr
+                else:
+                    lr, self.sizes[parameter] = self.settings.step_lr, parameter.detach().abs()
             elif isinstance(owner, Quantizer):  # a zero point, in units of codes
                 lr = self.settings.step_lr * owner.scheme.quant_max
             elif isinstance(owner, LowRank):
@@ -356,7 +364,7 @@ class DistillationModule(LightningModule):
             loss = loss + s.dampen * 0.5 * (1 - math.cos(math.pi * done)) * self._dampening()
         if (self.trainer.global_step + 1) % LOG_STEPS == 0 or self.trainer.global_step + 1 == s.max_steps:
             self.log("loss", loss)
-        return loss
+        return self.with_penalty(loss)
 
     def _teach(self, images: Tensor) -> _Seen:
         """What the teacher makes of ``images``."""
@@ -484,6 +492,12 @@ class DistillationModule(LightningModule):
             return cosine_distance(got, wanted)
         return relative_mse(got, wanted)
 
+    def with_penalty(self, loss: Tensor) -> Tensor:
+        """With what drives soft weights to their codes, where there are any."""
+        done = self.done(self.trainer.global_step)
+        penalty = total(quantizer.penalty(done) for quantizer in self.soft)
+        return loss if penalty is None else loss + self.given_loss * penalty
+
     def _dampening(self) -> Tensor:
         """Mean over layers of the distance of weights to their level."""
         found = []
@@ -511,7 +525,8 @@ class DistillationModule(LightningModule):
             torch._foreach_copy_([p.data for p in self.trained.values()], self.averages)
 
     def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
-        size, (loss, agreement) = len(samples_of(batch)), self.look(batch)
+        with decided(self.soft):
+            size, (loss, agreement) = len(samples_of(batch)), self.look(batch)
         several = self.trainer.world_size > 1  # all look at the same samples, and believe the same figure
         self.log("held_out_loss", loss, batch_size=size, sync_dist=several)
         self.log("held_out_agreement", agreement, batch_size=size, sync_dist=several)

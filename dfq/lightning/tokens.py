@@ -82,7 +82,7 @@ class TokenDistillationModule(DistillationModule):
         step = self.trainer.global_step + 1
         if step % LOG_STEPS == 0 or step == s.max_steps:
             self.log("loss", loss)
-        return loss
+        return self.with_penalty(loss)
 
     def look(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self._token_loss(batch, "forward"), self._agreement

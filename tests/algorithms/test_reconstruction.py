@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from dfq.algorithms._reconstruction import FISHER_DAMPING, SoftQuantizer, _Fit, channel_factor, float_copy, mixed
+from dfq.algorithms._reconstruction import FISHER_DAMPING, _Fit, channel_factor, float_copy, mixed
 from dfq.algorithms.reconstruction import Reconstruction
 from dfq.blocks import Captures, find_blocks
 from dfq.hooks import record_dataflow
 from dfq.modules import Quantizer
 from dfq.pipeline import quantize
 from dfq.quantization import quantize as codes_of
+from dfq.quantizers._soft import SoftQuantizer
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student

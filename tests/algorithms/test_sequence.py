@@ -29,8 +29,8 @@ def test_nothing_is_left_to_round_behind_what_rounds(steps, second, first):
         Sequence(steps)
     assert str(error.value) == (
         f"got {second} behind {first} in algorithm.steps, and no weight left to round; allowed: one algorithm that "
-        "rounds, behind those that prepare (equalization, awq, neuqi); leave out one of the two; distillation and "
-        f"e2e_qp go on from {first}"
+        "rounds, behind those that prepare (equalization, awq, neuqi); leave out one of the two; distillation, "
+        f"e2e_rounding and e2e_qp go on from {first}"
     )
 
 
@@ -40,6 +40,7 @@ def test_nothing_is_left_to_round_behind_what_rounds(steps, second, first):
         ("awq", "neuqi", "quantease", "norm_tweaking"),
         ("equalization", "gptq", "distillation"),
         ("neuqi", "block_ap", "e2e_qp"),
+        ("neuqi", "yaqa", "e2e_rounding", "distillation"),
         ("round_to_nearest", "gptq"),  # which leaves weights float
         ("block_ap", "gptq"),  # as this does
     ],
