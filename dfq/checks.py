@@ -383,19 +383,24 @@ def _can_become_folder(key: str, path: str, shown: str = "") -> None:
 
 def installed_packages(request: Request) -> None:
     """The packages that the source of a chosen method imports, with the rest of the extra of dfq they belong to."""
-    extras = _extras()
     for key in root()[0]:
         if key in ("scheme", "experiment") or not request.uses(key):
             continue
-        imported = source.packages(request.config[key]["_target_"])
-        extra = next((name for name, members in extras.items() if imported & set(members)), None)
-        needed = imported | set(extras[extra] if extra else ())
-        missing = sorted(name for name in needed if source.find_spec(name) is None)
+        missing, install = missing_packages(request.config[key]["_target_"])
         if missing:
             raise UserError(
                 f"got {key}={request.choices.get(key)}, which needs {' and '.join(missing)}, not installed here",
-                do=f"pip install '{f'dfq[{extra}]' if extra else ' '.join(missing)}'",
+                do=f"pip install '{install}'",
             )
+
+
+def missing_packages(target: str) -> tuple[list[str], str]:
+    """What the method ``target`` needs and is not installed here, and what pip is to be told."""
+    extras, imported = _extras(), source.packages(target)
+    extra = next((name for name, members in extras.items() if imported & set(members)), None)
+    needed = imported | set(extras[extra] if extra else ())
+    missing = sorted(name for name in needed if source.find_spec(name) is None)
+    return missing, f"dfq[{extra}]" if extra else " ".join(missing)
 
 
 def _extras() -> dict[str, list[str]]:
