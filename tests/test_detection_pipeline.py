@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, two_stages
 
-from dfq import pipeline
+from dfq import pipeline, quality
 from dfq.coco import export_coco
 from dfq.dataset import SyntheticDataset
 from dfq.detectors._base import adapter_record
@@ -126,6 +126,53 @@ def test_generators_make_images_with_boxes(name, adapter, tmp_path):
     assert made.manifest["boxes_from"] == ("generator" if name == "box_sampling" else "teacher")
     text = [str(cell) for column in describe(made.path).columns for cell in column.cells]
     assert "boxes" in text
+
+
+def told(path):
+    names, texts = (list(column.cells) for column in describe(path).columns)
+    return dict(zip(names, texts, strict=True))
+
+
+def test_inspect_tells_the_balance_of_classes(dataset):
+    """The network's classes, those that have no box among them: they are in the quality that lies beside."""
+    labels = dataset.tensors(names=("labels",))["labels"]
+    counts = torch.cat(labels).bincount(minlength=CLASSES).tolist()
+    rows = told(dataset.path)
+    lines = rows["boxes of a class"].splitlines()
+    assert {int(line.split()[0]): int(line.split()[-1]) for line in lines} == {c: n for c, n in enumerate(counts) if n}
+    shown = [int(line.split()[-1]) for line in lines]
+    assert shown == sorted(shown, reverse=True) and lines[0].count("█") == 24
+    assert [line.count("█") for line in lines] == [max(1, round(24 * n / shown[0])) for n in shown]
+    sizes = [len(row) for row in labels]
+    mean, most = sum(sizes) / len(sizes), max(sizes)
+    assert rows["boxes"].startswith(f"{sum(sizes)}, {mean:.1f} an image (at most {most}; {sizes.count(0)} images with ")
+    assert rows["boxes"].endswith(f"of {len(lines)} of {CLASSES} classes")
+    assert ("without a box" in rows) == (0 in counts)
+
+
+def test_inspect_names_classes_without_a_box(dataset):
+    file = dataset.path / quality.QUALITY
+    stored = json.loads(file.read_text())
+    few = [0] * 30 + [7, 1] + list(range(2, 22))  # as quality.json has them: nothing is counted again
+    file.write_text(json.dumps(stored | {"class_labels": list(range(1, 53)), "class_counts": few}))
+    rows = told(dataset.path)
+    assert rows["without a box"] == f"30 classes: {', '.join(map(str, range(1, 21)))} and 10 more"
+    assert "of 22 of 52 classes" in rows["boxes"]
+    lines = rows["boxes of a class"].splitlines()
+    assert len(lines) == 13 and lines[0].split()[0] == "52" and lines[6] == "10 classes between, 7 to 15 each"
+    assert lines[-1].split() == ["32", "█", "1"]
+
+
+def test_inspect_counts_boxes_of_a_dataset_that_was_not_measured(tmp_path):
+    dataset, _ = ragged(tmp_path / "d")
+    rows = told(dataset.path)
+    assert rows["boxes"] == "6, 1.2 an image (at most 3; 2 images with none), of 3 classes"
+    assert [(line.split()[0], line.split()[-1]) for line in rows["boxes of a class"].splitlines()] == [
+        ("0", "3"), ("1", "2"), ("2", "1"),
+    ]  # fmt: skip
+    assert "without a box" not in rows
+    none, _ = ragged(tmp_path / "none", ((0, 0),))
+    assert told(none.path)["boxes"] == "0, 0.0 an image (at most 0; 2 images with none), of 0 classes"
 
 
 def test_as_many_images_at_once_as_fit_into_memory(teacher, tmp_path):
