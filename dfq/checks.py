@@ -23,6 +23,7 @@ from dfq.errors import UserError, did_you_mean
 from dfq.ranks import resolve
 from dfq.scheme import Scheme
 from dfq.teachers._folder import check_folder
+from dfq.teachers._task_settings import check_task_settings
 
 PLAIN_TYPES = {
     "num_samples": "PositiveInt",
@@ -202,6 +203,12 @@ def _is_factory(key: str, name: str) -> None:
             f"a {kind} of that module",
             did_you_mean(function, known) or f"look into {spec.origin}",
         )
+
+
+def task_settings(request: Request) -> None:
+    given = request.get("teacher", "task_settings")
+    if given is not None:
+        check_task_settings(given)
 
 
 def model_name(request: Request) -> None:
@@ -426,6 +433,7 @@ CHECKS: list[Callable[[Request], None]] = [
     either_weights_or_checkpoint,
     input_spec,
     factories,
+    task_settings,
     model_name,
     files_to_read,
     files_to_write,

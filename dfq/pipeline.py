@@ -48,6 +48,7 @@ from dfq.teacher import InputSpec, Teacher
 OUTPUTS = Path("outputs")
 QUIET_S = 3600.0  # in which no rank has added a batch: those that are missing will not come
 DATA_FREE = {"pixels": False, "labels": False}
+LABELING = ("least_score",)  # settings of a detector's task that datasets depend on
 NOISE = {"images": ("gaussian", "Gaussian noise"), "token ids": ("random_tokens", "random tokens")}  # by kind of input
 
 
@@ -531,7 +532,7 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
         "generator": {"_target_": "real"},
         "images_sha256": digest,
         "teacher_sha256": e.teacher.sha256,
-        **adapter_record(e.teacher.module),
+        **adapter_record(e.teacher.module, LABELING),
         "input_spec": e.teacher.input_spec.to_dict(),
     }
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
@@ -610,7 +611,7 @@ def dataset_place(
         "generator": config,
         "seed": seed,
         "teacher_sha256": teacher.sha256,
-        **adapter_record(teacher.module),
+        **adapter_record(teacher.module, LABELING),
         "input_spec": teacher.input_spec.to_dict(),
         **generator.recorded(teacher),
     }

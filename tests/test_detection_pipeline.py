@@ -427,6 +427,25 @@ def test_an_adapter_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
     assert right == again and len(list((tmp_path / "outputs" / "datasets").iterdir())) == 2, "nothing is made twice"
 
 
+def test_what_settings_of_the_task_decide_is_made_anew(tmp_path, monkeypatch):
+    """Labels: the dataset, and what is made with it. The weight of boxes: students alone."""
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    places, divergences = {}, {}
+    for name, given in {"usual": {}, "sure": {"least_score": 0.4}, "boxes": {"box_weight": 9.0}}.items():
+        base = cell_teacher().module.network
+        teacher = Teacher(as_detector(base, Cells, given), "detection", SPEC, name="cells")
+        dataset = generate(teacher, build("generator", "gaussian"), 8)
+        assert all((scores >= given.get("least_score", 0.25)).all() for scores in dataset.tensors()["scores"])
+        student, folder = quantize(teacher, dataset, W4A8, build("algorithm", "round_to_nearest"), *QUANTIZERS)
+        places[name] = dataset.path, folder
+        divergences[name] = evaluate(teacher, student, resolve("evaluation", "none"), dataset)["fidelity"]["kl"]
+        if name == "sure":
+            assert dataset.manifest["settings"]["adapter"]["task"] == given
+    assert places["usual"][0] == places["boxes"][0] != places["sure"][0]
+    assert len({folder for _, folder in places.values()}) == 3
+    assert divergences["boxes"] > divergences["usual"]
+
+
 def test_what_a_record_says_of_an_adapter():
     from conftest import NETS, as_teacher
     from tiny_detectors import family_teacher
