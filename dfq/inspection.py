@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dfq import quality
-from dfq.dataset import SyntheticDataset, file_sha256, read_json
+from dfq.dataset import LEFT_OUT, SyntheticDataset, file_sha256, read_json
 from dfq.errors import UserError
 from dfq.report import flat, quality_facts
 from dfq.student import read_manifest
@@ -80,6 +80,9 @@ def _dataset(dataset: SyntheticDataset) -> Table:
             f"{c}: {counts[c]}" for c in most if counts[c]
         )
         rows["confidence"] = f"{float(logits.softmax(1).amax(1).mean()):.3f} on average"
+    if LEFT_OUT in dataset.manifest:
+        size, most = (dataset.manifest[LEFT_OUT][key] / 2**20 for key in ("bytes_a_sample", "most_bytes"))
+        rows["raw outputs"] = f"left out: {size:.1f} MiB a sample, at most {most:g} are stored; made again when needed"
     found = quality.read(dataset)
     if "boxes" in dataset.lists:
         rows |= _boxes(dataset.tensors(names=("labels",))["labels"], found or {})

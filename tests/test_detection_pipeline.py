@@ -25,6 +25,7 @@ from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import choices, load, resolve, signature
 from dfq.student import Student
 from dfq.tasks._task import task_of
+from dfq.tasks.detection import Detection
 from dfq.teacher import Teacher
 from dfq.teachers._detector import as_detector
 
@@ -179,6 +180,28 @@ def test_as_many_images_at_once_as_fit_into_memory(teacher, tmp_path):
     generator = build("generator", "box_sampling", batch_size="auto", memory_bytes=2_000_000)
     made = generate(teacher, generator, 9, 0, tmp_path / "d")
     assert len(made) == 9 and 1 <= made.manifest["settings"]["batch_size"] <= 256
+
+
+def test_raw_outputs_that_are_too_large_are_left_out_and_that_is_said(teacher, tmp_path, monkeypatch, capsys):
+    generator = build("generator", "gaussian", batch_size=4)
+    whole = generate(teacher, generator, 9, 0, tmp_path / "whole")
+    assert "left out" not in capsys.readouterr().err and "raw_outputs_left_out" not in whole.manifest
+    size = whole[0]["logits"].numel() * 4
+    monkeypatch.setattr(Detection, "most_bytes", size - 1)
+    made = generate(teacher, generator, 9, 0, tmp_path / "d")
+    assert "logits" not in made[0] and torch.equal(made.tensors()["images"], whole.tensors()["images"])
+    said = capsys.readouterr().err
+    assert said.count("the teacher's raw outputs take 0.0 MiB a sample, more than the") == 1, "once, not for each batch"
+    assert made.manifest["raw_outputs_left_out"] == {"bytes_a_sample": size, "most_bytes": size - 1}
+    assert told(made.path)["raw outputs"].startswith("left out: 0.0 MiB a sample, at most ")
+    merged = generate(teacher, generator, 9, 0, tmp_path / "merged", parts=[made.path])
+    assert merged.manifest["raw_outputs_left_out"] == made.manifest["raw_outputs_left_out"]
+    algorithm = build("algorithm", "distillation")
+    apart = []
+    for name, data in {"without": made, "with": whole}.items():
+        student, _ = quantize(teacher, data, W4A8, algorithm, *QUANTIZERS, 0, tmp_path / name)
+        apart.append((student(whole.tensors()["images"]) - whole.tensors()["logits"]).square().mean())
+    torch.testing.assert_close(*apart, rtol=0.02, atol=0)  # they are made again when they are needed
 
 
 @pytest.mark.parametrize("name", ["gdfq", "deep_inversion"])
