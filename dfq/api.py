@@ -54,6 +54,7 @@ def load_teacher(
     vocab_size: int | None = None,
     length: int | None = None,
     adapter: Any = None,
+    task_settings: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Teacher:
     """A teacher from a network in memory, or from a loader by name.
@@ -66,6 +67,8 @@ def load_teacher(
         mean, std: of the normalization (byte / 255 - mean) / std, one a channel.
         adapter: of a detector: a class derived from ``dfq.Detector``, or its ``package.module:Name``; None: that of the
             network's family.
+        task_settings: of a detector: ``least_score`` of what it finds in images that are labelled by it, and
+            ``box_weight`` of the distance of boxes beside the divergence of what is said of them.
         vocab_size, length: of the token ids [N, length], below ``vocab_size``, that a network in memory takes instead
             of images.
     """
@@ -73,7 +76,8 @@ def load_teacher(
     tokens = {"vocab_size": vocab_size, "length": length}
     if isinstance(model, str):
         config = config_of("teacher", model)
-        given = images | tokens | {"adapter": adapter} | ({"task": task} if "task" in config else {})
+        given = images | tokens | {"adapter": adapter, "task_settings": task_settings}
+        given |= {"task": task} if "task" in config else {}
         teacher = _build_teacher(config | settings | {k: v for k, v in given.items() if v is not None}, device)
         if task not in (None, teacher.task):
             raise UserError(f"got task={task} for teacher={model}, whose networks are for task={teacher.task}")
@@ -99,9 +103,11 @@ def load_teacher(
     if task == "detection":
         from dfq.teachers._detector import as_detector
 
-        model = as_detector(model, adapter)
+        model = as_detector(model, adapter, task_settings)
     elif adapter is not None:
         raise UserError(f"got adapter={adapter} and task={task}", "task='detection' for adapters")
+    elif task_settings:
+        raise UserError(f"got task_settings={task_settings} and task={task}", "task='detection' for task_settings")
     return Teacher(model, task or "classification", spec, name, device=resolve_device(device))
 
 

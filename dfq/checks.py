@@ -23,6 +23,7 @@ from dfq.errors import UserError, did_you_mean
 from dfq.ranks import resolve
 from dfq.scheme import Scheme
 from dfq.teachers._folder import check_folder
+from dfq.teachers._task_settings import check_task_settings
 
 PLAIN_TYPES = {
     "num_samples": "PositiveInt",
@@ -204,6 +205,12 @@ def _is_factory(key: str, name: str) -> None:
         )
 
 
+def task_settings(request: Request) -> None:
+    given = request.get("teacher", "task_settings")
+    if given is not None:
+        check_task_settings(given)
+
+
 def model_name(request: Request) -> None:
     """The model is one that the installed package registers."""
     package, name = request.choice("teacher"), request.get("teacher", "name")
@@ -383,19 +390,24 @@ def _can_become_folder(key: str, path: str, shown: str = "") -> None:
 
 def installed_packages(request: Request) -> None:
     """The packages that the source of a chosen method imports, with the rest of the extra of dfq they belong to."""
-    extras = _extras()
     for key in root()[0]:
         if key in ("scheme", "experiment") or not request.uses(key):
             continue
-        imported = source.packages(request.config[key]["_target_"])
-        extra = next((name for name, members in extras.items() if imported & set(members)), None)
-        needed = imported | set(extras[extra] if extra else ())
-        missing = sorted(name for name in needed if source.find_spec(name) is None)
+        missing, install = missing_packages(request.config[key]["_target_"])
         if missing:
             raise UserError(
                 f"got {key}={request.choices.get(key)}, which needs {' and '.join(missing)}, not installed here",
-                do=f"pip install '{f'dfq[{extra}]' if extra else ' '.join(missing)}'",
+                do=f"pip install '{install}'",
             )
+
+
+def missing_packages(target: str) -> tuple[list[str], str]:
+    """What the method ``target`` needs and is not installed here, and what pip is to be told."""
+    extras, imported = _extras(), source.packages(target)
+    extra = next((name for name, members in extras.items() if imported & set(members)), None)
+    needed = imported | set(extras[extra] if extra else ())
+    missing = sorted(name for name in needed if source.find_spec(name) is None)
+    return missing, f"dfq[{extra}]" if extra else " ".join(missing)
 
 
 def _extras() -> dict[str, list[str]]:
@@ -421,6 +433,7 @@ CHECKS: list[Callable[[Request], None]] = [
     either_weights_or_checkpoint,
     input_spec,
     factories,
+    task_settings,
     model_name,
     files_to_read,
     files_to_write,

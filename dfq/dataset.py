@@ -49,6 +49,7 @@ from dfq.errors import UserError
 SCHEMA_VERSION = 1
 COUNTS = ".counts"  # behind the name of what has another length in every sample
 QUALITY = "quality.json"
+LEFT_OUT = "raw_outputs_left_out"  # of a manifest: the teacher's outputs were too large to be stored
 SOURCE = "source.safetensors"
 HOST = re.sub(r"[^\w]+", "_", socket.gethostname()) or "here"
 ABANDONED_S = 86_400.0  # after which a temporary file of another machine belongs to nobody
@@ -238,8 +239,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
         weights = other.source()
         if weights is not None and self.source() is None:
             self.write_source(weights)
-        if "boxes_from" in other.manifest:
-            self.note(boxes_from=other.manifest["boxes_from"])
+        self.note(**{key: other.manifest[key] for key in ("boxes_from", LEFT_OUT) if key in other.manifest})
         for shard in other.shards:
             index, count = shard["index"], shard["num_samples"]
             mine = self._entry(index)

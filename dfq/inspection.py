@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from dfq import quality
-from dfq.dataset import SyntheticDataset, file_sha256, read_json
+from dfq.dataset import LEFT_OUT, SyntheticDataset, file_sha256, read_json
 from dfq.errors import UserError
 from dfq.report import flat, quality_facts
 from dfq.student import read_manifest
+
+BAR = 24  # characters of the most frequent class
+MOST_BARS = 12
+MOST_NAMED = 20  # classes without a box
 
 
 def describe(path: Path) -> Table:
@@ -74,17 +80,52 @@ def _dataset(dataset: SyntheticDataset) -> Table:
             f"{c}: {counts[c]}" for c in most if counts[c]
         )
         rows["confidence"] = f"{float(logits.softmax(1).amax(1).mean()):.3f} on average"
-    if "boxes" in dataset.lists:
-        labels = torch.cat(dataset.tensors(names=("labels",))["labels"])
-        most_often = sorted(labels.bincount().tolist(), reverse=True)[:5] if len(labels) else []
-        rows["boxes"] = f"{len(labels)}, {len(labels) / len(dataset):.1f} an image, of {len(labels.unique())} classes"
-        rows["most boxes of a class"] = ", ".join(map(str, most_often)) or "none"
+    if LEFT_OUT in dataset.manifest:
+        size, most = (dataset.manifest[LEFT_OUT][key] / 2**20 for key in ("bytes_a_sample", "most_bytes"))
+        rows["raw outputs"] = f"left out: {size:.1f} MiB a sample, at most {most:g} are stored; made again when needed"
     found = quality.read(dataset)
+    if "boxes" in dataset.lists:
+        rows |= _boxes(dataset.tensors(names=("labels",))["labels"], found or {})
     if found is None:
         rows["quality"] = "not measured; the generate command that made it measures it"
     else:
         rows |= {"quality": found["verdict"], "because": "; ".join(found["reasons"]), **quality_facts(found)}
     return _table("Synthetic dataset", rows)
+
+
+def _boxes(labels: list[Tensor], found: Mapping[str, Any]) -> dict[str, str]:
+    """How many boxes there are, in each image and of each class; ``labels``: of the boxes of each image, [n] each.
+
+    Only the network tells which classes have none: ``found``, its quality.json, has them counted.
+    """
+    sizes, every = [len(row) for row in labels], torch.cat(labels)
+    counts = dict(zip(found.get("class_labels") or [], found.get("class_counts") or [], strict=False))
+    counts = counts or {label: n for label, n in enumerate(every.bincount().tolist()) if n}
+    held, classes = sum(n > 0 for n in counts.values()), len(found.get("class_labels") or [])
+    without = [label for label, n in counts.items() if not n]
+    rows = {
+        "boxes": f"{len(every)}, {len(every) / len(sizes):.1f} an image (at most {max(sizes)}; {sizes.count(0)} images "
+        f"with none), of {held} {f'of {classes} ' if classes else ''}classes"
+    }
+    if held:
+        rows["boxes of a class"] = histogram({label: n for label, n in counts.items() if n})
+    if without:
+        more = f" and {len(without) - MOST_NAMED} more" if len(without) > MOST_NAMED else ""
+        rows["without a box"] = f"{len(without)} classes: {', '.join(map(str, without[:MOST_NAMED]))}{more}"
+    return rows
+
+
+def histogram(counts: Mapping[int, int]) -> str:
+    """Class, bar and count, most frequent first, each in a line; of many classes those at both ends."""
+    order = sorted(counts, key=lambda label: (-counts[label], label))
+    half, most = MOST_BARS // 2, max(counts.values())
+    shown = order if len(order) <= MOST_BARS else order[:half] + order[-half:]
+    width = max(len(str(label)) for label in shown)
+    lines = [f"{label:>{width}} {'█' * max(1, round(BAR * counts[label] / most))} {counts[label]}" for label in shown]
+    if len(shown) < len(order):
+        left = [counts[label] for label in order[half:-half]]
+        lines.insert(half, f"{len(left)} classes between, {left[-1]} to {left[0]} each")
+    return "\n".join(lines)
 
 
 def _student(path: Path) -> Table:

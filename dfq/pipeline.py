@@ -28,7 +28,15 @@ import dfq
 from dfq import evaluation as evaluations
 from dfq import mixed_precision, quality
 from dfq import report as reports
-from dfq.dataset import SyntheticDataset, file_sha256, first_difference, read_json, remove_if_empty, write_json
+from dfq.dataset import (
+    LEFT_OUT,
+    SyntheticDataset,
+    file_sha256,
+    first_difference,
+    read_json,
+    remove_if_empty,
+    write_json,
+)
 from dfq.detectors._base import adapter_record
 from dfq.errors import UserError
 from dfq.generators._base import Generator, Independent, Sampler, Source, batch_rng, dataset_rng
@@ -41,13 +49,14 @@ from dfq.ranks import from_environment
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
 from dfq.settings import choices, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
-from dfq.tasks._outputs import LOGITS, moved, to_store
+from dfq.tasks._outputs import LOGITS, bytes_of_a_sample, moved, to_store
 from dfq.tasks._task import task_of
 from dfq.teacher import InputSpec, Teacher
 
 OUTPUTS = Path("outputs")
 QUIET_S = 3600.0  # in which no rank has added a batch: those that are missing will not come
 DATA_FREE = {"pixels": False, "labels": False}
+LABELING = ("least_score",)  # settings of a detector's task that datasets depend on
 NOISE = {"images": ("gaussian", "Gaussian noise"), "token ids": ("random_tokens", "random tokens")}  # by kind of input
 
 
@@ -133,7 +142,8 @@ def generate(
                 else:
                     made = sampler.sample(teacher, batch_size, batch_rng(seed, index), told)
                     told(batch_size - told.amount)  # a generator need not tell how far it is
-                    rows = {name: values[: sizes[index]] for name, values in _stored(teacher, task, made).items()}
+                    rows = _stored(teacher, task, made, dataset)
+                    rows = {name: values[: sizes[index]] for name, values in rows.items()}
                 _check_finite(teacher, generator, index, rows)
                 if "boxes" in rows:
                     own = isinstance(made, Mapping) and "boxes" in made
@@ -531,7 +541,7 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
         "generator": {"_target_": "real"},
         "images_sha256": digest,
         "teacher_sha256": e.teacher.sha256,
-        **adapter_record(e.teacher.module),
+        **adapter_record(e.teacher.module, LABELING),
         "input_spec": e.teacher.input_spec.to_dict(),
     }
     path = OUTPUTS / "datasets" / f"{e.teacher.name}_real_{len(images)}_{_hash(settings)}"
@@ -539,7 +549,7 @@ def _real_dataset(e: Experiment) -> SyntheticDataset | None:
     task = task_of(e.teacher)
     for index, batch in enumerate(images.split(128)):
         if not dataset.has_shard(index, len(batch)):
-            dataset.write_shard(index, _stored(e.teacher, task, batch), 0.0)
+            dataset.write_shard(index, _stored(e.teacher, task, batch, dataset), 0.0)
     return dataset
 
 
@@ -610,7 +620,7 @@ def dataset_place(
         "generator": config,
         "seed": seed,
         "teacher_sha256": teacher.sha256,
-        **adapter_record(teacher.module),
+        **adapter_record(teacher.module, LABELING),
         "input_spec": teacher.input_spec.to_dict(),
         **generator.recorded(teacher),
     }
@@ -705,20 +715,34 @@ def _absent(dataset: SyntheticDataset, sizes: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def _stored(teacher: Teacher, task: Any, made: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+def _stored(teacher: Teacher, task: Any, made: Tensor | Mapping[str, Any], dataset: SyntheticDataset) -> dict[str, Any]:
     """What a dataset holds of a batch: samples, the teacher's outputs, and its own annotations where there are none.
 
-    What it says of each token of a text would take a thousand times the room of the text, and is left out.
+    What it says of each token of a text would take a thousand times the room of the text, and is left out. So are raw
+    outputs of a detector beyond ``most_bytes`` of its task, which its manifest then says.
     """
     if isinstance(made, Tensor) and not made.is_floating_point():
         return {"input_ids": made}
     given = made if isinstance(made, Mapping) else {"images": made}
     images = given["images"].detach().float().contiguous()
     outputs = task.raw_outputs(teacher, images)
-    found = {**given, "images": images, **moved(to_store(outputs, getattr(task, "most_bytes", math.inf)), "cpu")}
+    most = getattr(task, "most_bytes", math.inf)
+    kept = to_store(outputs, most)
+    if not kept:
+        _tell_left_out(dataset, bytes_of_a_sample(outputs), most)
+    found = {**given, "images": images, **moved(kept, "cpu")}
     if hasattr(task, "annotate") and "boxes" not in found:
         found |= task.annotate(outputs, images.shape[-2:])
     return found
+
+
+def _tell_left_out(dataset: SyntheticDataset, size: int, most: float) -> None:
+    if LEFT_OUT not in dataset.manifest:
+        say(
+            f"generate: the teacher's raw outputs take {size / 2**20:.1f} MiB a sample, more than the {most / 2**20:g} "
+            "that are stored: they are left out, and whatever needs them runs the teacher again"
+        )
+    dataset.note(**{LEFT_OUT: {"bytes_a_sample": size, "most_bytes": most}})
 
 
 def _check_finite(teacher: Teacher, generator: Generator, index: int, rows: Mapping[str, Any]) -> None:

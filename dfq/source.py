@@ -64,21 +64,26 @@ def names(module: str) -> set[str] | None:
 
 
 def packages(target: str) -> set[str]:
-    """Top-level packages that the module of ``target`` imports, inside functions too, those in a ``try`` left out.
+    """Top-level packages that the :func:`modules` of ``target`` import, inside functions too, those in a ``try`` left
+    out."""
+    sources = [_source(module) for module in modules(target)]
+    imported = {name.split(".")[0] for source in sources if source for name in source.imported}
+    return imported - set(sys.stdlib_module_names)
 
-    So do the private modules beside it that it imports: they are part of it.
-    """
+
+def modules(target: str) -> list[str]:
+    """The module of ``target``, and the private modules beside it that it imports: they are part of it."""
     found = definition(target)
-    waiting, seen, imported = [found[0]] if found else [], set(), set()
+    waiting, seen = [found[0]] if found else [], []
     while waiting:
         module = waiting.pop()
-        seen.add(module)
+        if module in seen:
+            continue
+        seen.append(module)
         source = _source(module)
-        names = source.imported if source else set()
-        imported |= {name.split(".")[0] for name in names}
         private = f"{module.rpartition('.')[0]}._"
-        waiting += [name for name in names if name.startswith(private) and source_path(name) and name not in seen]
-    return imported - set(sys.stdlib_module_names)
+        waiting += [name for name in (source.imported if source else ()) if name.startswith(private)]
+    return [module for module in seen if source_path(module)]
 
 
 def definition(target: str) -> tuple[str, ast.stmt] | None:

@@ -226,6 +226,13 @@ MISTAKES = {
         "got teacher.adapter=my_networks:Load, and my_networks has no Load; allowed: a class of that module; "
         "did you mean 'load'?"
     ),
+    f"{FACTORY} {STATS} teacher.task=detection +teacher.task_settings.least_scor=0.5": (
+        "got teacher.task_settings.least_scor; allowed: teacher.task_settings.box_weight, "
+        "teacher.task_settings.least_score; did you mean 'teacher.task_settings.least_score'?"
+    ),
+    f"{FACTORY} {STATS} teacher.task=detection teacher.task_settings={{box_weight:-1}}": (
+        "got teacher.task_settings.box_weight=-1; allowed: a number >= 0"
+    ),
     "run teacher=timm teacher.name=resnet18 teacher.checkpoint=weights.pt teacher.pretrained=true": (
         "got teacher.checkpoint and teacher.pretrained=true; allowed: one of the two; leave one away"
     ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, two_stages
 
-from dfq import pipeline
+from dfq import pipeline, quality
 from dfq.coco import export_coco
 from dfq.dataset import SyntheticDataset
 from dfq.detectors._base import adapter_record
@@ -25,6 +25,7 @@ from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import choices, load, resolve, signature
 from dfq.student import Student
 from dfq.tasks._task import task_of
+from dfq.tasks.detection import Detection
 from dfq.teacher import Teacher
 from dfq.teachers._detector import as_detector
 
@@ -128,10 +129,79 @@ def test_generators_make_images_with_boxes(name, adapter, tmp_path):
     assert "boxes" in text
 
 
+def told(path):
+    names, texts = (list(column.cells) for column in describe(path).columns)
+    return dict(zip(names, texts, strict=True))
+
+
+def test_inspect_tells_the_balance_of_classes(dataset):
+    """The network's classes, those that have no box among them: they are in the quality that lies beside."""
+    labels = dataset.tensors(names=("labels",))["labels"]
+    counts = torch.cat(labels).bincount(minlength=CLASSES).tolist()
+    rows = told(dataset.path)
+    lines = rows["boxes of a class"].splitlines()
+    assert {int(line.split()[0]): int(line.split()[-1]) for line in lines} == {c: n for c, n in enumerate(counts) if n}
+    shown = [int(line.split()[-1]) for line in lines]
+    assert shown == sorted(shown, reverse=True) and lines[0].count("█") == 24
+    assert [line.count("█") for line in lines] == [max(1, round(24 * n / shown[0])) for n in shown]
+    sizes = [len(row) for row in labels]
+    mean, most = sum(sizes) / len(sizes), max(sizes)
+    assert rows["boxes"].startswith(f"{sum(sizes)}, {mean:.1f} an image (at most {most}; {sizes.count(0)} images with ")
+    assert rows["boxes"].endswith(f"of {len(lines)} of {CLASSES} classes")
+    assert ("without a box" in rows) == (0 in counts)
+
+
+def test_inspect_names_classes_without_a_box(dataset):
+    file = dataset.path / quality.QUALITY
+    stored = json.loads(file.read_text())
+    few = [0] * 30 + [7, 1] + list(range(2, 22))  # as quality.json has them: nothing is counted again
+    file.write_text(json.dumps(stored | {"class_labels": list(range(1, 53)), "class_counts": few}))
+    rows = told(dataset.path)
+    assert rows["without a box"] == f"30 classes: {', '.join(map(str, range(1, 21)))} and 10 more"
+    assert "of 22 of 52 classes" in rows["boxes"]
+    lines = rows["boxes of a class"].splitlines()
+    assert len(lines) == 13 and lines[0].split()[0] == "52" and lines[6] == "10 classes between, 7 to 15 each"
+    assert lines[-1].split() == ["32", "█", "1"]
+
+
+def test_inspect_counts_boxes_of_a_dataset_that_was_not_measured(tmp_path):
+    dataset, _ = ragged(tmp_path / "d")
+    rows = told(dataset.path)
+    assert rows["boxes"] == "6, 1.2 an image (at most 3; 2 images with none), of 3 classes"
+    assert [(line.split()[0], line.split()[-1]) for line in rows["boxes of a class"].splitlines()] == [
+        ("0", "3"), ("1", "2"), ("2", "1"),
+    ]  # fmt: skip
+    assert "without a box" not in rows
+    none, _ = ragged(tmp_path / "none", ((0, 0),))
+    assert told(none.path)["boxes"] == "0, 0.0 an image (at most 0; 2 images with none), of 0 classes"
+
+
 def test_as_many_images_at_once_as_fit_into_memory(teacher, tmp_path):
     generator = build("generator", "box_sampling", batch_size="auto", memory_bytes=2_000_000)
     made = generate(teacher, generator, 9, 0, tmp_path / "d")
     assert len(made) == 9 and 1 <= made.manifest["settings"]["batch_size"] <= 256
+
+
+def test_raw_outputs_that_are_too_large_are_left_out_and_that_is_said(teacher, tmp_path, monkeypatch, capsys):
+    generator = build("generator", "gaussian", batch_size=4)
+    whole = generate(teacher, generator, 9, 0, tmp_path / "whole")
+    assert "left out" not in capsys.readouterr().err and "raw_outputs_left_out" not in whole.manifest
+    size = whole[0]["logits"].numel() * 4
+    monkeypatch.setattr(Detection, "most_bytes", size - 1)
+    made = generate(teacher, generator, 9, 0, tmp_path / "d")
+    assert "logits" not in made[0] and torch.equal(made.tensors()["images"], whole.tensors()["images"])
+    said = capsys.readouterr().err
+    assert said.count("the teacher's raw outputs take 0.0 MiB a sample, more than the") == 1, "once, not for each batch"
+    assert made.manifest["raw_outputs_left_out"] == {"bytes_a_sample": size, "most_bytes": size - 1}
+    assert told(made.path)["raw outputs"].startswith("left out: 0.0 MiB a sample, at most ")
+    merged = generate(teacher, generator, 9, 0, tmp_path / "merged", parts=[made.path])
+    assert merged.manifest["raw_outputs_left_out"] == made.manifest["raw_outputs_left_out"]
+    algorithm = build("algorithm", "distillation")
+    apart = []
+    for name, data in {"without": made, "with": whole}.items():
+        student, _ = quantize(teacher, data, W4A8, algorithm, *QUANTIZERS, 0, tmp_path / name)
+        apart.append((student(whole.tensors()["images"]) - whole.tensors()["logits"]).square().mean())
+    torch.testing.assert_close(*apart, rtol=0.02, atol=0)  # they are made again when they are needed
 
 
 @pytest.mark.parametrize("name", ["gdfq", "deep_inversion"])
@@ -378,6 +448,25 @@ def test_an_adapter_that_has_changed_is_measured_anew(tmp_path, monkeypatch):
     (tmp_path / "edited_adapter.py").write_text("")
     assert adapter_record(running) == record, "an edit while it runs says nothing of what runs"
     assert right == again and len(list((tmp_path / "outputs" / "datasets").iterdir())) == 2, "nothing is made twice"
+
+
+def test_what_settings_of_the_task_decide_is_made_anew(tmp_path, monkeypatch):
+    """Labels: the dataset, and what is made with it. The weight of boxes: students alone."""
+    monkeypatch.setattr(pipeline, "OUTPUTS", tmp_path / "outputs")
+    places, divergences = {}, {}
+    for name, given in {"usual": {}, "sure": {"least_score": 0.4}, "boxes": {"box_weight": 9.0}}.items():
+        base = cell_teacher().module.network
+        teacher = Teacher(as_detector(base, Cells, given), "detection", SPEC, name="cells")
+        dataset = generate(teacher, build("generator", "gaussian"), 8)
+        assert all((scores >= given.get("least_score", 0.25)).all() for scores in dataset.tensors()["scores"])
+        student, folder = quantize(teacher, dataset, W4A8, build("algorithm", "round_to_nearest"), *QUANTIZERS)
+        places[name] = dataset.path, folder
+        divergences[name] = evaluate(teacher, student, resolve("evaluation", "none"), dataset)["fidelity"]["kl"]
+        if name == "sure":
+            assert dataset.manifest["settings"]["adapter"]["task"] == given
+    assert places["usual"][0] == places["boxes"][0] != places["sure"][0]
+    assert len({folder for _, folder in places.values()}) == 3
+    assert divergences["boxes"] > divergences["usual"]
 
 
 def test_what_a_record_says_of_an_adapter():

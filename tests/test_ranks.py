@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import training_in_ranks
 from conftest import language
 from launching import environment, launch
 
@@ -171,6 +172,37 @@ def test_processes_of_a_launcher_and_those_that_it_starts_itself(tmp_path, capfd
     for name in ("launched", "started"):
         assert content(tmp_path / name) == content(whole.path)
         assert SyntheticDataset(tmp_path / name).sha256 == whole.sha256 and (tmp_path / name / QUALITY).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_processes_of_a_launcher_write_the_text_of_one(cached, tmp_path):
+    """Processes with a folder each, merged, and two in one folder: the bytes of one."""
+    pytest.importorskip("transformers")
+    training_in_ranks.llama().module.save_pretrained(tmp_path / "llama")
+    words = ["-m", "dfq", "generate", "teacher=huggingface", "teacher.name=llama", "teacher.length=12", "device=cpu"]
+    words += ["generator=self_generation", "generator.batch_size=4", f"num_samples={SAMPLES}", "seed=3"]
+    words += ["generator.cache_teacher=3"] if cached else []
+    teacher = dfq.load_teacher("huggingface", name=str(tmp_path / "llama"), length=12, device="cpu")
+    generator = SelfGeneration(batch_size=4, **({"cache_teacher": 3} if cached else {}))
+    whole = generate(teacher, generator, SAMPLES, 3, tmp_path / "whole")
+    launch([*words, "dataset_dir=all"], 2, tmp_path)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *words, f"rank={rank}", "world_size=2", f"dataset_dir=part{rank}"],
+            cwd=tmp_path,
+            env=environment(),
+        )
+        for rank in (0, 1)
+    ]
+    assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
+    parts = [tmp_path / f"part{rank}" for rank in (0, 1)]
+    assert [[shard["index"] for shard in SyntheticDataset(part).shards] for part in parts] == [[0, 2, 4], [1, 3, 5]]
+    generate(teacher, generator, SAMPLES, 3, tmp_path / "merged", parts=parts)
+    for name in ("all", "merged"):
+        found = SyntheticDataset(tmp_path / name)
+        assert content(found.path) == content(whole.path) and found.sha256 == whole.sha256
+        assert found.manifest["settings"] == whole.manifest["settings"] and (found.path / QUALITY).exists()
 
 
 def test_a_rank_that_is_killed_and_started_again(tmp_path):

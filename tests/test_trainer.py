@@ -74,7 +74,14 @@ def test_units_of_a_language_model_and_parts_of_a_size():
 
 
 @pytest.mark.parametrize(
-    "strategy, kind", [("ddp", "plain"), ("ddp_spawn", "plain"), ("fsdp", "llama"), ("fsdp", "cached")]
+    "strategy, kind",
+    [
+        ("ddp", "plain"),
+        ("ddp_spawn", "plain"),
+        pytest.param("ddp", "llama", marks=pytest.mark.slow),
+        ("fsdp", "llama"),
+        ("fsdp", "cached"),
+    ],
 )
 def test_two_processes_train_as_one_with_twice_the_batch(strategy, kind, tmp_path):
     """Up to rounding: sums are taken in another order, and Adam makes much of a gradient that is nearly zero."""

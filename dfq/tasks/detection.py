@@ -51,7 +51,7 @@ class Detection:
             )
         if input_size is not None:
             module.decoded_size = input_size
-        return replace(self, detector=module)
+        return replace(self, detector=module, **module.task_settings)
 
     def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Any:
         """A tensor, or a mapping of tensors, as the adapter's ``raw`` gives them; differentiable."""

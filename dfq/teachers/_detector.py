@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +15,25 @@ from dfq import detectors
 from dfq.detectors._base import Detector, adapter_record
 from dfq.errors import UserError
 from dfq.teachers._import import import_named
+from dfq.teachers._task_settings import check_task_settings
 
 STATISTICS = {"weight", "bias", "running_mean", "running_var"}
 
 
-def as_detector(network: nn.Module, adapter: str | type[Detector] | None = None) -> Detector:
-    """``network`` behind an adapter: ``package.module:Adapter``, the class itself, or None for its family's own."""
+def as_detector(
+    network: nn.Module,
+    adapter: str | type[Detector] | None = None,
+    task_settings: Mapping[str, Any] | None = None,
+) -> Detector:
+    """``network`` behind an adapter: ``package.module:Adapter``, the class itself, or None for its family's own.
+
+    Args:
+        task_settings: of :class:`dfq.tasks.detection.Detection`, where they are not those of its yaml.
+    """
+    found = check_task_settings(task_settings or {})
     detector = network if isinstance(network, Detector) else _adapted(network, adapter)
+    if task_settings:
+        detector.task_settings = found
     adapter_record(detector)  # reads the adapter's file now, while it is the one that was imported
     return detector
 

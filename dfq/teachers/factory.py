@@ -13,6 +13,7 @@ from dfq.errors import UserError
 from dfq.teacher import InputSpec, Teacher
 from dfq.teachers._checkpoint import load_checkpoint
 from dfq.teachers._import import import_named
+from dfq.teachers._task_settings import no_detector
 
 
 def load(
@@ -25,6 +26,7 @@ def load(
     kwargs: Mapping[str, Any] | None = None,  # keyword arguments of the function
     adapter: str | None = None,  # of a detector: package.module:Adapter; null: that of its family
     weights: bool = True,  # false: the structure alone, with random weights
+    task_settings: Mapping[str, Any] | None = None,  # of a detector: {least_score: 0.25, box_weight: 1.0}
 ) -> Teacher:
     """Teacher from ``factory``; ``weights=False`` leaves the checkpoint unread (only the structure is wanted)."""
     function = _import_function(factory)
@@ -44,18 +46,14 @@ def load(
     if checkpoint is not None and weights:
         load_checkpoint(module, Path(checkpoint))
     name = type(module).__name__
-    if task == "detection" or adapter is not None:
-        module = _as_detector(module, task, adapter)
+    if task == "detection":
+        from dfq.teachers._detector import as_detector
+
+        module = as_detector(module, adapter, task_settings)
+    else:
+        no_detector(f"teacher.task={task}", adapter, task_settings, "teacher.task=detection")
     return Teacher(module, task, InputSpec(tuple(input_size), tuple(mean), tuple(std)), name)
 
 
 def _import_function(factory: str) -> Any:
     return import_named("teacher.factory", factory, "package.module:function of your own that returns a network")
-
-
-def _as_detector(module: nn.Module, task: str, adapter: str | None) -> nn.Module:
-    if task != "detection":
-        raise UserError(f"got teacher.adapter={adapter} and teacher.task={task}", "teacher.task=detection for adapters")
-    from dfq.teachers._detector import as_detector
-
-    return as_detector(module, adapter)

@@ -8,7 +8,7 @@ stay in files (:mod:`dfq.weights`). A network that would be part random (its fil
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from dfq.settings import PositiveInt
 from dfq.teacher import AnyInputSpec, InputSpec, Teacher, TokenSpec
 from dfq.teachers._checkpoint import some
 from dfq.teachers._folder import ALLOWED, check_folder
+from dfq.teachers._task_settings import no_detector
 from dfq.weights import to_file
 
 HALF = {torch.float16: "F16", torch.bfloat16: "BF16"}  # in a safetensors file
@@ -48,6 +49,7 @@ def load(
     revision: str | None = None,  # on the hub: branch, tag or commit; null: main
     weights: bool = True,  # false: the structure alone, with random weights
     adapter: str | None = None,  # of a detector: package.module:Adapter; null: that of its family
+    task_settings: Mapping[str, Any] | None = None,  # of a detector: {least_score: 0.25, box_weight: 1.0}
 ) -> Teacher:
     """Teacher from ``AutoModelFor....from_pretrained``; ``weights=False`` reads config.json alone."""
     if importlib.util.find_spec("transformers") is None:
@@ -95,9 +97,9 @@ def load(
     if its_task == "detection":
         from dfq.teachers._detector import as_detector
 
-        module = as_detector(module, adapter)
-    elif adapter is not None:
-        raise UserError(f"got teacher.adapter={adapter} and teacher.task={its_task}", "a detector")
+        module = as_detector(module, adapter, task_settings)
+    else:
+        no_detector(f"teacher.task={its_task}", adapter, task_settings)
     shown = Path(name).resolve().name if is_folder else name.rpartition("/")[2]
     return Teacher(module, its_task, spec, name=shown)
 

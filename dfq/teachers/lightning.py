@@ -9,6 +9,7 @@ from dfq.errors import UserError
 from dfq.lightning.quantized import KEY, find_network, is_lightning_class, load_module, network_of, read_checkpoint
 from dfq.teacher import InputSpec, Teacher
 from dfq.teachers._import import import_named
+from dfq.teachers._task_settings import no_detector
 
 
 def load(
@@ -22,6 +23,7 @@ def load(
     kwargs: Mapping[str, Any] | None = None,  # arguments that the checkpoint has no hyper-parameters for
     adapter: str | None = None,  # of a detector: package.module:Adapter; null: that of its family
     weights: bool = True,  # false: the structure is all that is wanted
+    task_settings: Mapping[str, Any] | None = None,  # of a detector: {least_score: 0.25, box_weight: 1.0}
 ) -> Teacher:
     """Teacher from a Lightning checkpoint; objects in it are never unpickled."""
     kind = import_named("teacher.module", module, "package.module:Class of your own, a LightningModule")
@@ -40,7 +42,7 @@ def load(
     if task == "detection":
         from dfq.teachers._detector import as_detector
 
-        network = as_detector(network, adapter)
-    elif adapter is not None:
-        raise UserError(f"got teacher.adapter={adapter} and teacher.task={task}", "teacher.task=detection for adapters")
+        network = as_detector(network, adapter, task_settings)
+    else:
+        no_detector(f"teacher.task={task}", adapter, task_settings, "teacher.task=detection")
     return Teacher(network, task, InputSpec(tuple(input_size), tuple(mean), tuple(std)), name)

@@ -6,7 +6,7 @@ it does not resize or normalize again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,6 +16,7 @@ from torch import nn
 from dfq.errors import UserError, did_you_mean
 from dfq.teacher import InputSpec, Teacher
 from dfq.teachers._checkpoint import load_checkpoint
+from dfq.teachers._task_settings import no_detector
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,6 +30,7 @@ def load(
     std: Sequence[float] | None = None,  # of the normalization; null: the weights' own, or ImageNet's
     num_classes: int | None = None,  # null: the model's own
     adapter: str | None = None,  # of a detector: package.module:Adapter; null: that of its family
+    task_settings: Mapping[str, Any] | None = None,  # of a detector: {least_score: 0.25, box_weight: 1.0}
 ) -> Teacher:
     """Teacher from ``torchvision.models.get_model``; ``weights=False`` builds the structure alone."""
     from torchvision import models
@@ -74,9 +76,8 @@ def load(
         load_checkpoint(module, Path(checkpoint))
     if finds_boxes:
         names = [] if entry is None else entry.meta["categories"]
-        return _detector(module, name, adapter, input_size, mean, std, names)
-    if adapter is not None:
-        raise UserError(f"got teacher.adapter={adapter} and teacher.name={name}, a classifier", "a detector")
+        return _detector(module, name, adapter, task_settings, input_size, mean, std, names)
+    no_detector(f"teacher.name={name}, a classifier", adapter, task_settings)
     own = entry.transforms() if entry is not None else None
     size = tuple(input_size or (3, *([own.crop_size[0]] * 2 if own else (224, 224))))
     spec = InputSpec(
@@ -89,6 +90,7 @@ def _detector(
     module: nn.Module,
     name: str,
     adapter: str | None,
+    task_settings: Mapping[str, Any] | None,
     input_size: Sequence[int] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -100,6 +102,6 @@ def _detector(
     inside = module.transform  # what torchvision would do to images
     size = tuple(input_size or (3, *(inside.fixed_size or (640, 640))[::-1]))
     spec = InputSpec(size, tuple(mean or inside.image_mean), tuple(std or inside.image_std))
-    detector = as_detector(module, adapter)
+    detector = as_detector(module, adapter, task_settings)
     detector.unused_labels = detector.unused_labels or named_unused(names)
     return Teacher(detector, "detection", spec, name=name)

@@ -7,8 +7,9 @@ imported here, when this teacher is asked for, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dfq.errors import UserError
 from dfq.teacher import InputSpec, Teacher
@@ -23,6 +24,7 @@ def load(
     input_size: Sequence[int] | None = None,  # [channels, height, width]; null: [3,640,640]
     adapter: str | None = None,  # package.module:Adapter; null: that of the family
     weights: bool = True,  # false: the checkpoint is left unread
+    task_settings: Mapping[str, Any] | None = None,  # {least_score: 0.25, box_weight: 1.0}
 ) -> Teacher:
     """Teacher from ``ultralytics.YOLO(name)``; images are RGB in 0..1 (``evaluation.fit=pad``)."""
     try:
@@ -46,4 +48,4 @@ def load(
     if checkpoint is not None and weights:
         load_checkpoint(network, Path(checkpoint))
     spec = InputSpec(tuple(input_size or (3, 640, 640)), (0.0,) * 3, (1.0,) * 3)
-    return Teacher(as_detector(network, adapter), "detection", spec, name=Path(name).stem)
+    return Teacher(as_detector(network, adapter, task_settings), "detection", spec, name=Path(name).stem)

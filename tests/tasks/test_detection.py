@@ -13,7 +13,7 @@ from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, cells
 from torch import nn
 
 import dfq
-from dfq.detectors._base import Boxes, Candidates, Detector, _say_once
+from dfq.detectors._base import Boxes, Candidates, Detector, _say_once, adapter_record
 from dfq.errors import UserError
 from dfq.evaluation import Coco, measure
 from dfq.losses._box_overlap import iou
@@ -331,6 +331,50 @@ def test_load_teacher_takes_an_adapter(tmp_path, monkeypatch):
         dfq.load_teacher(
             "factory", factory="my_detector:build", task="classification", adapter="my_detector:Adapter", **settings
         )
+
+
+TASK_SETTINGS = {"least_score": 0.6, "box_weight": 2}
+IMAGES = {"input_size": [3, 32, 32], "mean": [0, 0, 0], "std": [1, 1, 1]}
+
+
+def test_settings_of_the_task_are_those_of_its_teacher(monkeypatch, tmp_path):
+    (tmp_path / "my_cells.py").write_text("from tiny_detectors import Cells as Adapter, cells as build\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"factory": "my_cells:build", "task": "detection", "adapter": "my_cells:Adapter", **IMAGES}
+    usual = dfq.load_teacher("factory", **named)
+    teacher = dfq.load_teacher("factory", task_settings=TASK_SETTINGS, **named)
+    in_memory = {"task": "detection", "adapter": Cells, **IMAGES}
+    for found in (teacher, dfq.load_teacher(cells(), task_settings=TASK_SETTINGS, **in_memory)):
+        assert (task_of(found).least_score, task_of(found).box_weight) == (0.6, 2.0)
+    assert (task_of(usual).least_score, task_of(usual).box_weight) == (0.25, 1.0)
+    assert teacher.config["task_settings"] == TASK_SETTINGS, "a student's folder rebuilds it with them"
+    record, known = adapter_record(teacher.module)["adapter"], adapter_record(usual.module)["adapter"]
+    assert record == known | {"task": {"least_score": 0.6, "box_weight": 2.0}}
+    same = dfq.load_teacher("factory", task_settings={"least_score": 0.25}, **named)
+    assert adapter_record(same.module)["adapter"] == known, "what was made before is found again"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"most": 3}, "got teacher.task_settings.most; allowed: teacher.task_settings.box_weight, "
+         "teacher.task_settings.least_score"),
+        ({"detector": None}, "got teacher.task_settings.detector; allowed: teacher.task_settings.box_weight, "),
+        ({"least_score": 2}, "got teacher.task_settings.least_score=2; allowed: a number from 0 to 1"),
+        (0.5, "got teacher.task_settings=0.5; allowed: a mapping of box_weight, least_score"),
+    ],
+)  # fmt: skip
+def test_settings_that_the_task_does_not_have(given, message):
+    with pytest.raises(UserError) as caught:
+        dfq.load_teacher(cells(), "detection", adapter=Cells, task_settings=given, **IMAGES)
+    assert str(caught.value).startswith(message)
+
+
+def test_settings_of_a_detector_for_another_network():
+    with pytest.raises(UserError, match=r"got task_settings=\{'least_score': 0.6, .* and task=classification"):
+        dfq.load_teacher(cells(), "classification", task_settings=TASK_SETTINGS, **IMAGES)
+    with pytest.raises(UserError, match=r"got teacher.task_settings=\{.* and teacher.name=resnet18, a classifier"):
+        dfq.load_teacher("torchvision", name="resnet18", task_settings=TASK_SETTINGS)
 
 
 def test_the_example_is_short_and_reads_its_network(monkeypatch):
