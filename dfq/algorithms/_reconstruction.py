@@ -14,8 +14,8 @@ h(V) is AdaRound's stretched sigmoid, beta falls from 20 to 2 after a warm-up wi
 V where ``weight_step_lr`` is above zero (Genie-M keeps B constant for it), activation steps have LSQ's gradient.
 ``sensitivity`` says what errors e count by, from gradients g of log p(label) at the block's output, labels drawn from
 the teacher's own distribution: ``elements`` multiplies each square by g^2 (BRECQ, eq. 10, the diagonal of the Fisher
-information), ``channels`` takes e^T F e, F = E[g g^T] [C, C] over samples and places, so that errors of channels make up
-for each other (YAQA's G, arXiv 2505.22988, of blocks in the place of layers).
+information), ``channels`` takes e^T F e, F = E[g g^T] [C, C] over samples and places, so that errors of channels make
+up for each other (YAQA's G, arXiv 2505.22988, of blocks in the place of layers).
 The error is relative and counted per channel (C of them), so lambda and the learning rates mean the same in every block
 of every network; the papers' absolute errors do not.
 """
