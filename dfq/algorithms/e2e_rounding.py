@@ -10,9 +10,9 @@ algorithm that has rounded them one after the other, and the network's outputs i
 
 D is the task's distillation loss, D_0 what it is of the student as it came. In its units, and with a mean over all
 weights of the network, lambda means the same for every network; beta falls from 20 to 2 after a warm-up. Steps of
-weights and inputs are trained with V (Genie-M's joint step), and with ``bias_lr`` what is float. A weight moves smoothly
-between two codes and ends at one of them; trained with straight-through gradients (:mod:`dfq.algorithms.distillation`)
-it jumps from code to code until the last step.
+weights and inputs are trained with V (Genie-M's joint step), and with ``bias_lr`` what is float. A weight moves
+smoothly between two codes and ends at one of them; trained with straight-through gradients
+(:mod:`dfq.algorithms.distillation`) it jumps from code to code until the last step.
 
 :mod:`dfq.algorithms.distillation` runs it: held-out samples, several processes, the teacher's cache, logits in chunks,
 and a run that is killed goes on. What it looks at are weights at the nearer of their codes, and where no look is
