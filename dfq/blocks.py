@@ -160,7 +160,9 @@ class _Finder:
     def _runs_alike(self, name: str, inside: list[str]) -> bool:
         """Whether all calls of ``name`` run the same layers: others are one for each call."""
         calls = self._ops(name)
-        return all(len({sum(_is_in(op, layer) for op in ops) for ops in calls}) == 1 for layer in inside)
+        return len(calls) == 1 or all(
+            len({sum(_is_in(op, layer) for op in ops) for ops in calls}) == 1 for layer in inside
+        )
 
     def _runs_with(self, part: str, name: str) -> bool:
         """Whether ``part`` has ends and runs as often as ``name``, which it is in."""

@@ -127,6 +127,8 @@ class BlockFitting(Algorithm):
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
         mine = {name for block in blocks for name in block.layers if self.takes(student.layers[name])}
         tell_left(self, student, mine)
+        # Those that run once have the random numbers that they would have without the others.
+        numbers = {block: number for number, block in enumerate(sorted(blocks, key=lambda block: block.calls > 1))}
         done, looking_s = _Done(work_dir), 0.0  # seconds from one block's fit to the next one's
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
@@ -142,7 +144,7 @@ class BlockFitting(Algorithm):
                 if clock.left_s <= looking_s:  # blocks that are left keep nearest rounding
                     break
                 began = time.perf_counter()
-                rng = torch.Generator().manual_seed(seed * 100_003 + index)
+                rng = torch.Generator().manual_seed(seed * 100_003 + numbers[block])
                 calls = captures.calls_of(block)
                 if calls is None:
                     tell_left(self, student, student.layers.keys() - block.layers)
