@@ -9,14 +9,17 @@ comes. Which sub-modules those are follows from the dataflow, never from class n
   unless its children with layers lie on one path themselves (a stage of residual blocks), which are looked at instead;
 - what has several inputs or outputs (a decoder with skip connections) is looked into;
 - a depthwise convolution that is left alone goes with the layer that reads it and nothing else does;
-- layers of a mixture's experts are in no block but one around them all.
+- layers of a mixture's experts are in no block but one around them all;
+- what runs several times in a forward (the head of a detector, once a level) is a block as well if each of its calls
+  has one activation in and one out, and what one call gives does not reach another one (no recurrence).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from dfq.hooks import (
     tensors_in,
 )
 from dfq.modules import product_of
-from dfq.sites import map_tensors, sites_of
+from dfq.sites import Counts, counted_sites, map_tensors, sites_of
 from dfq.surgery import Experts
 
 FEW = 4  # samples that say what blocks are called with
@@ -45,10 +48,14 @@ LARGEST_BLOCK = 32  # layers of a block with branches, experts of a mixture coun
 
 @dataclass(frozen=True)
 class Block:
-    """Sub-modules that run one after the other, each on what the one before gave, and the weight layers in them."""
+    """Sub-modules that run one after the other, each on what the one before gave, and the weight layers in them.
+
+    ``calls``: how often they do so in a forward.
+    """
 
     modules: tuple[str, ...]
     layers: tuple[str, ...]
+    calls: int = 1
 
     @property
     def name(self) -> str:
@@ -58,10 +65,13 @@ class Block:
 def find_blocks(module: nn.Module, flow: Dataflow, layers: Iterable[str], single_layers: bool = False) -> list[Block]:
     """The blocks of a network in the order they run.
 
+    One that runs several times comes behind all blocks that bring an input of one of its calls, and before those that
+    get what it gives. (Two such that feed each other are in the order of their first calls.)
+
     Args:
         flow: one forward of ``module``.
-        layers: names of the weight layers to cover. Those that run more than once or that nobody calls (their owner
-            reads their weight) are in no block unless it is one around their owner.
+        layers: names of the weight layers to cover. Those that run on what they gave themselves or that nobody calls
+            (their owner reads their weight) are in no block unless it is one around their owner.
         single_layers: every layer a block of its own.
     """
     return _Finder(module, flow, list(layers), single_layers).blocks()
@@ -70,42 +80,59 @@ def find_blocks(module: nn.Module, flow: Dataflow, layers: Iterable[str], single
 class _Finder:
     def __init__(self, module: nn.Module, flow: Dataflow, layers: list[str], single_layers: bool):
         self.module, self.flow, self.layers, self.single_layers = module, flow, layers, single_layers
+        self.known: dict[str, list[tuple[int, int]] | None] = {}  # what _ends has found
         self.active = set(flow.inputs)
         for op in flow.ops:
             if self.active & set(op.inputs):
                 self.active |= set(op.outputs)
 
     def blocks(self) -> list[Block]:
-        found = list(self._visit("", self.module))
-        first = {block: self._first_op(block) for block in found}
-        found.sort(key=lambda block: first[block])
-        return found if self.single_layers else list(self._joined(found))
+        found = sorted(self._visit("", self.module), key=self._first_op)
+        once, several = ([b for b in found if (b.calls > 1) is more] for more in (False, True))
+        if not self.single_layers:
+            once, several = list(self._joined(once)), list(self._joined(several))
+        return self._in_order(once, several) if several else once
+
+    def _in_order(self, once: list[Block], several: list[Block]) -> list[Block]:
+        left = sorted([*once, *several], key=self._first_op)
+        given = {block: self._reached({end for _, end in self._ends_of(block.modules[-1])}) for block in left}
+        taken = {block: {start for start, _ in self._ends_of(block.modules[0])} for block in left}
+
+        def waits(block: Block) -> bool:
+            others = left if block.calls > 1 else [other for other in left if other.calls > 1]
+            return any(other != block and given[other] & taken[block] for other in others)
+
+        found = []
+        while left:
+            found.append(next((block for block in left if not waits(block)), left[0]))
+            left.remove(found[-1])
+        return found
 
     def _visit(self, name: str, module: nn.Module) -> Iterator[Block]:
         inside = [layer for layer in self.layers if layer == name or layer.startswith(f"{name}.") or not name]
         if not inside or isinstance(module, Experts):  # each gets as many tokens as chose it: no row a sample
             return
         if name in self.layers:
-            if self._ends(name) and not isinstance(module, nn.Embedding):
-                yield Block((name,), (name,))
+            if (ends := self._ends(name)) and not isinstance(module, nn.Embedding):
+                yield Block((name,), (name,), len(ends))
             return
         if name and not self.single_layers and self._is_block(name, module, inside):
-            yield Block((name,), tuple(inside))
+            yield Block((name,), tuple(inside), len(self._ends_of(name)))
             return
         for child_name, child in module.named_children():
             yield from self._visit(f"{name}.{child_name}".lstrip("."), child)
 
     def _is_block(self, name: str, module: nn.Module, inside: list[str]) -> bool:
-        if self._ends(name) is None:
+        if self._ends(name) is None or not self._runs_alike(name, inside):
             return False
         if not any(self._bypassed(name, layer) for layer in inside):
             return len(inside) <= LONGEST_CHAIN
         children = list(self._called_children(name, module))
         children = [child for child in children if any(f"{layer}.".startswith(f"{child}.") for layer in inside)]
         is_chain = len(children) > 1 or children == inside
-        is_chain = is_chain and all(self._ends(c) is not None and not self._bypassed(name, c) for c in children)
+        is_chain = is_chain and all(self._runs_with(c, name) and not self._bypassed(name, c) for c in children)
         # One child that has it all: the block is the child or lies in it.
-        alone = len(children) == 1 and self._ends(children[0]) is not None and children[0] not in self.layers
+        alone = len(children) == 1 and self._runs_with(children[0], name) and children[0] not in self.layers
         alone = alone and not self._bypassed(name, children[0])
         return not is_chain and not alone and len({self._mixture(layer) for layer in inside}) <= LARGEST_BLOCK
 
@@ -123,45 +150,84 @@ class _Finder:
             else:
                 yield from self._called_children(path, child)
 
-    def _ops(self, name: str) -> list[Op]:
-        return [op for op in self.flow.ops if op.module == name or op.module.startswith(f"{name}.")]
+    def _ops(self, name: str) -> list[list[Op]]:
+        """The operations of a sub-module, call by call."""
+        spans = [call.ops for call in self.flow.calls_of(name)]
+        if len(spans) == 1:  # with what is run of it beside the call
+            spans = [range(len(self.flow.ops))]
+        return [[op for op in self.flow.ops[span.start : span.stop] if _is_in(op, name)] for span in spans]
 
-    def _ends(self, name: str) -> tuple[int, int] | None:
-        """Numbers of the one activation that goes into a sub-module and the one that comes out; None: not so."""
-        if len(self.flow.calls_of(name)) != 1:
-            return None
-        inside = self._ops(name)
-        made = {number for op in inside for number in op.outputs}
-        entering = {number for op in inside for number in op.inputs if number in self.active and number not in made}
-        own = {id(op) for op in inside}
-        read = {number for op in self.flow.ops if id(op) not in own for number in op.inputs} | set(self.flow.outputs)
-        leaving = made & read & self.active
-        return (entering.pop(), leaving.pop()) if len(entering) == len(leaving) == 1 else None
+    def _runs_alike(self, name: str, inside: list[str]) -> bool:
+        """Whether all calls of ``name`` run the same layers: others are one for each call."""
+        calls = self._ops(name)
+        return len(calls) == 1 or all(
+            len({sum(_is_in(op, layer) for op in ops) for ops in calls}) == 1 for layer in inside
+        )
 
-    def _bypassed(self, name: str, part: str) -> bool:
-        """Whether there is a way from the input to the output of ``name`` around ``part``."""
+    def _runs_with(self, part: str, name: str) -> bool:
+        """Whether ``part`` has ends and runs as often as ``name``, which it is in."""
+        ends = self._ends(part)
+        return ends is not None and len(ends) == len(self._ends_of(name))
+
+    def _reached(self, numbers: set[int]) -> set[int]:
+        """The values that depend on some of ``numbers``, and these."""
+        reached = set(numbers)
+        for op in self.flow.ops:
+            if reached & set(op.inputs):
+                reached |= set(op.outputs)
+        return reached
+
+    def _ends_of(self, name: str) -> list[tuple[int, int]]:
         ends = self._ends(name)
         assert ends is not None
-        reached = {ends[0]}
-        for op in self._ops(name):
-            if op.module != part and not op.module.startswith(f"{part}.") and reached & set(op.inputs):
-                reached |= set(op.outputs)
-        return ends[1] in reached
+        return ends
+
+    def _ends(self, name: str) -> list[tuple[int, int]] | None:
+        """Of each call of a sub-module the numbers of the one activation that goes in and the one that comes out.
+
+        None: not so, or what goes into one call depends on what came out of another.
+        """
+        if name not in self.known:
+            self.known[name] = self._found_ends(name)
+        return self.known[name]
+
+    def _found_ends(self, name: str) -> list[tuple[int, int]] | None:
+        calls = self._ops(name)
+        if not calls or sum(map(len, calls)) != sum(_is_in(op, name) for op in self.flow.ops):
+            return None
+        found = []
+        for inside in calls:
+            made = {number for op in inside for number in op.outputs}
+            entering = {number for op in inside for number in op.inputs if number in self.active and number not in made}
+            own = {id(op) for op in inside}
+            read = {number for op in self.flow.ops if id(op) not in own for number in op.inputs}
+            leaving = made & (read | set(self.flow.outputs)) & self.active
+            if not len(entering) == len(leaving) == 1:
+                return None
+            found.append((entering.pop(), leaving.pop()))
+        several = len(found) > 1
+        return None if several and self._reached({end for _, end in found}) & {start for start, _ in found} else found
+
+    def _bypassed(self, name: str, part: str) -> bool:
+        """Whether there is a way from the input to the output of ``name`` around ``part``, in any call."""
+        for (start, end), ops in zip(self._ends_of(name), self._ops(name), strict=True):
+            reached = {start}
+            for op in ops:
+                if not _is_in(op, part) and reached & set(op.inputs):
+                    reached |= set(op.outputs)
+            if end in reached:
+                return True
+        return False
 
     def _first_op(self, block: Block) -> int:
-        names = block.modules
-        return next(
-            i
-            for i, op in enumerate(self.flow.ops)
-            if any(op.module == name or op.module.startswith(f"{name}.") for name in names)
-        )
+        return next(i for i, op in enumerate(self.flow.ops) if any(_is_in(op, name) for name in block.modules))
 
     def _joined(self, blocks: list[Block]) -> Iterator[Block]:
         """Depthwise convolutions together with the layer behind them."""
         waiting: Block | None = None
         for block in blocks:
             if waiting is not None and self._follows(waiting, block):
-                block = Block(waiting.modules + block.modules, waiting.layers + block.layers)
+                block = Block(waiting.modules + block.modules, waiting.layers + block.layers, block.calls)
                 waiting = None
             if waiting is not None:
                 yield waiting
@@ -176,12 +242,21 @@ class _Finder:
         return getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0) > 1
 
     def _follows(self, first: Block, second: Block) -> bool:
-        before, after = self._ends(first.modules[-1]), self._ends(second.modules[0])
-        if before is None or after is None or before[1] != after[0]:
-            return False
+        before, after = self._ends_of(first.modules[-1]), self._ends_of(second.modules[0])
         product = product_of(second.layers[0], self.flow)
-        readers = [op for op in self.flow.ops if before[1] in op.inputs]
-        return len(second.layers) == 1 and product is not None and readers == [product]
+        if product is None or len(second.layers) != 1 or [end for _, end in before] != [start for start, _ in after]:
+            return False
+        if second.calls > 1:  # one directly behind the other: nothing of another call lies between them
+            calls = [self.flow.calls_of(block.modules[0]) for block in (first, second)]
+            if any(one.ops.stop != other.ops.start for one, other in zip(*calls, strict=True)):
+                return False
+        readers = [[op for op in self.flow.ops if end in op.inputs] for _, end in before]
+        return all(len(ops) == 1 and (ops[0].module, ops[0].name) == (product.module, product.name) for ops in readers)
+
+
+def _is_in(op: Op, name: str) -> bool:
+    """Whether the sub-module ``name`` or one inside runs it."""
+    return op.module == name or op.module.startswith(f"{name}.")
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -193,10 +268,14 @@ class _Stop(Exception):
 
 @dataclass
 class Arguments:
-    """What a block's first module was called with; its activation is replaced in every run."""
+    """What a block's first module was called with; its activation is replaced in every run.
+
+    ``counts``: of the sites that the forward had come by then.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
+    counts: Counts = field(default_factory=dict)
 
     def with_activation(self, x: Tensor) -> tuple[tuple, dict[str, Any]]:
         """With ``x`` in the place of the first tensor, and as many rows as it has of what all samples share."""
@@ -228,29 +307,41 @@ class Arguments:
     def activation(self) -> Tensor:
         return next(tensors_in([*self.args, *self.kwargs.values()]))
 
+    def copied(self) -> Arguments:
+        """The same, whoever writes into it."""
+        copies: dict[int, Tensor] = {}
+        args, kwargs = map_tensors(lambda t: copies.setdefault(id(t), t.clone()), (self.args, self.kwargs))
+        return Arguments(args, kwargs, self.counts)
 
-def call_arguments(network: nn.Module, name: str, images: Tensor) -> Arguments:
-    """What ``name`` is called with in a forward of ``network``, which ends there."""
+
+def call_arguments(network: nn.Module, name: str, images: Tensor, count: int = 1) -> list[Arguments]:
+    """What ``name`` is called with, ``count`` times, in a forward of ``network``, which ends at the last one."""
     found: list[Arguments] = []
 
-    def stop(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.append(Arguments(args, kwargs))
-        raise _Stop
+    def keep(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = Arguments(args, kwargs, counted_sites(network))
+        if len(found) + 1 == count:
+            found.append(given)
+            raise _Stop
+        found.append(given.copied())
 
-    handle = network.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    handle = network.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with torch.no_grad(), evaluation_mode(network):
             network(images.clone())  # some networks write into their input
     except _Stop:
-        return found[0]
+        return found
     finally:
         handle.remove()
-    raise RuntimeError(f"{name} was not called")
+    raise RuntimeError(f"{name} was called {len(found)} times, not {count}")
 
 
 def run_block(network: nn.Module, block: Block, x: Tensor, arguments: Arguments) -> Tensor:
-    """The output of ``block`` for its input ``x`` [N, ...]; quantizers between its layers are called too."""
-    with evaluation_mode(network), sites_of(network):
+    """The output of ``block`` for its input ``x`` [N, ...]; quantizers between its layers are called too.
+
+    ``arguments``: those of the call that is to be run.
+    """
+    with evaluation_mode(network), sites_of(network, arguments.counts):
         for position, name in enumerate(block.modules):
             args, kwargs = arguments.with_activation(x) if position == 0 else ((x,), {})
             x = next(tensors_in(network.get_submodule(name)(*args, **kwargs)))
@@ -284,16 +375,16 @@ def allocate(shape: tuple[int, ...], like: Tensor, limit_bytes: int, folder: Pat
 
 @dataclass
 class Probe:
-    """What a block is called with in both networks, with a few samples."""
+    """What a block is called with in both networks, call by call, with a few samples."""
 
     block: Block
-    mine: Arguments
-    theirs: Arguments
+    mine: list[Arguments]
+    theirs: list[Arguments]
 
 
 @dataclass
 class Captured:
-    """A block with what goes into it and what should come out of it, for all samples.
+    """A block with what goes into it and what should come out of it in one of its calls, for all samples.
 
     A block behind proposals or windows has several rows a sample, as many of each: R = N times that number; else R = N.
 
@@ -325,7 +416,8 @@ class Captures:
     Args:
         student, reference: the network with quantizers, and the same module tree that computes in float.
         images: [N, ...], of which ``batch_size`` run at a time.
-        folder: for what does not fit into ``limit_bytes`` a tensor; removed where the context ends.
+        folder: for what does not fit into ``limit_bytes`` a tensor, which those of a block's calls count as together;
+            removed where the context ends.
     """
 
     def __init__(
@@ -343,7 +435,7 @@ class Captures:
         self.device = next(student.parameters()).device
         first = images[self.batches[0]]
         self.few = first if choices_in(reference) else first[:FEW]  # choices are those of a batch
-        self.before: tuple[Captured, Probe] | None = None
+        self.before: tuple[list[Captured], Probe] | None = None
         self.count = 0
 
     def __enter__(self) -> Captures:
@@ -353,22 +445,30 @@ class Captures:
         self.before = None
         self._remove(keep=())
 
-    @torch.no_grad()
     def of(self, block: Block) -> Captured | None:
-        """What ``block`` gets and should give, with the student as it is now; None: its rows are not of samples."""
+        """What ``block``, which runs once, gets and should give; see :meth:`calls_of`."""
+        assert block.calls == 1
+        calls = self.calls_of(block)
+        return None if calls is None else calls[0]
+
+    @torch.no_grad()
+    def calls_of(self, block: Block) -> list[Captured] | None:
+        """What ``block`` gets and should give in each of its calls, with the student as it is now; None: rows of one
+        of them are not of samples."""
         probe = Probe(block, *(self._arguments(network, block) for network in (self.student, self.reference)))
-        if not self._has_rows_of_samples(block, probe.theirs.activation):
+        if not self._has_rows_of_samples(probe):
             return None
         keep = [f"{key}_{self.count}" for key in ("inputs", "float", "outputs")]
         mine, theirs = probe.mine, probe.theirs
         follows = self.before is not None and self._follows(self.before[1], probe)
         is_of_few = len(self.few) < len(self.images[self.batches[0]])
-        if is_of_few and (not follows or mine.has_own_rows or theirs.has_own_rows):
+        if is_of_few and (not follows or any(call.has_own_rows for call in (*mine, *theirs))):
             mine, theirs = (self._arguments(network, block, 0) for network in (self.student, self.reference))
         if self.before is not None and follows:
             before = self.before[0]
-            inputs = self._store(keep[0], self._given(self.student, before.block, before.inputs, before.arguments))
-            float_inputs = before.float_outputs
+            values, arguments = [call.inputs for call in before], [call.arguments for call in before]
+            inputs = self._store(keep[0], self._given(self.student, before[0].block, values, arguments))
+            float_inputs = [call.float_outputs for call in before]
             keep.append(f"outputs_{self.count - 1}")
         else:
             inputs, float_inputs = (
@@ -376,7 +476,7 @@ class Captures:
                 for key, network, first in ((keep[0], self.student, mine), (keep[1], self.reference, theirs))
             )
         outputs = self._store(keep[2], self._given(self.reference, block, float_inputs, theirs))
-        found = Captured(block, mine, inputs, float_inputs, outputs)
+        found = [Captured(block, *call) for call in zip(mine, inputs, float_inputs, outputs, strict=True)]
         self.before = found, probe
         self.count += 1
         self._remove(keep)
@@ -404,29 +504,33 @@ class Captures:
             found.append(kept)
         return found
 
-    def _arguments(self, network: nn.Module, block: Block, index: int | None = None) -> Arguments:
-        """Those of the block in one batch; None: with the few samples."""
+    def _arguments(self, network: nn.Module, block: Block, index: int | None = None) -> list[Arguments]:
+        """Those of the block's calls in one batch; None: with the few samples."""
         images = self.few if index is None else self.images[self.batches[index]]
         with given_choices(network, self.choices[index or 0]):
-            return call_arguments(network, block.modules[0], images.to(self.device))
+            return call_arguments(network, block.modules[0], images.to(self.device), block.calls)
 
-    def _has_rows_of_samples(self, block: Block, activation: Tensor) -> bool:
-        """Whether ``activation``, of the few samples, has as many rows for each; other networks begin with tokens, or
+    def _has_rows_of_samples(self, probe: Probe) -> bool:
+        """Whether activations, of the few samples, have as many rows for each; other networks begin with tokens, or
         with places of the whole batch."""
-        count = len(self.few)
-        one = call_arguments(self.reference, block.modules[0], self.images[:1].to(self.device)).activation
-        return len(one) * count == len(activation)
+        block, count = probe.block, len(self.few)
+        ones = call_arguments(self.reference, block.modules[0], self.images[:1].to(self.device), block.calls)
+        pairs = zip(ones, probe.theirs, strict=True)
+        return all(len(one.activation) * count == len(few.activation) for one, few in pairs)
 
     def _follows(self, before: Probe, probe: Probe) -> bool:
-        """Whether what arrives at a block is what the one before it gives, with the student as it is now."""
-        pairs = (
-            (self.student, before.mine, probe.mine.activation),
-            (self.reference, before.theirs, probe.theirs.activation),
-        )
-        for network, arguments, wanted in pairs:
-            given = run_block(network, before.block, arguments.activation.clone(), arguments)
-            if given.dtype != wanted.dtype or not torch.equal(given, wanted):
-                return False
+        """Whether what arrives at a block is what the one before it gives, call by call, with the student as it is
+        now."""
+        if before.block.calls != probe.block.calls:
+            return False
+        for network, earlier, later in (
+            (self.student, before.mine, probe.mine),
+            (self.reference, before.theirs, probe.theirs),
+        ):
+            for arguments, wanted in zip(earlier, (call.activation for call in later), strict=True):
+                given = run_block(network, before.block, arguments.activation.clone(), arguments)
+                if given.dtype != wanted.dtype or not torch.equal(given, wanted):
+                    return False
         return True
 
     def _rows(self, values: Tensor, batch: slice) -> slice:
@@ -434,29 +538,38 @@ class Captures:
         each = len(values) // len(self.images)
         return slice(each * batch.start, each * batch.stop)
 
-    def _given(self, network: nn.Module, block: Block, inputs: Tensor, arguments: Arguments) -> Iterator[Tensor]:
-        """What ``block`` makes of each batch; a copy of it, since some networks write into their input."""
+    def _given(
+        self, network: nn.Module, block: Block, inputs: list[Tensor], arguments: list[Arguments]
+    ) -> Iterator[list[Tensor]]:
+        """What the calls of ``block`` make of each batch; a copy of it, since some networks write into their input."""
         for batch in self.batches:
-            yield run_block(network, block, inputs[self._rows(inputs, batch)].to(self.device, copy=True), arguments)
+            yield [
+                run_block(network, block, values[self._rows(values, batch)].to(self.device, copy=True), given)
+                for values, given in zip(inputs, arguments, strict=True)
+            ]
 
-    def _reached(self, network: nn.Module, block: Block, first: Arguments) -> Iterator[Tensor]:
-        """What arrives at ``block`` in each batch."""
-        yield first.activation
+    def _reached(self, network: nn.Module, block: Block, first: list[Arguments]) -> Iterator[list[Tensor]]:
+        """What arrives at the calls of ``block`` in each batch."""
+        yield [call.activation for call in first]
         for index in range(1, len(self.batches)):
-            yield self._arguments(network, block, index).activation
+            yield [call.activation for call in self._arguments(network, block, index)]
 
-    def _store(self, name: str, batches: Iterable[Tensor]) -> Tensor:
-        found: Tensor | None = None
-        for batch, value in zip(self.batches, batches, strict=True):
-            if found is None:
-                each = len(value) // len(self.images[batch])
-                shape = (each * len(self.images), *value.shape[1:])
-                found = allocate(shape, value, self.limit_bytes, self.folder, name)
-            found[self._rows(found, batch)].copy_(value)
-        assert found is not None
+    def _store(self, name: str, batches: Iterable[list[Tensor]]) -> list[Tensor]:
+        """One tensor a call."""
+        found: list[Tensor] = []
+        for batch, values in zip(self.batches, batches, strict=True):
+            if not found:
+                count = len(self.images[batch])
+                shapes = [(len(value) // count * len(self.images), *value.shape[1:]) for value in values]
+                sizes = [math.prod(shape) * like.element_size() for shape, like in zip(shapes, values, strict=True)]
+                limit = self.limit_bytes if sum(sizes) <= self.limit_bytes else 0
+                for index, (shape, like) in enumerate(zip(shapes, values, strict=True)):
+                    found.append(allocate(shape, like, limit, self.folder, f"{name}_{index}"))
+            for stored, value in zip(found, values, strict=True):
+                stored[self._rows(stored, batch)].copy_(value)
         return found
 
     def _remove(self, keep: Collection[str]) -> None:
         for file in self.folder.glob("*.activations"):
-            if file.stem not in keep:
+            if file.stem.rpartition("_")[0] not in keep:
                 file.unlink()

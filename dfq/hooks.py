@@ -178,12 +178,14 @@ def repeatable() -> Iterator[None]:
 
 @dataclass
 class Call:
-    """One forward of one sub-module: the ids of the tensors that went in and came out, and their shapes."""
+    """One forward of one sub-module: the ids of the tensors that went in and came out, their shapes, and where in the
+    dataflow the operations lie that ran in it."""
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     output_shape: tuple[int, ...]
+    ops: range
 
 
 @dataclass
@@ -329,13 +331,16 @@ def record_dataflow(module: nn.Module, inputs: Tensor) -> Dataflow:
     keep: list = []  # ids are only unique among living objects
     modules = ModuleStack(module)
     record = _Record(flow, modules, keep)
+    began: list[int] = []  # of the calls that run, the innermost last
+
+    def begin(_name: str, _module: nn.Module, _args: tuple) -> None:
+        began.append(len(flow.ops))
 
     def note(name: str, _module: nn.Module, args: tuple, output: Any) -> None:
         keep.append((args, output))
         out = list(tensors_in(output))
-        flow.calls.append(
-            Call(name, tuple(map(id, tensors_in(args))), tuple(map(id, out)), tuple(out[0].shape) if out else ())
-        )
+        shape, ops = tuple(out[0].shape) if out else (), range(began.pop(), len(flow.ops))
+        flow.calls.append(Call(name, tuple(map(id, tensors_in(args))), tuple(map(id, out)), shape, ops))
 
     flow.inputs = (record.new(inputs),)
     for name, tensor in [
@@ -346,7 +351,7 @@ def record_dataflow(module: nn.Module, inputs: Tensor) -> Dataflow:
     with (
         evaluation_mode(module),
         modules.following(),
-        forward_hooks(module.named_modules(), after=note),
+        forward_hooks(module.named_modules(), before=begin, after=note),
         record,
     ):
         output = module(inputs)

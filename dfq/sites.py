@@ -346,7 +346,7 @@ class _WithSites(nn.Module):
 
 
 class _Running:
-    """Names of the sub-modules that run now, the innermost last.
+    """Names of the sub-modules that run now, the innermost last, and how often each operation with a site has run.
 
     Hooks that stay on the modules keep it: to add and to remove them takes longer than a small network's forward. They
     are objects, not functions, so that a copy of the network has hooks of its own.
@@ -354,6 +354,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.names = [""]
+        self.counts: dict[tuple[str, str], int] = {}
 
 
 class _Enter:
@@ -372,15 +373,26 @@ class _Leave:
         self.running.names.pop()
 
 
+Counts = Mapping[tuple[str, str], int]
+
+
 @contextmanager
-def sites_of(network: nn.Module) -> Iterator[None]:
-    """For a forward of a part of ``network``: the quantizers between that part's operations are called in it."""
+def sites_of(network: nn.Module, counts: Counts | None = None) -> Iterator[None]:
+    """For a forward of a part of ``network``: the quantizers between that part's operations are called in it.
+
+    ``counts``: what :func:`counted_sites` was when the part was called; a part that runs again has other sites then.
+    """
     if not isinstance(network, _WithSites):
         yield
         return
     network.running.names[:] = [""]
-    with _CallSites(network.running, network.get_submodule(network.sites_path)._modules):
+    with _CallSites(network.running, network.get_submodule(network.sites_path)._modules, counts):
         yield
+
+
+def counted_sites(network: nn.Module) -> Counts:
+    """How often each operation with a site has run in the forward that ``network`` is in."""
+    return dict(network.running.counts) if isinstance(network, _WithSites) else {}
 
 
 def _first_tensor_through(quantizer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -405,11 +417,11 @@ def _with_sites(kind: Any) -> Any:
 class _CallSites(TorchFunctionMode):
     """Calls the quantizers of an operation's inputs and output. Counts operations as the recording did."""
 
-    def __init__(self, running: _Running, quantizers: Mapping[str, nn.Module | None]):
+    def __init__(self, running: _Running, quantizers: Mapping[str, nn.Module | None], counts: Counts | None = None):
         super().__init__()
         self.running, self.quantizers = running, quantizers
         self.called: set[str] = set()
-        self.counts: dict[tuple[str, str], int] = {}
+        self.counts = running.counts = dict(counts or {})
         # What an operation wrote into, of which its caller may hold on to the object and throw away what came back.
         self.rounded: Any = WeakTensorKeyDictionary()
         # (module, operation) → the how many'th → place → key

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dfq import blocks
 from dfq.blocks import Block, Captures, call_arguments, find_blocks, layer_inputs, run_block
-from dfq.hooks import Choice, kept_choices, record_dataflow
+from dfq.hooks import Choice, forward_hooks, kept_choices, record_dataflow
 from dfq.modules import weight_layers
 from dfq.scheme import Scheme, TensorScheme
 from dfq.settings import resolve
@@ -68,7 +68,7 @@ class UNet(nn.Module):
 
 
 class Twice(nn.Module):
-    """A layer that runs twice, and one whose owner reads the weight."""
+    """A layer that runs on what it gave, and one whose owner reads the weight."""
 
     def __init__(self):
         super().__init__()
@@ -77,6 +77,26 @@ class Twice(nn.Module):
     def forward(self, x):
         x = self.shared(self.shared(self.first(x)))
         return F.linear(x.mean((2, 3)), self.own.weight, self.own.bias)
+
+
+class Heads(nn.Module):
+    """A head of two parts on maps of three sizes, the smallest made behind the first call; what it gives is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.smaller, self.smallest = conv(3, 4), conv(4, 4, stride=2), conv(4, 4, stride=2)
+        self.tower = nn.Sequential(conv(4, 4), nn.ReLU(inplace=True), conv(4, 4))
+        self.depthwise, self.pointwise = conv(4, 4, groups=4), conv(4, 2, 1)
+        self.merge = conv(2, 2)
+
+    def forward(self, x):
+        fine = self.stem(x)
+        found = [self.merge(self.head(fine))]
+        coarse = self.smaller(fine)
+        return torch.cat([part.flatten(1) for part in (*found, self.head(coarse), self.head(self.smallest(coarse)))], 1)
+
+    def head(self, x):
+        return self.pointwise(self.depthwise(self.tower(x)))
 
 
 def blocks_of(net, single_layers=False):
@@ -109,8 +129,76 @@ def test_what_has_skip_connections_is_looked_into():
     assert [b.layers for b in blocks_of(UNet())] == [("down",), ("bottom.0", "bottom.2"), ("up",)]
 
 
-def test_layers_that_run_twice_or_are_never_called_are_in_no_block():
+def test_layers_that_run_on_what_they_gave_or_are_never_called_are_in_no_block():
     assert [b.layers for b in blocks_of(Twice())] == [("first",)]
+
+
+def test_what_runs_several_times_is_a_block_behind_all_that_brings_its_inputs():
+    assert [(b.modules, b.calls) for b in blocks_of(Heads())] == [
+        (("stem",), 1),
+        (("smaller",), 1),
+        (("smallest",), 1),
+        (("tower",), 3),
+        (("depthwise", "pointwise"), 3),
+        (("merge",), 1),  # behind its input, which is made before the second call of the tower
+    ]
+    assert [(b.name, b.calls) for b in blocks_of(Heads(), single_layers=True)][3:5] == [("tower.0", 3), ("tower.2", 3)]
+
+
+def test_a_recurrence_through_other_layers_is_no_block():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared, self.between = conv(3, 4), nn.Sequential(conv(4, 4), nn.ReLU()), conv(4, 4)
+
+        def forward(self, x):
+            return self.shared(self.between(self.shared(self.first(x))))
+
+    assert [b.name for b in blocks_of(Loop())] == ["first", "between"]
+
+
+def test_of_what_runs_another_layer_in_each_call_the_layers_are_blocks():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([conv(4, 2), conv(4, 2)])
+
+        def forward(self, x, level):
+            return F.relu(self.parts[level](x))
+
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = conv(3, 4), Chosen()
+
+        def forward(self, x):
+            x = self.stem(x)
+            return torch.cat([self.head(F.avg_pool2d(x, 2**level), level).flatten(1) for level in (0, 1)], 1)
+
+    assert [(b.name, b.calls) for b in blocks_of(Levels())] == [("stem", 1), ("head.parts.0", 1), ("head.parts.1", 1)]
+
+
+@pytest.mark.parametrize("policy", ["all", "hardware"])
+def test_each_call_of_a_block_alone_computes_what_it_computes_inside(policy, make_dataset):
+    """With the quantizers of that call: sites between its operations are other ones in each."""
+    teacher = as_teacher(Heads())
+    student = Student.from_teacher(
+        teacher, Scheme(TensorScheme(4, True, "per_channel"), TensorScheme(4), policy=policy)
+    )
+    quantizer = resolve("quantizer", "min_max")
+    resolve("algorithm", "round_to_nearest").quantize(
+        student, teacher, make_dataset(teacher), quantizer, quantizer, 0, None
+    )
+    for block in find_blocks(student.module, record_dataflow(student.module, IMAGES[:2]), student.layers):
+        kept = []
+        last = student.module.get_submodule(block.modules[-1])
+        with forward_hooks([("", last)], after=lambda _n, _m, _i, out, kept=kept: kept.append(out.clone()) and None):
+            student(IMAGES)
+        calls = call_arguments(student.module, block.modules[0], IMAGES, block.calls)
+        with torch.no_grad():
+            alone = [run_block(student.module, block, call.activation, call) for call in calls]
+        assert len(kept) == len(alone) == block.calls
+        assert all(map(torch.equal, alone, kept)), block.name
 
 
 @pytest.mark.parametrize("make", [Net, UNet, *NETS.values()], ids=lambda make: make.__name__)
@@ -144,7 +232,7 @@ def test_a_block_alone_computes_what_it_computes_inside(make, policy, make_datas
         )
         student(IMAGES)
         handle.remove()
-        arguments = call_arguments(student.module, block.modules[0], IMAGES)
+        [arguments] = call_arguments(student.module, block.modules[0], IMAGES)
         with torch.no_grad():
             alone = run_block(student.module, block, arguments.activation, arguments)
         assert torch.equal(alone, kept["out"])
@@ -171,7 +259,7 @@ def test_a_block_takes_keyword_and_other_arguments():
     net = Outer().eval()
     blocks = blocks_of(net)
     assert [b.layers for b in blocks] == [("inner.a", "inner.b"), ("head",)]
-    arguments = call_arguments(net, "inner", IMAGES)
+    [arguments] = call_arguments(net, "inner", IMAGES)
     x = torch.randn(4, 8, 8)
     with torch.no_grad():
         assert torch.equal(run_block(net, blocks[0], x, arguments), net.inner(None, hidden=x, factor=2.0))
@@ -198,7 +286,7 @@ def test_what_is_the_same_for_all_samples_gets_as_many_rows_as_the_activation():
 
     net = Outer().eval()
     block = Block(("inner",), ("inner.layer",))
-    arguments = call_arguments(net, "inner", IMAGES)
+    [arguments] = call_arguments(net, "inner", IMAGES)
     for count in (1, 3, 9, len(IMAGES)):
         x = torch.randn(count, 8)
         with torch.no_grad():
@@ -251,6 +339,40 @@ def test_a_block_gets_what_the_one_before_gave(make, limit, tmp_path, monkeypatc
         }
 
 
+@pytest.mark.parametrize("limit", [2**31, 9000, 100])
+def test_all_calls_are_captured_as_a_whole_forward_has_them(limit, tmp_path, monkeypatch):
+    """In memory or in files: the three of a block are one tensor for the limit."""
+    student = as_teacher(Heads()).module
+    reference, found, reached, real = copy.deepcopy(student), blocks_of(student), [], call_arguments
+    with Captures(student, reference, IMAGES, 4, tmp_path, limit) as captures, torch.no_grad():
+        for block in found:
+            monkeypatch.setattr(blocks, "call_arguments", lambda *given: reached.append(given[1]) or real(*given))
+            calls = captures.calls_of(block)
+            monkeypatch.undo()
+            assert len(calls) == block.calls
+            for network, name in ((student, "inputs"), (reference, "float_inputs")):
+                part, wanted = network.get_submodule(block.modules[0]), []
+                with forward_hooks([("", part)], before=lambda _n, _m, given, to=wanted: to.append(given[0].clone())):
+                    network(IMAGES)
+                for call, values in zip(calls, wanted, strict=True):
+                    torch.testing.assert_close(getattr(call, name), values)
+            for call in calls:
+                alone = run_block(reference, block, call.float_inputs.clone(), call.arguments)
+                torch.testing.assert_close(call.float_outputs, alone)
+            if limit == 9000 and block.name == "tower":  # 6 samples, 4 channels: 6144 bytes, 1536 and 384
+                assert len(list(tmp_path.glob("inputs*"))) == 0
+            if limit == 100:
+                assert len(list(tmp_path.glob("inputs*"))) == block.calls
+            for layer in block.layers:  # as if they were quantized
+                student.get_submodule(layer).weight.mul_(1.5)
+    assert not list(tmp_path.glob("*.activations"))
+    each_batch, follows = 5, 3  # of two batches, in two networks, and one sample
+    assert {name: reached.count(name) for name in reached if name in ("tower", "depthwise")} == {
+        "tower": each_batch,
+        "depthwise": follows,
+    }
+
+
 def test_a_few_samples_say_whether_a_block_follows(tmp_path, monkeypatch):
     """No forward of a batch is needed behind the first block; where a tensor beside the activation is another one for
     each sample, that of the whole batch is taken."""
@@ -279,9 +401,9 @@ def test_a_few_samples_say_whether_a_block_follows(tmp_path, monkeypatch):
         for name, layer in (("stem", "stem"), ("plain", "plain.0"), ("shifted", "shifted.layer"))
     ]
 
-    def counted(network, name, given):
+    def counted(network, name, given, count):
         sizes.setdefault(name, []).append(len(given))
-        return real(network, name, given)
+        return real(network, name, given, count)
 
     monkeypatch.setattr(blocks, "call_arguments", counted)
     with Captures(net, reference, images, len(images), tmp_path) as captures, torch.no_grad():

@@ -104,6 +104,20 @@ class Pyramid(nn.Module):
         return {"0": fine, "1": self.deeper(fine)}
 
 
+def one_stage() -> Teacher:
+    """A RetinaNet of 32 px: towers of four layers and what is behind them, which run once a level."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        anchors = AnchorGenerator(((8,), (16,)), ((0.5, 1.0, 2.0),) * 2)
+        network = detection.RetinaNet(Pyramid(), num_classes=CLASSES, anchor_generator=anchors)
+        for layer in network.head.modules():
+            if isinstance(layer, nn.Conv2d):  # torchvision's deviation of 0.01 leaves nothing of so few channels
+                nn.init.kaiming_normal_(layer.weight)
+    detector = as_detector(network)
+    settle(detector, SPEC.size)
+    return Teacher(detector, "detection", SPEC, name="one_stage")
+
+
 def two_stages() -> Teacher:
     """A Faster R-CNN of 32 px: a head that runs once a level, and one that has rows of proposals."""
     head = detection.faster_rcnn.TwoMLPHead(8 * 9, 16)

@@ -372,7 +372,7 @@ class LayerwiseRounding(Algorithm):
         work.ensure_calibrated(images)
         flow = record_dataflow(reference, work.teacher.example())
         wanted = solvable(student, flow)
-        blocks = find_blocks(reference, flow, student.layers)
+        blocks = [block for block in find_blocks(reference, flow, student.layers) if block.calls == 1]
         others = wanted.keys() - student.expert_layers - {name for block in blocks for name in block.layers}
         first = {op.module: index for index, op in reversed(list(enumerate(flow.ops)))}
         parts: list[tuple[Block | None, list[str]]] = [(None, [name]) for name in others]

@@ -17,7 +17,9 @@ the teacher's own distribution: ``elements`` multiplies each square by g^2 (BREC
 information), ``channels`` takes e^T F e, F = E[g g^T] [C, C] over samples and places, so that errors of channels make
 up for each other (YAQA's G, arXiv 2505.22988, of blocks in the place of layers).
 The error is relative and counted per channel (C of them), so lambda and the learning rates mean the same in every block
-of every network; the papers' absolute errors do not.
+of every network; the papers' absolute errors do not. A block that runs several times in a forward (the head of a
+detector, once a level) is fitted by all of its calls: each step draws samples for every one of them, and the first term
+is the mean of their relative errors, whatever their sizes.
 """
 
 from __future__ import annotations
@@ -95,11 +97,11 @@ class BlockFitting(Algorithm):
         """What is minimized of a block's output [N, ...], before it is averaged and divided by the outputs' size."""
         return (output - wanted).square()
 
-    def measure(
+    def measures(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> Measure:
-        """How far a block's output is from what is wanted; ``images`` are those that the block is fitted on."""
-        return lambda output, wanted, _chosen: self.error(output, wanted)
+    ) -> list[Measure]:
+        """How far what each of a block's calls gives is from what is wanted; the block is fitted on ``images``."""
+        return [lambda output, wanted, _chosen: self.error(output, wanted)] * block.calls
 
     def finish(
         self, work: Work, reference: nn.Module, images: Tensor, elements: dict[Quantizer, int], limit_s: float
@@ -119,6 +121,8 @@ class BlockFitting(Algorithm):
         blocks = find_blocks(reference, flow, student.layers, self.single_layers)
         mine = {name for block in blocks for name in block.layers if self.takes(student.layers[name])}
         tell_left(self, student, mine)
+        # Those that run once have the random numbers that they would have without the others.
+        numbers = {block: number for number, block in enumerate(sorted(blocks, key=lambda block: block.calls > 1))}
         done, looking_s = _Done(work_dir), 0.0  # seconds from one block's fit to the next one's
         for index in range(len(blocks)):  # what an interrupted run had finished
             done.load(index, student)
@@ -134,16 +138,16 @@ class BlockFitting(Algorithm):
                 if clock.left_s <= looking_s:  # blocks that are left keep nearest rounding
                     break
                 began = time.perf_counter()
-                rng = torch.Generator().manual_seed(seed * 100_003 + index)
-                captured = captures.of(block)
-                if captured is None:
+                rng = torch.Generator().manual_seed(seed * 100_003 + numbers[block])
+                calls = captures.calls_of(block)
+                if calls is None:
                     tell_left(self, student, student.layers.keys() - block.layers)
                     advance(self.iterations)
                     continue
-                measure = self.measure(reference, teacher, block, images, rng)
+                measures = self.measures(reference, teacher, block, images, rng)
                 looking_s, blocks_left = time.perf_counter() - began, len(blocks) - index
                 limit_s = (clock.left_s - looking_s * (blocks_left - 1)) / (blocks_left + self.num_parts)
-                fit = _Fit(self, student, captured, elements, measure, rng)
+                fit = _Fit(self, student, calls, elements, measures, rng)
                 fit.run(limit_s, advance)
                 done.save(index, student, block, fit.trainable.activations)
         if clock.left_s > 0:
@@ -185,15 +189,17 @@ class BlockReconstruction(BlockFitting):
         found = student.layers
         return _Roundings(self, [found[name] for name in block.layers], activations, elements, True)
 
-    def measure(
+    def measures(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> Measure:
-        plain = super().measure(reference, teacher, block, images, rng)
+    ) -> list[Measure]:
+        plain = super().measures(reference, teacher, block, images, rng)
         if self.sensitivity == "none":
             return plain
-        gradients = self._gradients(reference, teacher, block, images, rng)
-        if gradients is None:
-            return plain
+        found = self._gradients(reference, teacher, block, images, rng)
+        pairs = zip(plain, found, strict=True)
+        return [measure if gradients is None else self._weighted(gradients) for measure, gradients in pairs]
+
+    def _weighted(self, gradients: list[Tensor]) -> Measure:
         if self.sensitivity == "channels":
             factor = channel_factor(gradients)
             return lambda output, wanted, _chosen: mixed(output - wanted, factor).square()
@@ -226,14 +232,14 @@ class BlockReconstruction(BlockFitting):
 
     def _gradients(
         self, reference: nn.Module, teacher: Teacher, block: Block, images: Tensor, rng: torch.Generator
-    ) -> list[Tensor] | None:
-        """Gradients [n, ...] of log p(label) at the block's output, batch by batch.
+    ) -> list[list[Tensor] | None]:
+        """Gradients [n, ...] of log p(label) at the output of each of the block's calls, batch by batch.
 
         None where no label depends on it. The label of a sample is drawn from what the teacher says of it.
         """
         task = task_of(teacher)
         last = reference.get_submodule(block.modules[-1])
-        parts: list[Tensor] = []
+        parts: list[tuple[Tensor | None, ...]] = []
         for batch in teacher.input_spec.batches(images, 4 * self.batch_size):
             kept: list[Tensor] = []
 
@@ -244,9 +250,10 @@ class BlockReconstruction(BlockFitting):
             with forward_hooks([(block.name, last)], after=keep):
                 value = drawn_log_likelihood(task, reference, batch.to(teacher.device), rng)
             if not value.requires_grad:  # a block of boxes alone
-                return None
-            parts.extend(torch.autograd.grad(value, kept[0]))
-        return parts
+                return [None] * block.calls
+            parts.append(torch.autograd.grad(value, kept[: block.calls], allow_unused=True))
+        calls = zip(*parts, strict=True)
+        return [None if any(part is None for part in call) else list(call) for call in calls]
 
 
 def channel_factor(gradients: list[Tensor]) -> Tensor:
@@ -466,18 +473,16 @@ class _Fit:
         self,
         settings: BlockFitting,
         student: Student,
-        captured: Captured,
+        calls: list[Captured],
         elements: dict[Quantizer, int],
-        measure: Measure,
+        measures: list[Measure],
         rng: torch.Generator,
     ):
-        self.settings, self.captured, self.measure, self.rng = settings, captured, measure, rng
-        self.network, self.device = student.module, student.device
-        self.trainable = settings.trainable(student, captured.block, self._activation_quantizers(student), elements)
-        outputs = captured.float_outputs
-        self.channels = outputs.shape[1 if outputs.dim() == 4 else -1]
+        self.settings, self.calls, self.measures, self.rng = settings, calls, measures, rng
+        self.block, self.network, self.device = calls[0].block, student.module, student.device
+        self.trainable = settings.trainable(student, self.block, self._activation_quantizers(student), elements)
         # One size for all batches: a batch of its own would weigh samples with small outputs up.
-        self.size = outputs.square().mean(dtype=torch.float64).item() or 1.0
+        self.sizes = [call.float_outputs.square().mean(dtype=torch.float64).item() or 1.0 for call in calls]
 
     def _activation_quantizers(self, student: Student) -> list[Quantizer]:
         """Those that run in the block and have a grid."""
@@ -487,9 +492,9 @@ class _Fit:
             assert isinstance(module, Quantizer)
             ran[module] = None
 
-        x = self.captured.inputs[:2].to(self.device)
         with torch.no_grad(), forward_hooks(student.activation_quantizers.items(), before=note):
-            run_block(self.network, self.captured.block, x, self.captured.arguments)
+            for call in self.calls:
+                run_block(self.network, self.block, call.inputs[:2].to(self.device), call.arguments)
         return [quantizer for quantizer in ran if quantizer.has_qparams]
 
     def run(self, limit_s: float, advance: Any) -> None:
@@ -504,15 +509,20 @@ class _Fit:
             )
 
     def _loss(self, done: float) -> Tensor:
-        s, c = self.settings, self.captured
-        chosen = torch.randint(len(c.inputs), (min(s.batch_size, len(c.inputs)),), generator=self.rng)
-        x, wanted = c.inputs[chosen].to(self.device), c.float_outputs[chosen].to(self.device)
-        if s.float_share > 0:
-            x = torch.lerp(x, c.float_inputs[chosen].to(self.device), self._chance(x, s.float_share))
-        error = self.measure(run_block(self.network, c.block, x, c.arguments), wanted, chosen)
-        loss = self.channels * error.mean() / self.size
+        calls = zip(self.calls, self.measures, self.sizes, strict=True)
+        loss = torch.stack([self._error(*call) for call in calls]).mean()
         penalty = self.trainable.penalty(done)
         return loss if penalty is None else loss + penalty
+
+    def _error(self, call: Captured, measure: Measure, size: float) -> Tensor:
+        """Of a batch of one of the block's calls, relative to its outputs' ``size``; samples are drawn for each."""
+        s, count = self.settings, len(call.inputs)
+        chosen = torch.randint(count, (min(s.batch_size, count),), generator=self.rng)
+        x, wanted = call.inputs[chosen].to(self.device), call.float_outputs[chosen].to(self.device)
+        if s.float_share > 0:
+            x = torch.lerp(x, call.float_inputs[chosen].to(self.device), self._chance(x, s.float_share))
+        error = measure(run_block(self.network, self.block, x, call.arguments), wanted, chosen)
+        return wanted.shape[1 if wanted.dim() == 4 else -1] * error.mean() / size
 
     def _chance(self, like: Tensor, p: float) -> Tensor:
         """1 with probability ``p``, to a 256th, and else 0, element by element; random numbers on the CPU.
