@@ -97,7 +97,7 @@ def pooled(pool: Any, features: Mapping[str, Tensor], boxes: Tensor, height: int
     if len(maps) == 1:
         return roi_align(maps[0], rois, pool.output_size, 2.0 ** -strides[0], pool.sampling_ratio)
     levels = LevelMapper(strides[0], strides[-1], pool.canonical_scale, pool.canonical_level)([rows])
-    found = maps[0].new_zeros(len(rois), maps[0].shape[1], *pool.output_size)
+    found = maps[0].new_zeros(rois.shape[0], maps[0].shape[1], *pool.output_size)  # not len: it fixes N
     for level, (values, stride) in enumerate(zip(maps, strides, strict=True)):
         here = torch.where(levels == level)[0]
         inside = roi_align(values, rois[here], pool.output_size, 2.0**-stride, pool.sampling_ratio)
