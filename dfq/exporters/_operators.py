@@ -25,16 +25,23 @@ def translations() -> dict[Callable, Callable]:
     return {torch.ops.aten.sort.stable: _sort, torch.ops.dfq.best_apart.default: _best_apart}
 
 
-def _sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    from onnxscript import opset18 as op
+def _opset() -> Any:
+    """Of onnxscript, whose types no list of numbers is of; torch.onnx takes the nodes to the opset that is asked for."""
+    import onnxscript
 
+    return onnxscript.opset18
+
+
+def _sort(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    op = _opset()
     size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
     return op.TopK(values, size, axis=dim, largest=descending)
 
 
 def _best_apart(boxes: Any, scores: Any, sizes: Sequence[int], overlap: float, most: int) -> Any:
     from onnx import numpy_helper
-    from onnxscript import opset18 as op
+
+    op = _opset()
 
     def constant(*values: float) -> Any:
         return op.Constant(value=numpy_helper.from_array(np.array(values, np.float32)))
