@@ -26,7 +26,7 @@ def translations() -> dict[Callable, Callable]:
 
 
 def _opset() -> Any:
-    """Of onnxscript, whose types no list of numbers is of; torch.onnx takes the nodes to the opset that is asked for."""
+    """Of onnxscript, as what mypy does not read; torch.onnx takes the nodes to the opset that is asked for."""
     import onnxscript
 
     return onnxscript.opset18
