@@ -129,6 +129,13 @@ class Choice(nn.Identity):
         return bool(self._forward_hooks)
 
 
+class Unrounded(nn.Module):
+    """Runs a function none of whose operations gets a grid (``policy=hardware``): what it computes are coordinates."""
+
+    def forward(self, function: Callable, *args: Any) -> Any:
+        return function(*args)
+
+
 @contextmanager
 def kept_choices(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     """A dict of what the network chooses in its last forward while the context is open; empty: it chooses nothing."""
@@ -219,6 +226,7 @@ class Dataflow:
     inputs: tuple[int, ...] = ()  # numbers of the network's inputs
     outputs: tuple[int, ...] = ()  # and of its outputs
     parameters: dict[int, list[str]] = field(default_factory=dict)  # number of a parameter or buffer → its names
+    unrounded: set[str] = field(default_factory=set)  # sub-modules that are :class:`Unrounded`
 
     def calls_of(self, name: str) -> list[Call]:
         return [call for call in self.calls if call.name == name]
@@ -343,6 +351,7 @@ def record_dataflow(module: nn.Module, inputs: Tensor) -> Dataflow:
         flow.calls.append(Call(name, tuple(map(id, tensors_in(args))), tuple(map(id, out)), shape, ops))
 
     flow.inputs = (record.new(inputs),)
+    flow.unrounded = {name for name, part in modules.parts.items() if isinstance(part, Unrounded)}
     for name, tensor in [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),

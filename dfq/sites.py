@@ -286,6 +286,8 @@ def _held_by_hardware(
         sources = [number for number in op.inputs if number in active]
         if not sources or not op.outputs or not op.is_floating or op.name in NOT_ARITHMETIC:
             continue
+        if op.module in flow.unrounded:
+            continue
         on_grid = grids.get(sources[0])
         if op.name in MOVING or (op.name == "relu" and on_grid):
             if on_grid:

@@ -320,7 +320,7 @@ def test_a_student_with_a_network_of_its_own(tmp_path, monkeypatch, capsys):
 
 
 def test_an_export_that_fails_costs_neither_student_nor_report(tmp_path, monkeypatch, capsys):
-    """A network that chooses its proposals as it runs: hours of work, and no file format that takes it."""
+    """Hours of work, and a network that no file format takes."""
     monkeypatch.chdir(tmp_path)
 
     def refuse(*_):

@@ -118,19 +118,33 @@ def one_stage() -> Teacher:
     return Teacher(detector, "detection", SPEC, name="one_stage")
 
 
-def two_stages() -> Teacher:
-    """A Faster R-CNN of 32 px: a head that runs once a level, and one that has rows of proposals."""
+def two_stages(kind: type = detection.FasterRCNN, **settings) -> Teacher:
+    """A Faster R-CNN of 32 px: a head that runs once a level, and one that has rows of proposals.
+
+    ``kind``: or another of two stages; ``settings``: of its constructor.
+    """
     head = detection.faster_rcnn.TwoMLPHead(8 * 9, 16)
-    network = detection.FasterRCNN(
+    network = kind(
         Pyramid(),
         rpn_anchor_generator=AnchorGenerator(((8,), (16,)), ((0.5, 1.0, 2.0),) * 2),
         box_roi_pool=MultiScaleRoIAlign(["0", "1"], 3, 2),
         box_head=head,
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(16, CLASSES),
+        **settings,
     )
     detector = as_detector(network)
     settle(detector, SPEC.size)
     return Teacher(detector, "detection", SPEC, name="two_stages")
+
+
+def with_masks() -> Teacher:
+    """The same as a Mask R-CNN."""
+    return two_stages(
+        detection.MaskRCNN,
+        mask_roi_pool=MultiScaleRoIAlign(["0", "1"], 4, 2),
+        mask_head=detection.mask_rcnn.MaskRCNNHeads(8, (8,), 1),
+        mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(8, 8, CLASSES),
+    )
 
 
 CHOOSING = {"rt_detr": "RTDetr", "rt_detr_v2": "RTDetrV2", "d_fine": "DFine"}

@@ -171,9 +171,10 @@ class Detector(nn.Module):
             image_sizes: (height, width) of each image as boxes are wanted; it was stretched to the network's input.
         """
         found = self.candidates(raw)
+        rows = found.boxes if found.class_boxes is None else found.class_boxes
         return [
             self.suppress(boxes, scores, size)
-            for boxes, scores, size in zip(found.boxes, self.scores(found), image_sizes, strict=True)
+            for boxes, scores, size in zip(rows, self.scores(found), image_sizes, strict=True)
         ]
 
     def detect(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 
 from dfq.detectors._base import Boxes, Candidates
-from dfq.detectors._torchvision import Suppressing, anchors_of, decoded, features_of, image_list, unit
-from dfq.hooks import Choice
+from dfq.detectors._proposals import filtered, pooled
+from dfq.detectors._torchvision import Suppressing, anchors_of, decoded, features_of, unit
+from dfq.hooks import Choice, Unrounded
 from dfq.losses.set_prediction import set_prediction_loss
 
 NUM_PROPOSALS = 100  # an image, where torchvision takes 1,000; fewer are filled up with the whole image
@@ -34,7 +35,7 @@ class Adapter(Suppressing):
 
     def __init__(self, network: nn.Module):
         super().__init__(network)
-        self.chosen = Choice()
+        self.chosen, self.places = Choice(), Unrounded()
 
     def raw(self, images: Tensor) -> dict[str, Tensor]:
         features = features_of(self.network, images)
@@ -42,37 +43,32 @@ class Adapter(Suppressing):
         objectness, deltas = rpn.head(maps)
         levels = [values.shape[1] * values.shape[2] * values.shape[3] for values in objectness]
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
-        objectness, deltas = objectness.view(len(images), -1), deltas.view(len(images), -1, 4)
+        objectness, deltas = objectness.view(images.shape[0], -1), deltas.view(images.shape[0], -1, 4)
         anchors = anchors_of(rpn.anchor_generator, images, maps)
         with torch.no_grad():
-            boxes = decoded(rpn.box_coder, deltas, anchors) * unit(images)
-            found, _ = rpn.filter_proposals(boxes, objectness, image_list(images).image_sizes, levels)
-            proposals = self.chosen(torch.stack([_filled(rows[:NUM_PROPOSALS], unit(images)) for rows in found]))
-        pooled = roi.box_roi_pool(features, list(proposals), image_list(images).image_sizes)
-        class_logits, box_deltas = roi.box_predictor(roi.box_head(pooled))
+            proposals = self.chosen(self.places(self._proposals, objectness, deltas, anchors, levels, unit(images)))
+        inside = self.places(pooled, roi.box_roi_pool, features, proposals, images.shape[-2])
+        class_logits, box_deltas = roi.box_predictor(roi.box_head(inside))
         return {
             "objectness": objectness,
             "deltas": deltas,
             "anchors": anchors,
-            "proposals": proposals / unit(images),
-            "class_logits": class_logits.view(len(images), NUM_PROPOSALS, -1),
-            "box_deltas": box_deltas.view(len(images), NUM_PROPOSALS, -1),
+            "proposals": self.places(torch.div, proposals, unit(images)),
+            "class_logits": class_logits.unflatten(0, (-1, NUM_PROPOSALS)),
+            "box_deltas": box_deltas.unflatten(0, (-1, NUM_PROPOSALS)),
         }
 
     def candidates(self, raw: Any) -> Candidates:
         """Of the second stage, each with the box of its best class."""
         best = raw["class_logits"][..., 1:].argmax(-1) + 1
-        own = self._boxes(raw)
+        deltas = raw["box_deltas"].unflatten(-1, (-1, 4))
+        own = decoded(self.network.roi_heads.box_coder, deltas, raw["proposals"][:, :, None].expand_as(deltas))
         boxes = own.gather(2, best[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
         return Candidates(boxes, raw["class_logits"], exclusive=True, background=0, are_fixed=False, class_boxes=own)
 
     def stages(self, raw: Any) -> tuple[Candidates, ...]:
         boxes = decoded(self.network.rpn.box_coder, raw["deltas"], raw["anchors"])
         return Candidates(boxes, raw["objectness"][..., None]), self.candidates(raw)
-
-    def decode(self, raw: Any, image_sizes: Sequence[tuple[float, float]]) -> list[Boxes]:
-        pairs = zip(self._boxes(raw), self.candidates(raw).scores, image_sizes, strict=True)
-        return [self.suppress(boxes, scores, size) for boxes, scores, size in pairs]
 
     def loss(self, raw: Any, targets: Sequence[Boxes]) -> Tensor:
         """:func:`set_prediction_loss` of both stages: torchvision's own draws random numbers of no seed of ours."""
@@ -82,14 +78,9 @@ class Adapter(Suppressing):
         first = set_prediction_loss(proposals.boxes, proposals.scores, boxes, objects)
         return (first + set_prediction_loss(found.boxes, found.scores, boxes, labels)).mean()
 
-    def _boxes(self, raw: Any) -> Tensor:
-        """[N, P, K, 4], one a class."""
-        deltas = raw["box_deltas"].unflatten(-1, (-1, 4))
-        proposals = raw["proposals"][:, :, None].expand_as(deltas)
-        return decoded(self.network.roi_heads.box_coder, deltas, proposals)
-
-
-def _filled(rows: Tensor, whole: Tensor) -> Tensor:
-    """``NUM_PROPOSALS`` rows."""
-    image = torch.cat([torch.zeros_like(whole[:2]), whole[:2]])
-    return torch.cat([rows, image.expand(NUM_PROPOSALS - len(rows), 4)])
+    def _proposals(
+        self, objectness: Tensor, deltas: Tensor, anchors: Tensor, levels: Sequence[int], unit: Tensor
+    ) -> Tensor:
+        """[N, NUM_PROPOSALS, 4] in pixels."""
+        boxes = decoded(self.network.rpn.box_coder, deltas, anchors) * unit
+        return filtered(self.network.rpn, boxes, objectness, levels, unit, NUM_PROPOSALS)

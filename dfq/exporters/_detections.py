@@ -6,7 +6,8 @@
                                                                                           scores, labels, image [M]
 
 ONNX has one NonMaxSuppression for all images and classes; each class of an image gives up to ``most`` rows, so that
-there may be more of them than the detector's ``decode`` gives, which keeps as many an image.
+there may be more of them than the detector's ``decode`` gives, which keeps as many an image. Where each class has a box
+of its own, boxes are [N, K, A, 4], and each class of an image is an image to NonMaxSuppression.
 """
 
 from __future__ import annotations
@@ -48,14 +49,16 @@ def decodable(student: Student) -> Detector:
 
 
 class Places(Flat):
-    """A detector that gives boxes [N, A, 4] in fractions of the image and scores [N, K, A] of all its places."""
+    """A detector that gives boxes in fractions of the image, [N, A, 4] or [N, K, A, 4], and scores [N, K, A] of all its
+    places."""
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         detector: Any = self.network
         found = detector.candidates(detector(inputs))
-        boxes = found.boxes.clamp(0, 1)
-        there = (boxes[..., 2:] > boxes[..., :2]).all(-1, keepdim=True)  # what lies outside has no area left
-        return boxes, (detector.scores(found) * there).mT.contiguous()
+        scores = detector.scores(found).mT
+        boxes = (found.boxes if found.class_boxes is None else found.class_boxes.transpose(1, 2)).clamp(0, 1)
+        there = (boxes[..., 2:] > boxes[..., :2]).all(-1)  # what lies outside has no area left
+        return boxes.contiguous(), (scores * (there if boxes.dim() == 4 else there[:, None])).contiguous()
 
 
 def places_of(network: Student | Teacher) -> Callable[[Tensor], Any]:
@@ -72,6 +75,7 @@ def places_of(network: Student | Teacher) -> Callable[[Tensor], Any]:
 def kept(detector: Detector, places: list[Tensor]) -> list[Boxes]:
     """What is found among the outputs of :class:`Places`, in fractions of the image."""
     boxes, scores = places
+    boxes = boxes.transpose(1, 2) if boxes.dim() == 4 else boxes
     return [detector.suppress(*row, (1.0, 1.0)) for row in zip(boxes, scores.mT, strict=True)]
 
 
@@ -82,33 +86,41 @@ def append_suppression(model: Any, detector: nn.Module, spec: AnyInputSpec) -> N
     assert isinstance(detector, Detector)
     graph, (boxes, scores) = model.graph, PLACES
     height, width = spec.size[1:]
-    constants = {
-        "most": torch.tensor([detector.most]),
-        "overlap": torch.tensor([detector.overlap]),
-        "least_score": torch.tensor([detector.least_score]),
-        "unit": torch.tensor([width, height, width, height], dtype=torch.float32),
-        "first": torch.tensor(0),
-        "second": torch.tensor(1),
-        "place": torch.tensor([0, 2]),
-    }
-    for name, value in constants.items():
+
+    def constant(name: str, value: Tensor) -> str:
         graph.initializer.append(numpy_helper.from_array(value.numpy(), f"suppress_{name}"))
-    chosen = "suppress_chosen"  # [M, 3]: image, class, place
-    graph.node.extend(
-        [
-            helper.make_node(
-                "NonMaxSuppression",
-                [boxes, scores, "suppress_most", "suppress_overlap", "suppress_least_score"],
-                [chosen],
-            ),
-            helper.make_node("Gather", [chosen, "suppress_place"], ["suppress_rows"], axis=1),
-            helper.make_node("GatherND", [boxes, "suppress_rows"], ["suppress_fractions"]),
-            helper.make_node("Mul", ["suppress_fractions", "suppress_unit"], ["boxes"]),
-            helper.make_node("GatherND", [scores, chosen], ["scores"]),
-            helper.make_node("Gather", [chosen, "suppress_second"], ["labels"], axis=1),
-            helper.make_node("Gather", [chosen, "suppress_first"], ["image"], axis=1),
-        ]
-    )
+        return f"suppress_{name}"
+
+    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        graph.node.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    first = constant("first", torch.tensor(0))
+    own = len(graph.output[0].type.tensor_type.shape.dim) == 4  # boxes of each class
+    if own:
+        classes, places = (dim.dim_value for dim in graph.output[1].type.tensor_type.shape.dim[1:])
+        shapes = constant("of_boxes", torch.tensor([-1, places, 4])), constant("alone", torch.tensor([-1, 1, places]))
+        boxes = add("Reshape", [boxes, shapes[0]], "suppress_boxes")
+        scores = add("Reshape", [scores, shapes[1]], "suppress_scores")
+    limits = [
+        constant("most", torch.tensor([detector.most])),
+        constant("overlap", torch.tensor([detector.overlap])),
+        constant("least_score", torch.tensor([detector.least_score])),
+    ]
+    chosen = add("NonMaxSuppression", [boxes, scores, *limits], "suppress_chosen")  # [M, 3]: image, class, place
+    rows = add("Gather", [chosen, constant("place", torch.tensor([0, 2]))], "suppress_rows", axis=1)
+    fractions = add("GatherND", [boxes, rows], "suppress_fractions")
+    unit = constant("unit", torch.tensor([width, height, width, height], dtype=torch.float32))
+    add("Mul", [fractions, unit], "boxes")
+    add("GatherND", [scores, chosen], "scores")
+    if own:
+        image = add("Gather", [chosen, first], "suppress_image", axis=1)
+        count = constant("classes", torch.tensor(classes))
+        add("Mod", [image, count], "labels")
+        add("Div", [image, count], "image")
+    else:
+        add("Gather", [chosen, constant("second", torch.tensor(1))], "labels", axis=1)
+        add("Gather", [chosen, first], "image", axis=1)
     del graph.output[:]
     for name in FOUND:
         kind = TensorProto.FLOAT if name in ("boxes", "scores") else TensorProto.INT64

@@ -48,6 +48,7 @@ from dfq.exporters import _artifact as artifact
 from dfq.exporters import _detections as detections
 from dfq.exporters._graph import INTEGERS, serialize
 from dfq.exporters._integer import Flat, has_integer_form, integer_form, integer_network
+from dfq.exporters._operators import translations
 from dfq.exporters._runtime import (
     EXACT_INTEGER_KERNELS,
     EXACT_PRODUCTS,
@@ -248,6 +249,7 @@ def _to_onnx(network: nn.Module, spec: AnyInputSpec, opset: int, decode: bool = 
                 input_names=["input_ids" if is_text else "images"],
                 output_names=names,
                 dynamic_shapes=({0: "N", 1: "T"} if is_text else {0: "N"},),
+                custom_translation_table=translations(),
             )
             assert program is not None
             model = program.model_proto

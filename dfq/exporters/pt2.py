@@ -58,6 +58,7 @@ class PT2:
         try:
             with torch.no_grad(), artifact.silence():
                 program = torch.export.export(Flat(network), (example,), dynamic_shapes=(dynamic,))
+                _check_operations(program)
                 for node in program.graph.nodes:
                     node.meta.pop("stack_trace", None)  # paths of the machine that made it
                 provenance = json.dumps(artifact.provenance(student))
@@ -67,6 +68,17 @@ class PT2:
         images = artifact.noise(spec, 16) if images is None else images
         found = {"parity": _parity(student, content, images, teacher), "latency_ms": None}
         return artifact.write(path, content.getvalue(), self, student, found)
+
+
+def _check_operations(program: torch.export.ExportedProgram) -> None:
+    """A UserError if PyTorch alone could not run it."""
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "dfq":
+            raise UserError(
+                f"got a network with {node.target._opname}, an operation of dfq by which detectors of two stages "
+                "choose proposals, and a file that is to be read without dfq",
+                "exporter=onnx_qdq, which has nodes for it",
+            )
 
 
 def _drop_float_weights(network: nn.Module, example: Tensor) -> None:

@@ -1,13 +1,23 @@
 """Detectors as ONNX: raw outputs by their names, and boxes with the suppression of doubles in the graph."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from tiny_detectors import Cells, DecodeOnly, cell_teacher, family_teacher, transformers_teacher
+from tiny_detectors import (
+    Cells,
+    DecodeOnly,
+    cell_teacher,
+    family_teacher,
+    transformers_teacher,
+    two_stages,
+    with_masks,
+)
 
 from dfq.calibration import calibrate
 from dfq.errors import UserError
+from dfq.hooks import given_choices
 from dfq.losses._box_overlap import pairwise_iou
 from dfq.quantizers.min_max import MinMax
 from dfq.scheme import Scheme
@@ -20,10 +30,11 @@ pytest.importorskip("onnxscript")
 
 from dfq.exporters import _runtime  # noqa: E402
 from dfq.exporters.onnx_qdq import OnnxQDQ, session_options  # noqa: E402
+from dfq.exporters.pt2 import PT2  # noqa: E402
 
 
-def quantized(teacher: Teacher, count=6):
-    student = Student.from_teacher(teacher, Scheme())
+def quantized(teacher: Teacher, count=6, **scheme):
+    student = Student.from_teacher(teacher, Scheme(**scheme))
     images = teacher.example(count)
     calibrate(student, images, MinMax(), MinMax())
     return student.freeze(), images
@@ -74,10 +85,43 @@ def test_a_transformer_that_finds_boxes_as_a_file(decode, tmp_path):
         assert (outputs[key] - values).norm() < 0.02 * values.norm(), key
 
 
-def test_what_chooses_proposals_as_it_runs_is_refused(tmp_path):
-    student, images = quantized(family_teacher("faster_rcnn"), 2)
-    with pytest.raises(UserError, match="can't translate"):
-        OnnxQDQ(latency=False).export(student, tmp_path / "a.onnx", None, images)
+@pytest.mark.parametrize(
+    "make, overlap, policy",
+    [(two_stages, 0.7, "all"), (two_stages, 0.02, "all"), (two_stages, 0.7, "hardware"), (with_masks, 0.7, "all")],
+    ids=["many proposals", "few proposals", "hardware", "masks"],
+)
+def test_two_stages_as_a_file(make, overlap, policy, tmp_path):
+    """Each part on what the parts before it gave: the student's own choice may differ where two are as good."""
+    teacher = make()
+    teacher.module.network.rpn.nms_thresh = overlap
+    student, images = quantized(teacher, policy=policy)
+    made = OnnxQDQ(latency=False).export(student, tmp_path / "a.onnx", None, images)
+    outputs = found_by(tmp_path / "a.onnx", student, images)
+    module = student.module
+    with torch.no_grad():
+        wanted = student(images)
+        assert list(outputs) == list(wanted)
+        for key in ("objectness", "deltas", "anchors"):
+            assert (outputs[key] - wanted[key]).norm() < 0.02 * wanted[key].norm() + 1e-6, key
+        levels = [8 * 8 * 3, 4 * 4 * 3]
+        unit = torch.full((4,), 32.0)
+        chosen = module._proposals(outputs["objectness"], outputs["deltas"], outputs["anchors"], levels, unit)
+        assert (outputs["proposals"] - chosen / unit).abs().max() < 1e-5
+        with given_choices(module, {"chosen": outputs["proposals"] * unit}):
+            again = student(images)
+        for key in ("class_logits", "box_deltas"):
+            assert (outputs[key] - again[key]).norm() < 0.02 * again[key].norm(), key
+    filled = (outputs["proposals"] == torch.tensor([0.0, 0, 1, 1])).all(-1).sum(1)
+    assert (filled > 50).all() if overlap < 0.1 else (filled < 5).all()
+    assert made["parity"]["box_agreement"] > 0.95 and made["parity"]["batch_sizes"] == [1, 5]
+    assert made["parity"]["openvino"] is None or "error" not in made["parity"]["openvino"]
+
+
+def test_proposals_by_an_operator_of_dfq_are_no_program_for_torch_alone(tmp_path):
+    student, images = quantized(two_stages(), 2)
+    with pytest.raises(UserError) as error:
+        PT2().export(student, tmp_path / "a.pt2", None, images)
+    assert "best_apart, an operation of dfq" in str(error.value) and "exporter=onnx_qdq" in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -94,9 +138,9 @@ class Weighed(Cells):
         return [self.suppress(*row) for row in zip(found.boxes, self.scores(found), image_sizes, strict=True)]
 
 
-@pytest.mark.parametrize("adapter", [Cells, Weighed])
-def test_boxes_in_the_graph_are_those_that_decode_gives(adapter, tmp_path):
-    teacher = cell_teacher(adapter)
+@pytest.mark.parametrize("make", [cell_teacher, partial(cell_teacher, Weighed), two_stages])
+def test_boxes_in_the_graph_are_those_that_decode_gives(make, tmp_path):
+    teacher = make()
     student, images = quantized(teacher)
     made = OnnxQDQ(latency=False, decode=True).export(student, tmp_path / "a.onnx", teacher, images)
     found = found_by(tmp_path / "a.onnx", student, images)
