@@ -100,6 +100,15 @@ def test_a_code_moves_toward_the_float_value_alone(teacher, dataset, tmp_path):
     assert moved
 
 
+@pytest.mark.parametrize("scheme", ["w3", "float_zero_point"])
+def test_a_second_round_knows_the_float_values(scheme, teacher, dataset, tmp_path):
+    """Levels beside float zero points are a rounding error away from what was stored: no float weights of their own."""
+    student = nearest(teacher, dataset, tmp_path / "a", SCHEMES[scheme])
+    run(E2ERounding(**FEW), student, teacher, dataset, tmp_path / "b")
+    for name, wanted in _float_weights(student, teacher, list(student.layers)):
+        torch.testing.assert_close(wanted, teacher.module.get_submodule(name).weight)
+
+
 def test_where_a_weight_begins_and_what_it_is_looked_at_as(teacher, dataset, tmp_path):
     student = nearest(teacher, dataset, tmp_path)
     levels = {name: layer.weight.detach().clone() for name, layer in student.layers.items()}
