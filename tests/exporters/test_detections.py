@@ -87,7 +87,12 @@ def test_a_transformer_that_finds_boxes_as_a_file(decode, tmp_path):
 
 @pytest.mark.parametrize(
     "make, overlap, policy",
-    [(two_stages, 0.7, "all"), (two_stages, 0.02, "all"), (two_stages, 0.7, "hardware"), (with_masks, 0.7, "all")],
+    [
+        (two_stages, 0.7, "all"),
+        pytest.param(two_stages, 0.02, "all", marks=pytest.mark.slow),  # eight seconds each, as the first
+        pytest.param(two_stages, 0.7, "hardware", marks=pytest.mark.slow),
+        pytest.param(with_masks, 0.7, "all", marks=pytest.mark.slow),
+    ],
     ids=["many proposals", "few proposals", "hardware", "masks"],
 )
 def test_two_stages_as_a_file(make, overlap, policy, tmp_path):
