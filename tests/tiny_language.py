@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import dfq
+from dfq.generators.self_generation import SelfGeneration
+from dfq.pipeline import generate
+from dfq.quantizers.min_max import MinMax
 
 transformers = pytest.importorskip("transformers")
 TEXT = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -25,6 +28,18 @@ def random_teacher(config, seed=0, length=12, norms=True):
 def tiny_llama():
     config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
     return random_teacher(config, length=16, norms=False)
+
+
+def own_text(teacher, path):
+    """64 texts that it has written itself, stored in ``path``."""
+    return generate(teacher, SelfGeneration(max_repetition=1.0), 64, 0, path)
+
+
+def run(algorithm, student, teacher, dataset, work_dir):
+    """The student, when the algorithm has done its part in a folder that it goes on from."""
+    work_dir.mkdir(exist_ok=True)
+    algorithm.quantize(student, teacher, dataset, MinMax(), MinMax(), 0, work_dir)
+    return student
 
 
 def kl(teacher, student):

@@ -4,17 +4,14 @@ import pytest
 import torch
 from conftest import as_teacher
 from pytorch_lightning import Callback
-from tiny_language import TEXT, kl, tiny_llama, transformers
+from tiny_language import TEXT, kl, own_text, run, tiny_llama, transformers
 from torch import nn
 
 import dfq
 from dfq.algorithms.e2e_rounding import E2ERounding, _float_weights
-from dfq.generators.self_generation import SelfGeneration
 from dfq.lightning.distillation import DistillationModule
-from dfq.pipeline import generate
 from dfq.quantization import soft_rounding
 from dfq.quantizers._soft import SoftQuantizer, decided, soft_quantizers
-from dfq.quantizers.min_max import MinMax
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student
@@ -38,13 +35,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def dataset(teacher, tmp_path_factory):
-    return generate(teacher, SelfGeneration(max_repetition=1.0), 64, 0, tmp_path_factory.mktemp("text") / "d")
-
-
-def run(algorithm, student, teacher, dataset, work_dir):
-    work_dir.mkdir(exist_ok=True)
-    algorithm.quantize(student, teacher, dataset, MinMax(), MinMax(), 0, work_dir)
-    return student
+    return own_text(teacher, tmp_path_factory.mktemp("text") / "d")
 
 
 def nearest(teacher, dataset, work_dir, scheme=W3):

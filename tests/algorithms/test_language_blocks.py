@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from tiny_language import kl, tiny_llama
+from tiny_language import kl, own_text, tiny_llama
 
 import dfq
 from dfq.blocks import find_blocks
-from dfq.generators.self_generation import SelfGeneration
 from dfq.hooks import record_dataflow
-from dfq.pipeline import generate
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.student import Student
 
@@ -23,7 +21,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def dataset(teacher, tmp_path_factory):
-    return generate(teacher, SelfGeneration(max_repetition=1.0), 64, 0, tmp_path_factory.mktemp("text") / "d")
+    return own_text(teacher, tmp_path_factory.mktemp("text") / "d")
 
 
 def test_blocks_cover_all_layers(teacher):
