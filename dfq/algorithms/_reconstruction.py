@@ -197,13 +197,13 @@ class BlockReconstruction(BlockFitting):
             return plain
         found = self._gradients(reference, teacher, block, images, rng)
         pairs = zip(plain, found, strict=True)
-        return [measure if gradients is None else self._weighted(gradients) for measure, gradients in pairs]
+        return [plain if g is None else self._weighted(g, teacher.device) for plain, g in pairs]
 
-    def _weighted(self, gradients: list[Tensor]) -> Measure:
+    def _weighted(self, gradients: list[Tensor], device: torch.device) -> Measure:
         if self.sensitivity == "channels":
-            factor = channel_factor(gradients)
+            factor = channel_factor(gradients).to(device)
             return lambda output, wanted, _chosen: mixed(output - wanted, factor).square()
-        weights = torch.cat([gradient.square().cpu() for gradient in gradients])
+        weights = torch.cat(gradients).square_()
         weights /= weights.mean().clamp(min=1e-30)
         return lambda output, wanted, chosen: self.error(output, wanted) * weights[chosen].to(output.device)
 
@@ -251,7 +251,8 @@ class BlockReconstruction(BlockFitting):
                 value = drawn_log_likelihood(task, reference, batch.to(teacher.device), rng)
             if not value.requires_grad:  # a block of boxes alone
                 return [None] * block.calls
-            parts.append(torch.autograd.grad(value, kept[: block.calls], allow_unused=True))
+            found = torch.autograd.grad(value, kept[: block.calls], allow_unused=True)
+            parts.append(tuple(None if gradient is None else gradient.cpu() for gradient in found))  # of all samples
         calls = zip(*parts, strict=True)
         return [None if any(part is None for part in call) else list(call) for call in calls]
 
@@ -263,8 +264,8 @@ def channel_factor(gradients: list[Tensor]) -> Tensor:
         gradients: [n, C, H, W] or [n, ..., C] each.
     """
     rows = [g.float().movedim(1 if g.dim() == 4 else -1, 0).flatten(1) for g in gradients]
-    total = torch.stack([part @ part.mT for part in rows]).sum(0)[None]
-    factor = cholesky(damped(total, FISHER_DAMPING))[0]
+    moment = torch.stack([part @ part.mT for part in rows]).sum(0)[None]
+    factor = cholesky(damped(moment, FISHER_DAMPING))[0]
     return factor * (len(factor) / factor.square().sum().clamp(min=1e-30)).sqrt()
 
 
