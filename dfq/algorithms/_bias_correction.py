@@ -26,17 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dfq.algorithms._equalization import (
-    FloatNetwork,
+from dfq.algorithms._paths import (
     Path,
+    find_paths,
+    layer_products,
+    relu6_of,
+)
+from dfq.channels import (
+    FloatNetwork,
     batch_norm_statistics,
     channel_dim,
     ensure_bias,
-    find_paths,
     float_network,
-    layer_products,
     products_with,
-    relu6_of,
     rescaled,
     weight_in_float,
 )

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work, tell_left
-from dfq.algorithms._equalization import channel_dim, shaped
+from dfq.channels import (
+    channel_dim,
+    shaped,
+)
 from dfq.hooks import forward_hooks
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.progress import progress_bar

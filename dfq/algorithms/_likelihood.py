@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.algorithms._equalization import channel_dim
+from dfq.channels import (
+    channel_dim,
+)
 from dfq.hooks import forward_hooks
 from dfq.progress import progress_bar
 from dfq.tasks._task import task_of

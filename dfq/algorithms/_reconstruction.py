@@ -38,10 +38,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
 from dfq.algorithms._bias_correction import undo_bias_correction
-from dfq.algorithms._equalization import float_network
 from dfq.algorithms._likelihood import drawn_log_likelihood
 from dfq.algorithms._linear_algebra import cholesky, damped
 from dfq.blocks import Block, Captured, Captures, find_blocks, run_block
+from dfq.channels import (
+    scaled_float_network,
+)
 from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
@@ -292,10 +294,8 @@ def output_loss(task: Any, student: Callable, reference: Callable, parts: tuple[
 
 
 def float_reference(student: Student, teacher: Teacher) -> nn.Module:
-    """What blocks are fitted to: the student in float, or the teacher where the student's weights are rounded for good.
-
-    Equalization along a path out of a block would change what comes out of it; what AWQ does stays inside blocks.
-    """
+    """What blocks are fitted to: the student in float, or the teacher where the student's weights are rounded for good,
+    its channels scaled as the student's (what AWQ does stays inside blocks)."""
     rounded = student.has_grids and not any(
         is_off_grid(layer) for layer in student.layers.values() if layer.weight_quantizer.has_qparams
     )
@@ -307,7 +307,7 @@ def float_reference(student: Student, teacher: Teacher) -> nn.Module:
             "rotation and then one algorithm that rounds",
         )
     undo_bias_correction(student)
-    return float_network(student, teacher).module.requires_grad_(False).eval()
+    return scaled_float_network(student, teacher).module.requires_grad_(False).eval()
 
 
 def float_copy(student: Student, teacher: Teacher) -> nn.Module:

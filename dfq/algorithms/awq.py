@@ -31,18 +31,20 @@ import torch
 from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.algorithms._equalization import (
-    FloatNetwork,
+from dfq.algorithms._inputs import importance, in_float, input_squares
+from dfq.algorithms._paths import (
     Path,
     find_paths,
     layer_products,
-    num_inputs,
-    num_outputs,
     pass_on,
-    rescaled,
     without_surprises,
 )
-from dfq.algorithms._inputs import importance, in_float, input_squares
+from dfq.channels import (
+    FloatNetwork,
+    num_inputs,
+    num_outputs,
+    rescaled,
+)
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, record_dataflow
 from dfq.modules import QuantizedLayer, product_of

@@ -31,9 +31,12 @@ import torch
 from torch import Tensor
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.algorithms._equalization import float_network, weight_in_float
 from dfq.algorithms._held import held
 from dfq.algorithms._reconstruction import BlockReconstruction
+from dfq.channels import (
+    float_network,
+    weight_in_float,
+)
 from dfq.errors import UserError
 from dfq.losses.token_divergence import Divergence
 from dfq.modules import QuantizedLayer, Quantizer

@@ -12,7 +12,10 @@ from typing import ClassVar, Literal
 
 from dfq.algorithms._base import Algorithm, Work
 from dfq.algorithms._bias_correction import correct_bias, correct_bias_by_batch_norm, undo_bias_correction
-from dfq.algorithms._equalization import absorb_biases, equalize
+from dfq.algorithms._equalization import (
+    absorb_biases,
+    equalize,
+)
 from dfq.settings import PositiveInt
 
 

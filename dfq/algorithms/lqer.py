@@ -28,8 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from dfq.algorithms._base import Algorithm, Work
-from dfq.algorithms._equalization import float_network, weight_in_float
 from dfq.algorithms._inputs import input_squares
+from dfq.channels import (
+    float_network,
+    weight_in_float,
+)
 from dfq.errors import UserError
 from dfq.modules import LowRankCorrection, product_of
 from dfq.progress import progress_bar

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.calibration import calibrate, calibration_images
+from dfq.channels import output_scales
 from dfq.dataset import SyntheticDataset, samples_of
 from dfq.detectors._base import Boxes
 from dfq.errors import UserError
@@ -110,6 +111,7 @@ class DistillationModule(LightningModule):
         self.student_module = student.module
         self._student, self._teacher = [student], [teacher]  # lists: not registered as sub-modules
         self.task, self.features = task_of(teacher) if task is None else task, dict(features or {})
+        self.feature_scales = output_scales(student, teacher, self.features)
         self.settings = s = settings or DistillationSettings()
         self.seed, self.rng = seed, torch.Generator().manual_seed(seed)
         self.automatic_optimization = not s.zeroth_order
@@ -395,7 +397,7 @@ class DistillationModule(LightningModule):
         def keep(name: str, _module: nn.Module, _inputs: tuple, output: Any) -> Any:
             seen.got[name] = own = next(tensors_in(output))
             if name == self.cam_place or chances.get(name, 0) > 0:
-                theirs = seen.wanted[self.features[name]]
+                theirs = self._in_students_units(name, seen.wanted[self.features[name]])
                 seen.given[name] = self._mixed(own, theirs, chances.get(name, 0))
                 return _with(output, own, seen.given[name])
             return None
@@ -481,7 +483,7 @@ class DistillationModule(LightningModule):
 
     def _feature_loss(self, name: str, got: Tensor, wanted: Tensor) -> Tensor:
         """Between what the student makes at ``name`` and what the teacher makes there."""
-        wanted = self._student[0].in_its_units(name, wanted)
+        wanted = self._in_students_units(name, wanted)
         if self.settings.feature_loss == "affinity":
             return feature_affinity(
                 got, wanted, random_projection(num_positions(wanted), PROJECTIONS, self.rng, wanted)
@@ -491,6 +493,11 @@ class DistillationModule(LightningModule):
         if self.settings.feature_loss == "cosine":
             return cosine_distance(got, wanted)
         return relative_mse(got, wanted)
+
+    def _in_students_units(self, name: str, wanted: Tensor) -> Tensor:
+        """What the teacher makes where the student's sub-module ``name`` does, its channels scaled as the student's."""
+        scale = self.feature_scales.get(name)
+        return self._student[0].in_its_units(name, wanted) if scale is None else wanted / scale.to(wanted)
 
     def with_penalty(self, loss: Tensor) -> Tensor:
         """With what drives soft weights to their codes, where there are any."""

@@ -8,9 +8,14 @@ from tiny_language import TEXT, random_teacher, transformers
 from torch import nn
 
 import dfq
-from dfq.algorithms._equalization import FloatNetwork, without_surprises
 from dfq.algorithms._inputs import in_float, input_squares
+from dfq.algorithms._paths import (
+    without_surprises,
+)
 from dfq.algorithms.awq import _best_scale, gated, readers_of_norms, scale_inputs
+from dfq.channels import (
+    FloatNetwork,
+)
 from dfq.dataset import SyntheticDataset
 from dfq.hooks import record_dataflow
 from dfq.quantizers.min_max import MinMax

@@ -16,7 +16,9 @@ from dfq.algorithms._bias_correction import (
     rectified_mean,
     undo_bias_correction,
 )
-from dfq.algorithms._equalization import equalize
+from dfq.algorithms._equalization import (
+    equalize,
+)
 from dfq.algorithms.bias_correction import BiasCorrection
 from dfq.algorithms.comq import COMQ
 from dfq.algorithms.gptq import GPTQ
