@@ -152,7 +152,11 @@ NETWORKS = {
         [],
     ),
 }
-TIED = {"concatenated": ("a", "b", "fc"), "split": ("a", "b", "c", "fc")}  # layers that are no pair and equalized
+TIED = {
+    "residual": ("0", "6"),
+    "concatenated": ("a", "b", "fc"),
+    "split": ("a", "b", "c", "fc"),
+}  # layers that are no pair and equalized
 # Each with one thing in the way of the pair (a, b).
 NO_PAIRS = {
     "gelu": lambda m, x: m.b(F.gelu(m.a(x))),
