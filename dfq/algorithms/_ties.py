@@ -12,9 +12,10 @@ makes, and each layer's input is looked at.
   both kinds. Any other one, and each of the network's outputs, keeps the channels that it depends on as they are; these
   are found by a gradient.
 - **Which channel** a feature stems from is told by doubling the channels whose number has bit k set, for every k.
-- A feature that is more than one channel's, each bit leaving it between once and twice as large, is a **sum**. Channels
-  are added that have the same index within their layers: the index is told by the bits of indices, the layers by a
-  gradient. A sum over channels tells no index, and keeps all that it depends on as they are.
+- A feature that is more than one channel's, each bit leaving it between once and twice as large, is a **sum**. Mostly
+  channels are added that have the same index within their layers: the index is told by the bits of indices, the layers
+  by one gradient for all features of an input. Other sums (shortcuts that are padded, sums over channels) take a
+  gradient each.
 
 In the end powers of two are passed on, which must not change one bit of what the network makes.
 """
@@ -196,6 +197,13 @@ class _Dependences:
         ]
         self.rng = torch.Generator().manual_seed(1)
 
+    def of_feature(self, name: str, feature: int) -> Tensor:
+        """Channels [channels] that one input feature depends on, where noise is positive."""
+        with torch.enable_grad():
+            total = self.runs[0][0][name][feature].sum()
+        (gradient,) = torch.autograd.grad(total, self.factors, retain_graph=True, allow_unused=True)
+        return torch.zeros(len(self.factors), dtype=torch.bool) if gradient is None else gradient != 0
+
     def of(self, features: Mapping[str, Tensor], and_outputs: bool = False) -> Tensor:
         """Channels [channels] that any of some input features depends on; ``features``: layer → [I], bool."""
         found = torch.zeros(len(self.factors), dtype=torch.bool)
@@ -273,11 +281,13 @@ def _measured(probes: _Probes) -> Ties:
     if any(sums.any() for sums in is_sum.values()):
         indices, is_one = probes.bits(probes.index, base)
         for name, sums in is_sum.items():
-            is_odd[name] |= sums & ~is_one[name]
             of_one = sums & is_one[name]
             added = dependences.of({name: of_one})
-            for feature in of_one.nonzero().flatten().tolist():
-                members = (added & (probes.index == indices[name][feature])).nonzero().flatten().tolist()
+            for feature in sums.nonzero().flatten().tolist():
+                if of_one[feature]:
+                    members = (added & (probes.index == indices[name][feature])).nonzero().flatten().tolist()
+                else:
+                    members = dependences.of_feature(name, feature).nonzero().flatten().tolist()
                 if members:
                     classes.tie(members)
                     read[name][feature] = members[0]

@@ -164,7 +164,7 @@ NO_PAIRS = {
     "clamp": lambda m, x: m.b(m.a(x).clamp(min=0.1)),
     "constant": lambda m, x: m.b(m.a(x) + 1),
     "padding with ones": lambda m, x: m.b(F.pad(m.a(x), (1, 1, 1, 1), value=1.0)),
-    "mixed channels": lambda m, x: m.b(m.a(x).cumsum(1)),
+    "mixed channels": lambda m, x: m.b(m.a(x).softmax(1)),
     "channels and places": lambda m, x: m.b(m.a(x).reshape(len(x), 8, 8, 8).transpose(1, 2)),
     "read twice": lambda m, x: m.b(y := m.a(x)) + y.mean(1, keepdim=True),
     "also an output": lambda m, x: (m.b(y := m.a(x)), y),
