@@ -1,4 +1,4 @@
-"""Cross-layer equalization and high-bias absorption, and the paths between layers that they go along.
+"""Cross-layer equalization and high-bias absorption.
 
 DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721), section 4.1. Batch norms are folded. A function f with f(s x) = s f(x)
 for s > 0 lets a scale pass from one layer to the next (eq. 5-7): with r1_i the largest magnitude of the weights that
@@ -6,36 +6,21 @@ make channel i, r2_i of those that read it,
 
     s_i = sqrt(r1_i r2_i) / r2_i,    W1_i / s_i,    b1_i / s_i,    W2_i s_i                              (eq. 9-11)
 
-makes both ranges sqrt(r1_i r2_i); pairs in turn until nothing changes. High biases, which this can make, are absorbed
-by the next layer (eq. 12-15): through a ReLU, a value that is almost never below c_i = max(0, beta_i - 3 gamma_i) (of
-the batch norm, its scale and shift equalized along) may lose c_i, b1 - c, b2 + W2 c.
-
-**Pairs** are found by following values through one forward: every operation in between is positively homogeneous, or
-moves values, and nobody else reads what is in between. A depthwise layer is a pair with both of its neighbors. Which
-input feature of the second layer stems from which output channel of the first is measured: the first one's output is
-replaced by positive numbers, times two in the channels whose index has bit k set, for every k. Flattened, pooled or
-shuffled channels need no rule of their own, and what mixes channels is no pair. All pairs are then tried out with
-powers of two, which must change nothing; those that do change something (code that uses a weight in ways of its own)
-are dropped.
+makes both ranges sqrt(r1_i r2_i); pairs (:mod:`dfq.algorithms._paths`) in turn until nothing changes. High biases,
+which this can make, are absorbed by the next layer (eq. 12-15): through a ReLU, a value that is almost never below c_i
+= max(0, beta_i - 3 gamma_i) (of the batch norm, its scale and shift equalized along) may lose c_i, b1 - c, b2 + W2 c.
 
 Weights alone are balanced at the expense of the activations between them, which then need a wider range; and a weight
 with a step of its own for each output channel, or a depthwise one, does not mind being scaled at all. So by default the
-scales are those with the least noise (:func:`least_noise_scales`): of all layers l of the pairs, in relation to what
-their output channels o vary by,
-
-    sum_l sum_o ( sum_i W_oi^2 e_i(t s_i)  +  c sum_i d_oi^2 x_i^2 / s_i^2 ) / var(y_o)
-
-with e_i(t s_i) the squared error of input channel i on synthetic samples, rounded to the bits that it gets within a
-range of t s_i (t, the range of the whole tensor, is found along), x_i^2 its mean square, d_oi the error of a weight,
-its step over sqrt(12), where the step follows from the largest scaled weight that shares it; c is
-:data:`ROUNDING_SHARE`. A tensor that only per-channel and depthwise weights stand around is thus as good as rounded
-channel by channel, and no runtime knows. ``balance_activations=False`` is the paper's rule.
+scales are those with the least noise (:mod:`dfq.algorithms._least_noise`), and not only of pairs: channels that several
+layers read, or that are added to others, have one scale together (:mod:`dfq.algorithms._ties`), which reaches residual
+streams, concatenations and necks. ``balance_activations=False`` is the paper's rule, for pairs.
 
 Differences from the paper, beside that: ranges are largest magnitudes, not widths, as weight grids here contain zero.
-A ReLU6 is replaced by ReLU only between the layers of a pair, and only where that hardly changes what the network makes
-of synthetic samples. Biases are absorbed only where the next layer does not pad with zeros, which would not stand for
-c, and no further than samples go, since the tails of a real batch norm's input are not normal. Weights are changed
-once, by the product of all scales.
+A ReLU6 is replaced by ReLU only where channels with a scale go through it, and only where that hardly changes what the
+network makes of synthetic samples. Biases are absorbed only where the next layer does not pad with zeros, which would
+not stand for c, and no further than samples go, since the tails of a real batch norm's input are not normal. Weights
+are changed once, by the product of all scales.
 """
 
 from __future__ import annotations
@@ -92,16 +77,16 @@ def equalize(
     images: Tensor | None = None,
     balance_activations: bool = True,
 ) -> list[Path]:
-    """Equalize all pairs of a student in place: it computes what it did, and its grids are to be made anew.
+    """Equalize a student in place: it computes what it did, and its grids are to be made anew.
 
     Args:
         iterations: steps, or rounds over all pairs at most.
-        replace_relu6: also pairs with a ReLU6 between them, which becomes a ReLU where that is safe.
+        replace_relu6: also channels that go through a ReLU6, which becomes a ReLU where that is safe.
         images: [N, C, H, W], on which that is judged and activations are looked at; noise if there are none.
         balance_activations: least noise of weights and activations; false: ranges of weights, as in the paper.
 
     Returns:
-        The pairs, with what is between them.
+        The pairs of layers with nothing else in between, along which biases may be absorbed.
     """
     network = float_network(student, teacher)
     images = network.example if images is None else images

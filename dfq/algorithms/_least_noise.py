@@ -1,4 +1,17 @@
-"""Least noise."""
+"""Scales between layers with which rounding does the least harm.
+
+Of all layers l that make or read a channel with a scale, in relation to what their output channels o vary by, it is
+
+    sum_l sum_o ( sum_i W_oi^2 e_i(t s_i)  +  c sum_i d_oi^2 x_i^2 / s_i^2 ) / var(y_o)
+
+with e_i(t s_i) the squared error of input channel i on synthetic samples, rounded to the bits that it gets within a
+range of t s_i (t, the range of the whole tensor, is found along), x_i^2 its mean square, d_oi the error of a weight,
+its step over sqrt(12), where the step follows from the largest scaled weight that shares it; c is
+:data:`ROUNDING_SHARE`. A tensor that only per-channel and depthwise weights stand around is thus as good as rounded
+channel by channel, and no runtime knows.
+
+Own formulation; scales between layers are of DFQ (:mod:`dfq.algorithms._equalization`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Paths between layers that channels go along unchanged but for their scale, and what may stand between."""
+"""Pairs of layers: paths that channels go along unchanged but for their scale, and what may stand between.
+
+They are found by following values through one forward: every operation in between is positively homogeneous, or moves
+values, and of a private path nobody else reads what is in between. A depthwise layer is a pair with both of its
+neighbors. Which input feature of the second layer stems from which output channel of the first is measured: the first
+one's output is replaced by positive numbers, times two in the channels whose index has bit k set, for every k.
+Flattened, pooled or shuffled channels need no rule of their own, and what mixes channels is no pair. All pairs are then
+tried out with powers of two, which must change nothing; those that do change something (code that uses a weight in ways
+of its own) are dropped.
+"""
 
 from __future__ import annotations
 

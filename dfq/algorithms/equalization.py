@@ -1,7 +1,7 @@
 """DFQ: cross-layer equalization, high-bias absorption and bias correction, after which ranges fit.
 
-DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721): equations and differences in :mod:`dfq.algorithms._equalization` and
-:mod:`dfq.algorithms._bias_correction`. The grids of activations are calibrated on synthetic samples instead of taken
+DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721), also of residual streams and concatenations: equations and differences
+in :mod:`dfq.algorithms._equalization` and :mod:`dfq.algorithms._bias_correction`. The grids of activations are calibrated on synthetic samples instead of taken
 from batch norm statistics (beta +- 6 gamma), which say little behind an addition.
 """
 
@@ -24,7 +24,7 @@ class Equalization(Algorithm):
     """Seconds; what makes one range for a whole tensor of weights bearable, and depthwise networks at 8 bits."""
 
     iterations: PositiveInt = 200  # steps; of the paper's rule rounds over all pairs at most
-    balance_activations: bool = True  # least noise, activations' too; false: ranges of weights alone, as in the paper
+    balance_activations: bool = True  # least noise, activations' too; false: the paper's, of weights of pairs
     absorb_bias: bool = True  # let the next layer add what a ReLU almost never cuts off
     replace_relu6: bool = True  # ReLU in place of ReLU6 between layers, where it hardly changes outputs
     bias_correction: Literal["none", "samples", "batch_norm"] = "samples"  # what makes up for moved means
