@@ -1,8 +1,9 @@
 """DFQ: cross-layer equalization, high-bias absorption and bias correction, after which ranges fit.
 
 DFQ (Nagel et al., ICCV 2019, arXiv 1906.04721), also of residual streams and concatenations: equations and differences
-in :mod:`dfq.algorithms._equalization` and :mod:`dfq.algorithms._bias_correction`. The grids of activations are calibrated on synthetic samples instead of taken
-from batch norm statistics (beta +- 6 gamma), which say little behind an addition.
+in :mod:`dfq.algorithms._equalization` and :mod:`dfq.algorithms._bias_correction`. The grids of activations are
+calibrated on synthetic samples instead of taken from batch norm statistics (beta +- 6 gamma), which say little behind
+an addition.
 """
 
 from __future__ import annotations
