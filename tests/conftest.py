@@ -1,6 +1,8 @@
 """Tiny teachers with fixed weights: what a test of a layer above needs in a millisecond."""
 
+import functools
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reads the network
 
@@ -14,6 +16,25 @@ from dfq.teacher import InputSpec, Teacher, TokenSpec
 from dfq.testing import SPEC, tiny_network
 
 NUM_CLASSES = 10
+
+os.fsync = lambda _file: None  # no test's files have to survive a power failure; each would wait for the disk
+
+
+def pytest_runtest_setup():
+    """What torch.onnx.export knows of operators takes half a second to read, for each file anew: here once."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")  # none has been exported before it is there
+    kind = getattr(module, "ONNXRegistry", None)
+    if kind is None or isinstance(vars(kind).get("from_torchlib"), staticmethod):
+        return
+    read = functools.cache(kind.from_torchlib)
+
+    def from_torchlib(*args, **options):
+        registry, known = kind(), read(*args, **options)
+        vars(registry).update(vars(known))
+        registry.functions = {target: list(found) for target, found in known.functions.items()}  # it may be added to
+        return registry
+
+    kind.from_torchlib = staticmethod(from_torchlib)
 
 
 class Residual(nn.Module):

@@ -35,6 +35,7 @@ FAST = {
     "num_candidates": 10,
 }
 FAST["rungs"] = ["round_to_nearest", {**load("algorithm", "reconstruction"), "iterations": 3, "finish_iterations": 2}]
+FAST["parts"] = [{**load("generator", name), "iterations": 3} for name in ("zeroq", "genie")]  # of a mixture
 
 
 def build(family, name):

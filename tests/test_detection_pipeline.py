@@ -213,11 +213,18 @@ def test_generators_that_pull_to_one_class_say_so(name, teacher, tmp_path):
 # ------------------------------------------------------------------------------------------------ algorithms
 
 
+@pytest.fixture(scope="module", params=[cell_teacher, two_stages], ids=["one stage", "two stages"])
+def made(request, tmp_path_factory):
+    """A function that makes a detector, and a dataset of it, which all algorithms read."""
+    return request.param, generate(
+        request.param(), build("generator", "box_sampling"), 20, 0, tmp_path_factory.mktemp("made") / "data"
+    )
+
+
 @pytest.mark.parametrize("name", choices("algorithm"))
-@pytest.mark.parametrize("make", [cell_teacher, two_stages], ids=["one stage", "two stages"])
-def test_algorithms_quantize_detectors(make, name, tmp_path):
+def test_algorithms_quantize_detectors(made, name, tmp_path):
+    make, dataset = made
     teacher = make()
-    dataset = generate(teacher, build("generator", "box_sampling"), 20, 0, tmp_path / "data")
     if name == "rotation":
         with pytest.raises(UserError, match=f"got algorithm=rotation and {teacher.name}, in which no layer reads from"):
             quantize(teacher, dataset, W4A8, build("algorithm", name), *QUANTIZERS, 0, tmp_path / "s")

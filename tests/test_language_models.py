@@ -1,5 +1,6 @@
 """Tiny networks of transformers with random weights through all arrows; students of language models."""
 
+import copy
 import json
 import shutil
 
@@ -490,9 +491,19 @@ def test_grids_per_token_are_told_to_be_left_out(folder, make_dataset, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
 
 
-def test_tokenizer_and_generation_settings_travel_with_onnx(folder, make_dataset, tmp_path):
+def test_tokenizer_and_generation_settings_travel_with_onnx(folder, make_dataset, tmp_path, monkeypatch):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
+    from dfq.exporters import onnx_qdq
+
+    made = []
+
+    def once(*given, real=onnx_qdq._to_onnx):
+        """The second time the network is the same."""
+        made.extend([] if made else [real(*given)])
+        return copy.deepcopy(made[0])
+
+    monkeypatch.setattr(onnx_qdq, "_to_onnx", once)
     source = tmp_path / "source"
     shutil.copytree(folder("llama"), source)
     (source / "chat_template.jinja").write_text("{{ messages }}")

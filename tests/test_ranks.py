@@ -207,17 +207,17 @@ def test_processes_of_a_launcher_write_the_text_of_one(cached, tmp_path):
 
 def test_a_rank_that_is_killed_and_started_again(tmp_path):
     """SIGKILL in the middle of a batch: the others lose nothing, and the restarted one makes what is missing, once."""
-    words = [*WORDS, "generator.iterations=400", "dataset_dir=all", "world_size=2"]
+    words = [*WORDS, "generator.iterations=120", "dataset_dir=all", "world_size=2"]
     killed = subprocess.Popen([sys.executable, *words, "rank=1"], cwd=tmp_path, env=environment())
     first = tmp_path / "all" / "shards" / "000001.json"
     deadline = time.monotonic() + 600
     while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.005)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     made = first.stat().st_mtime_ns
     teacher = dfq.load_teacher("digits", device="cpu")
-    generator = ZeroQ(batch_size=4, iterations=400)
+    generator = ZeroQ(batch_size=4, iterations=120)
     there = len(generate(teacher, generator, 20, 0, tmp_path / "all", 0, 2))
     assert there < 20, "the rank was not killed in the middle"
     found = generate(teacher, generator, 20, 0, tmp_path / "all", 1, 2)

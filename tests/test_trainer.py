@@ -79,7 +79,7 @@ def test_units_of_a_language_model_and_parts_of_a_size():
         ("ddp", "plain"),
         ("ddp_spawn", "plain"),
         pytest.param("ddp", "llama", marks=pytest.mark.slow),
-        ("fsdp", "llama"),
+        pytest.param("fsdp", "llama", marks=pytest.mark.slow),  # "cached" has the same network, and no teacher beside
         ("fsdp", "cached"),
     ],
 )

@@ -230,7 +230,8 @@ def test_a_sequence_goes_on_from_the_step_before(parts):
 
 def test_auto_through_the_pipeline_with_the_real_rungs(parts, tmp_path, capsys):
     teacher, dataset, weights, activations, seed, _ = parts
-    auto = Auto(budget="20s", rungs=("round_to_nearest", {**config_of("reconstruction"), "iterations": 20}))
+    quick = {"iterations": 20, "finish_iterations": 10}
+    auto = Auto(budget="20s", rungs=("round_to_nearest", {**config_of("reconstruction"), **quick}))
     student, path = quantize(teacher, dataset, W3A4, auto, weights, activations, seed, tmp_path / "s")
     assert sorted(file.name for file in Path(path).iterdir()) == ["student.json", "student.safetensors"]
     images = dataset.tensors()["images"]

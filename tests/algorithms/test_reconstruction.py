@@ -41,6 +41,8 @@ GRIDS = {
 
 def made(teacher, dataset, scheme=W3A4, name="reconstruction", seed=0, work_dir=Path(), **settings):
     student = Student.from_teacher(teacher, scheme)
+    if name == "reconstruction":
+        settings = {"finish_iterations": 20} | settings
     settings = {"iterations": 60, "batch_size": 8} | settings
     quantizer = resolve("quantizer", "mse")
     resolve("algorithm", name, **settings).quantize(student, teacher, dataset, quantizer, quantizer, seed, work_dir)
@@ -482,7 +484,7 @@ def test_no_layer_of_a_head_that_runs_once_a_level_is_left(tmp_path, capsys):
 
 def test_through_the_pipeline_nothing_is_left_in_the_folder(parts, tmp_path):
     teacher, dataset, _ = parts
-    algorithm = Reconstruction(iterations=3, batch_size=8)
+    algorithm = Reconstruction(iterations=3, finish_iterations=3, batch_size=8)
     quantizer = resolve("quantizer", "mse")
     _, path = quantize(teacher, dataset, W3A4, algorithm, quantizer, quantizer, 0, tmp_path / "s")
     assert sorted(file.name for file in path.iterdir()) == ["student.json", "student.safetensors"]

@@ -136,7 +136,7 @@ def test_a_language_model(weight, make_dataset, tmp_path):
     dataset = make_dataset(teacher, 8)
     student = dfq.quantize(teacher, dataset, Scheme(weight, FLOAT), algorithm="round_to_nearest")
     exporter = resolve("exporter", "onnx_qdq", matmul_nbits=True, latency=False)
-    found = export(student, exporter, tmp_path / "net.onnx", teacher, dataset)
+    found = export(student, exporter, tmp_path / "net.onnx", None, dataset)
     assert found["integer"]["nodes"]["MatMulNBits"] == 7 and found["parity"]["max_abs_error"] < 1e-4
     kinds = [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
     assert kinds.count("MatMulNBits") == 7 and "DequantizeLinear" not in kinds
