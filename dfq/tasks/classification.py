@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from dfq.drop import DropEstimate, estimate_drop
 from dfq.losses.distillation import kl_divergence
 from dfq.tasks._logits import logits_in
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Classification:
 
     def metrics(self, num_classes: int) -> MetricCollection:
         """top1, and top5 where there are more than five classes, as fractions."""
+        from torchmetrics import Metric, MetricCollection  # seconds, which nothing but an evaluation has to wait
+        from torchmetrics.classification import MulticlassAccuracy
+
         options: dict[str, Any] = {"average": "micro", "sync_on_compute": False}  # rank 0 alone evaluates
         found: dict[str, Metric | MetricCollection] = {"top1": MulticlassAccuracy(num_classes, **options)}
         if num_classes > 5:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection
 
 from dfq.errors import UserError
 from dfq.losses.distillation import kl_divergence
 from dfq.tasks._logits import logits_in
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 NO_LABEL = -100  # padding and the like, as torch and transformers mark it
 
@@ -70,38 +71,11 @@ class LanguageModeling:
 
     def metrics(self, num_classes: int) -> MetricCollection:
         """perplexity; its labels are ids [N, T], for a causal network those that it is fed (the shift is made here)."""
-        return MetricCollection({"perplexity": Perplexity(self.causal)})
+        from torchmetrics import MetricCollection
 
+        from dfq.tasks._perplexity import Perplexity
 
-class Perplexity(Metric):
-    """exp(mean negative log-likelihood of a token, in nats). Updated with logits [N, T, V] and labels [N, T].
-
-    torchmetrics' own takes the logarithm of float32 probabilities: infinite from one token on that a quantized network
-    all but rules out.
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, causal: bool = True):
-        super().__init__(sync_on_compute=False)  # rank 0 alone evaluates
-        self.causal = causal
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        if self.causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        # Summed in float64: a test set has more tokens than float32 can add up.
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_LABEL, reduction="none")
-        self.total += nll.double().sum()
-        self.count += (labels != NO_LABEL).sum()
-
-    def compute(self) -> Tensor:
-        return torch.exp(self.total / self.count)
+        return MetricCollection({"perplexity": Perplexity(self.causal, NO_LABEL)})
 
 
 def _no_gradient() -> UserError:
