@@ -11,9 +11,10 @@ Written by hand: ``pip install compressed-tensors`` is what reads it in transfor
 folder is loaded again and its logits are compared with the student's. Weights take 1 to 8 bits each
 (``pack-quantized``: values from -2^(b-1) are stored from 0 on, dense along the input dimension in int32 words); with
 8-bit activations, symmetric 8-bit weights per channel or tensor are int8 (``int-quantized``: others vLLM has packed
-alone). Zero points are packed the same way along the output dimension. Layers that are no ``nn.Linear`` in transformers (GPT-2's) are stored as floats on their grid: the same
-outputs, no smaller file. Experts of a mixture go by the names of published checkpoints, a packed tensor each, where
-transformers can put them together again (one grid for all layers, symmetric, inputs float); elsewhere as floats too.
+alone). Zero points are packed the same way along the output dimension. Layers that are no ``nn.Linear`` in transformers
+(GPT-2's) are stored as floats on their grid: the same outputs, no smaller file. Experts of a mixture go by the names of
+published checkpoints, a packed tensor each, where transformers can put them together again (one grid for all layers,
+symmetric, inputs float); elsewhere as floats too.
 
 Keys and values with one static symmetric grid a layer (``scheme.key_value.granularity=per_tensor``, integers or e4m3)
 are in ``kv_cache_scheme``, their scales beside the attention (``k_scale``, ``v_scale``). No reader has grids per token
