@@ -62,12 +62,11 @@ def tensors(student: Student, teacher: Teacher | None) -> dict[str, Tensor]:
     """
     state = {}
     mixtures = mixtures_of(student)
-    tied = set(getattr(student.module, "all_tied_weights_keys", None) or {})
-    tied -= {f"{name}.weight" for name in untied(student)}
+    shared = tied(student)
     rewritten = _rewritten(student)
     for name, tensor in student.module.state_dict().items():
         parts = name.split(".")
-        if any(part in OWN for part in parts) or name in tied:
+        if any(part in OWN for part in parts) or name in shared:
             continue
         if any(name.startswith(f"{owner}.") for owner in mixtures):
             continue
@@ -83,6 +82,12 @@ def tensors(student: Student, teacher: Teacher | None) -> dict[str, Tensor]:
         weights = stacked_experts(part, lambda _, layer: layer.weight)
         state |= {f"{owner}.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def tied(student: Student) -> set[str]:
+    """Weights that are another one's too, under which name alone they are stored."""
+    found = set(getattr(student.module, "all_tied_weights_keys", None) or {})
+    return found - {f"{name}.weight" for name in untied(student)}
 
 
 def untied(student: Student) -> list[str]:
@@ -152,6 +157,12 @@ def linear_layers(student: Student) -> list[str]:
         and not name.startswith(experts)
         and not any(p in OWN for p in name.split("."))
     ]
+
+
+def head(student: Student) -> str | None:
+    """The layer that gives the logits."""
+    last = student.module.get_output_embeddings()
+    return next((name for name, part in student.module.named_modules() if part is last), None)
 
 
 @torch.no_grad()

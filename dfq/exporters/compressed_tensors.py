@@ -10,10 +10,11 @@
 Written by hand: ``pip install compressed-tensors`` is what reads it in transformers; where that is installed, the
 folder is loaded again and its logits are compared with the student's. Weights take 1 to 8 bits each
 (``pack-quantized``: values from -2^(b-1) are stored from 0 on, dense along the input dimension in int32 words); with
-8-bit weights and activations they are int8 (``int-quantized``). Zero points are packed the same way along the output
-dimension. Layers that are no ``nn.Linear`` in transformers (GPT-2's) are stored as floats on their grid: the same
-outputs, no smaller file. Experts of a mixture go by the names of published checkpoints, a packed tensor each, where
-transformers can put them together again (one grid for all layers, symmetric, inputs float); elsewhere as floats too.
+8-bit activations, symmetric 8-bit weights per channel or tensor are int8 (``int-quantized``: others vLLM has packed
+alone). Zero points are packed the same way along the output dimension. Layers that are no ``nn.Linear`` in transformers
+(GPT-2's) are stored as floats on their grid: the same outputs, no smaller file. Experts of a mixture go by the names of
+published checkpoints, a packed tensor each, where transformers can put them together again (one grid for all layers,
+symmetric, inputs float); elsewhere as floats too.
 
 Keys and values with one static symmetric grid a layer (``scheme.key_value.granularity=per_tensor``, integers or e4m3)
 are in ``kv_cache_scheme``, their scales beside the attention (``k_scale``, ``v_scale``). No reader has grids per token
@@ -112,7 +113,7 @@ class CompressedTensors:
         artifact.write(path, content, self, student, {"parity": None, "latency_ms": None})
         images = artifact.noise(student.input_spec, 4) if images is None else images[:16]
         found: dict[str, Any] = {"parity": parity(student, path, images, teacher), "latency_ms": None}
-        if settings is not None and (unread := unread_by_vllm(settings)):
+        if settings is not None and (unread := unread_by_vllm(settings, network.linear_layers(student))):
             told = found["parity"].get("warning")
             found["parity"]["warning"] = "; ".join([*([told] if told else []), f"vLLM {'; '.join(unread)}"])
         found |= {"stored_float": [name for name in student.layers if name not in packed]}
@@ -130,26 +131,30 @@ class CompressedTensors:
 def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """What config.json says, and layer → format of those whose codes are stored."""
     linear = set(network.linear_layers(student)) | packable_experts(student)
+    shared = network.tied(student)  # a head with the embedding's weight, which is float on its grid in the file
     groups: dict[tuple[str, str], list[str]] = {}
     forms: dict[str, str] = {}
     for name, (weight, activation) in student.swap.layers.items():
-        if weight.is_float or name not in linear:
+        if weight.is_float or name not in linear or f"{name}.weight" in shared:
             if not activation.is_float:
+                what = (
+                    "shares the embedding's weight" if f"{name}.weight" in shared else "is no nn.Linear in transformers"
+                )
                 raise UserError(
-                    f"got exporter=compressed_tensors and layer {name} with quantized inputs, which is no nn.Linear in "
-                    "transformers",
+                    f"got exporter=compressed_tensors and layer {name} with quantized inputs, which {what}",
                     "quantized inputs of nn.Linear with quantized weights",
                     f"give scheme.skip=[...,{name}]",
                 )
             continue
         inputs = None if activation.is_float else _arguments(activation, name, "activation")
         weights = _arguments(weight, name, "weight")
-        forms[name] = "int-quantized" if inputs and inputs["num_bits"] == weights["num_bits"] == 8 else "pack-quantized"
+        forms[name] = _form(weights, inputs)
         key = json.dumps({"weights": weights, "input_activations": inputs, "output_activations": None}), forms[name]
         groups.setdefault(key, []).append(name)
     if not forms:  # a network without any nn.Linear: floats on their grids are all there is
         return None, {}
     ignored = sorted(linear - forms.keys())
+    head = [name for name in (network.head(student),) if name in forms]
     has_zero_points = any(not student.swap.layers[name][0].symmetric for name in forms)
     has_experts = not forms.keys().isdisjoint(student.expert_layers)
     if has_experts:  # routers, which are no nn.Linear in transformers and are one elsewhere
@@ -159,7 +164,12 @@ def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[s
         "quantization_status": "compressed",
         "format": next(iter(forms.values())) if len(set(forms.values())) == 1 else "mixed-precision",
         "config_groups": {
-            f"group_{i}": {"targets": ["Linear"] if len(groups) == 1 else names, **json.loads(key), "format": form}
+            # By its class vLLM finds no head, which is none of its linear layers.
+            f"group_{i}": {
+                "targets": names if len(groups) > 1 else ["Linear", *head],
+                **json.loads(key),
+                "format": form,
+            }
             for i, ((key, form), names) in enumerate(groups.items())
         },
         "ignore": ignored,
@@ -169,6 +179,13 @@ def quantization_config(student: Student) -> tuple[dict[str, Any] | None, dict[s
         **({"dequantize": True} if has_zero_points or has_experts else {}),
     }
     return found, forms
+
+
+def _form(weights: dict[str, Any], inputs: dict[str, Any] | None) -> str:
+    """How codes are stored. As int8 vLLM reads symmetric ones without groups alone, which its int8 kernels take."""
+    of_8_bits = inputs is not None and inputs["num_bits"] == weights["num_bits"] == 8
+    plain = weights["symmetric"] and weights["strategy"] in ("tensor", "channel")
+    return "int-quantized" if of_8_bits and plain else "pack-quantized"
 
 
 def _arguments(scheme: TensorScheme, name: str, part: str) -> dict[str, Any]:
@@ -210,10 +227,7 @@ def codes_of(student: Student, name: str, form: str, dtype: torch.dtype) -> dict
     offset = 0 if scheme.symmetric else 2 ** (scheme.num_bits - 1)  # codes here begin at 0, there at -2^(b-1)
     found = {"weight_scale": scale.to(dtype).contiguous()}
     if form == "int-quantized":
-        found["weight"] = (codes - offset).to(torch.int8)
-        if not scheme.symmetric:
-            found["weight_zero_point"] = (zero_point - offset).to(torch.int8)
-        return found
+        return found | {"weight": codes.to(torch.int8)}
     signed = codes - offset
     found["weight_packed"] = pack_to_int32(signed, scheme.num_bits)
     found["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
@@ -288,28 +302,53 @@ def key_value_scheme(student: Student) -> tuple[dict[str, Any] | None, dict[str,
     return {**arguments, "group_size": None, "observer": None, "actorder": None, "block_structure": None}, scales
 
 
-def unread_by_vllm(settings: dict[str, Any]) -> list[str]:
-    """What of a ``quantization_config`` is beyond vLLM, in phrases that its name goes before."""
-    # By its source, in layers/quantization/compressed_tensors: CompressedTensorsWNA16 (zero points, granularity),
-    # _is_dynamic_token_w4a8_int and _is_dynamic_token_w8a8 (inputs), CompressedTensorsKVCacheMethod.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM computes as one layer
+
+
+def unread_by_vllm(settings: dict[str, Any], linear: list[str]) -> list[str]:
+    """What of a ``quantization_config`` is beyond vLLM, in phrases that its name goes before.
+
+    Args:
+        linear: names of all ``nn.Linear``.
+    """
+    # What layers/quantization/compressed_tensors of 0.32 takes, run on a CPU, the rest by its source:
+    # CompressedTensorsWNA16 and WNA8Int (packed), W8A8Int8 (int8), CompressedTensorsKVCacheMethod.
     found = []
     for group in settings["config_groups"].values():
         weights, inputs = group["weights"], group["input_activations"]
         bits, points = weights["num_bits"], "" if weights["symmetric"] else " with zero points"
-        if inputs is None:
+        if group["format"] != "pack-quantized":
+            continue
+        if weights["strategy"] == "tensor":
+            found.append("reads packed weights per channel or group, not per tensor")
+        elif inputs is None:
             if points and bits not in (4, 8):
-                found.append(f"reads packed weights with zero points at 4 and 8 bits, not at {bits}")
-            if weights["strategy"] == "tensor":
-                found.append("reads packed weights per channel or group, not per tensor")
-        elif points or bits not in (4, 8) or inputs["num_bits"] != 8:
+                found.append(f"reads packed weights with zero points at 4 and 8 bits, at {bits} in new versions (0.32)")
+        elif inputs["num_bits"] not in (4, 8):
+            found.append(f"reads inputs of packed weights at 4 and 8 bits, not at {inputs['num_bits']}")
+        else:
             found.append(
-                "reads weights with quantized inputs at 4 and 8 bits, without zero points, inputs at 8 bits; "
-                f"not weights of {bits} bits{points} and inputs of {inputs['num_bits']}"
+                "rounds inputs of packed weights in its Humming kernels alone (0.32), elsewhere they stay float"
             )
+    if split := _split(settings, linear):
+        found.append(f"needs one grid for {' and '.join(split)}, which it computes as one layer")
     cache = settings["kv_cache_scheme"]
     if cache is not None and cache["type"] != "float":
         found.append(f"has keys and values in floats of 8 bits (grid=fp8_e4m3), not in integers of {cache['num_bits']}")
     return list(dict.fromkeys(found))
+
+
+def _split(settings: dict[str, Any], linear: list[str]) -> list[str]:
+    """Which of :data:`FUSED` have layers that are not of one config group, or of which some are float."""
+    groups = {name: i for i, group in enumerate(settings["config_groups"].values()) for name in group["targets"]}
+    found: dict[tuple[str, tuple[str, ...]], set[int | None]] = {}
+    for name in linear:
+        owner, _, last = name.rpartition(".")
+        of_class = groups.get("Linear") if name not in settings["ignore"] else None
+        for parts in FUSED:
+            if last in parts:
+                found.setdefault((owner, parts), set()).add(groups.get(name, of_class))
+    return list(dict.fromkeys(", ".join(parts) for (_, parts), own in found.items() if len(own) > 1))
 
 
 def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:

@@ -296,6 +296,17 @@ def test_logits_in_llama_cpp(teacher, chosen, make_dataset, tmp_path):
     assert_same_in_llama_cpp(path, student, teacher.example(1))
 
 
+@of("wide")
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+def test_ternary_weights_in_llama_cpp(granularity, teacher, make_dataset, tmp_path):
+    pytest.importorskip("llama_cpp")
+    size = 256 if granularity == "per_group" else None
+    ternary = TensorScheme(grid="ternary", symmetric=True, granularity=granularity, group_size=size,
+                           scale_format="float16")  # fmt: skip
+    student, path, _ = made(teacher, make_dataset, tmp_path, Scheme(ternary, FLOAT))
+    assert_same_in_llama_cpp(path, student, teacher.example(1))
+
+
 @of("dynamic", "yarn_exact", "yarn_bounds", "llama3_qwen")
 def test_rotary_embeddings_that_the_format_has_no_words_for(teacher, make_dataset, tmp_path):
     told = (
