@@ -42,10 +42,14 @@ class FloatNetwork:
         return torch.cat([x.float().flatten() for x in tensors_in(found)])
 
 
-def float_network(student: Student, teacher: Teacher) -> FloatNetwork:
-    """A copy in the teacher's own units, whatever equalization has done to the student; a replaced ReLU6 is one."""
+def float_network(student: Student, teacher: Teacher, with_limits: bool = True) -> FloatNetwork:
+    """A copy in the teacher's own units, whatever equalization has done to the student.
+
+    Args:
+        with_limits: a ReLU6 that equalization has replaced is one; else the ReLU that it is in the student.
+    """
     module = copy_network(teacher.module)
-    apply(module, [(name, kind) for name, kind in student.surgery.rewrites if kind != "relu"])
+    apply(module, [(name, kind) for name, kind in student.surgery.rewrites if kind != "relu" or not with_limits])
     names = {id(part): name for name, part in module.named_modules()}
     fold_batch_norm(module, student.surgery.folded)
     after = {name: names[id(part)] for name, part in module.named_modules() if id(part) in names}
@@ -78,6 +82,7 @@ def scaled_float_network(student: Student, teacher: Teacher) -> FloatNetwork:
     """
     network = float_network(student, teacher)
     if student.surgery.rescaled:
+        network = float_network(student, teacher, with_limits=False)  # which would clip at other values
         before = network.outputs(network.example)
         for name, record in student.surgery.rescaled.items():
             layer, weight = network.module.get_submodule(name), weight_in_float(student, network, name)
@@ -104,7 +109,7 @@ def output_scales(student: Student, teacher: Teacher, names: Iterable[str]) -> d
             LOUD * (torch.randn(shape, generator=rng) + torch.randn(even, generator=rng)) for _ in range(NUM_INPUTS)
         ]
     seen, found = [], {}
-    for network in (float_network(student, teacher), scaled_float_network(student, teacher)):
+    for network in (float_network(student, teacher, with_limits=False), scaled_float_network(student, teacher)):
         values: dict[str, list[Tensor]] = {name: [] for name in names}
         for x in inputs:
             with capture_outputs(network.module, names) as captured:

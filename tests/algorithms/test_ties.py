@@ -13,7 +13,7 @@ from dfq.algorithms._paths import find_paths
 from dfq.algorithms._reconstruction import float_reference
 from dfq.algorithms._ties import Ties, find_ties
 from dfq.calibration import calibrate
-from dfq.channels import float_network, output_scales
+from dfq.channels import float_network, output_scales, scaled_float_network
 from dfq.evaluation import fidelity
 from dfq.hooks import capture_outputs
 from dfq.lightning.distillation import DistillationModule
@@ -382,3 +382,54 @@ def test_layers_are_compared_in_the_students_units(equalized):
     with in_float(student):
         layers = fidelity(teacher, student, task_of(teacher), x)["layers"]
     assert min(layer["sqnr_db"] for layer in layers) > 60
+
+
+class Inverted(nn.Module):
+    """A stem and an inverted residual, with a ReLU6 each."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.wide, self.narrow = conv(3, 6), conv(6, 12, 1), conv(12, 6, 1)
+            self.six, self.other = nn.ReLU6(), nn.ReLU6()
+
+        def forward(self, x):
+            x = self.six(self.stem(x))
+            return x + self.narrow(self.other(self.wide(x)))
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.last, self.fc = self.Block(), conv(6, 8), nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x):
+        return pooled(self, self.last(self.block(x)))
+
+
+@pytest.fixture
+def without_relu6():
+    """A teacher whose ReLU6 hardly clip samples, but do other inputs; a student in which they are ReLUs; samples."""
+    module, x = Inverted(), images(32)
+    settle(module)
+    rng = torch.Generator().manual_seed(0)
+    for layer in (module.block.stem, module.block.wide, module.block.narrow):
+        layer.weight.data *= (10 ** (torch.rand(len(layer.weight), generator=rng) - 0.5)).view(-1, 1, 1, 1)
+    teacher = Teacher(module, "classification", SPEC)
+    student, x = Student.from_teacher(teacher, FOUR_BITS), x * 0.05
+    equalize(student, teacher, images=x, iterations=50)
+    return teacher, student, x
+
+
+def test_units_where_a_relu6_has_become_a_relu(without_relu6):
+    teacher, student, x = without_relu6
+    assert [kind for _, kind in student.surgery.rewrites] == ["relu", "relu"]
+    scales = output_scales(student, teacher, ["block"])
+    with torch.no_grad(), in_float(student), capture_outputs(student.module, ["block"]) as made:
+        student(x)
+    with torch.no_grad(), capture_outputs(teacher.module, ["block"]) as wanted:
+        teacher(x)
+    torch.testing.assert_close(made["block"] * scales["block"].float(), wanted["block"], rtol=1e-3, atol=1e-2)
+    assert float(scales["block"].max() / scales["block"].min()) > 2
+    reference = scaled_float_network(student, teacher).module
+    with torch.no_grad(), capture_outputs(reference, ["block"]) as found:
+        reference(x)
+    torch.testing.assert_close(found["block"], made["block"], rtol=1e-3, atol=1e-4)
