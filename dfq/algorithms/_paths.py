@@ -307,6 +307,8 @@ def replaceable(network: FloatNetwork, clipping: dict[str, nn.Hardtanh], images:
 
 def replace_relu6_by_relu(student: Student, network: FloatNetwork, names: Iterable[str]) -> None:
     for name in names:
+        if (network.before_folding[name], "relu") in student.surgery.rewrites:
+            continue  # it has been one since an earlier equalization
         REWRITES["relu"](student.module.get_submodule(name))
         student.surgery.rewrites.append((network.before_folding[name], "relu"))
         _rename_sites(student, f"{name}.{CLIPPED}_", f"{name}.relu_")

@@ -433,3 +433,12 @@ def test_units_where_a_relu6_has_become_a_relu(without_relu6):
     with torch.no_grad(), capture_outputs(reference, ["block"]) as found:
         reference(x)
     torch.testing.assert_close(found["block"], made["block"], rtol=1e-3, atol=1e-4)
+
+
+def test_equalization_goes_on_where_a_relu6_has_become_a_relu(without_relu6):
+    teacher, student, x = without_relu6
+    with torch.no_grad():
+        before = student(x)
+    equalize(student, teacher, images=x, iterations=20)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), before, rtol=1e-3, atol=1e-3)
