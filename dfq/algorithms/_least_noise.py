@@ -75,8 +75,8 @@ def least_noise_scales(
     """
     if not ties.num_classes:
         return torch.ones(0, dtype=torch.float64)
-    layers = {name: student.layers[name] for name in ties.layers}
-    seen = _looked_at(student, network, layers, images)
+    seen = _looked_at(student, network, ties.layers, images)
+    layers = {name: student.layers[name] for name in seen}
     readers = {name for name in layers if (ties.read[name] >= 0).any()}
     errors = {
         name: _RangeErrors(seen[name].values, seen[name].shares, layers[name].input_quantizer.scheme)
@@ -256,11 +256,15 @@ def _looked_at(student: Student, network: FloatNetwork, names: Iterable[str], im
         sums[name] = sums.get(name, 0) + double(x.mean(1)) * share
 
     def look(name: str, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not inputs[0].numel():  # nothing was chosen for it
+            return
         share = len(inputs[0]) / len(images)
         x = inputs[0].float().movedim(channel_dim(layer, inputs[0]), 0).flatten(1)
         y = output.float().movedim(channel_dim(layer, output), 0).flatten(1)
         some, most = math.ceil(NUM_VALUES * share), min(NUM_LARGEST, x.shape[1] - 1)
         chosen = torch.randint(x.shape[1], (some,), generator=rng)
+        if x.shape[1] <= some:  # all there are, once: a linear layer reads one of each image
+            some, chosen = x.shape[1], torch.arange(x.shape[1])
         values[name] += [x[:, chosen.to(x.device)].cpu(), x.gather(1, x.abs().topk(most, 1).indices).cpu()]
         shares[name] += [torch.full((some,), (x.shape[1] - most) / some), torch.ones(most)]
         for sums, seen in ((power, x.square()), (first, y), (second, y.square())):
@@ -272,6 +276,8 @@ def _looked_at(student: Student, network: FloatNetwork, names: Iterable[str], im
             network.outputs(batch)
     found = {}
     for name, parts in values.items():
+        if not parts:
+            continue  # it does not run on these samples: no noise either
         record = rescaled(student, name)
         variance = (second[name] - first[name].square()) / record.scale.square()
         variance = variance.clamp(min=max(1e-2 * float(variance.mean()), 1e-30))
