@@ -44,8 +44,9 @@ from dfq.algorithms._paths import (
     without_limit,
     without_surprises,
 )
-from dfq.algorithms._ties import Ties, find_ties, limits_between
+from dfq.algorithms._ties import Ties, UnknownTies, find_ties, limits_between
 from dfq.channels import (
+    FloatNetwork,
     batch_norm_statistics,
     channel_dim,
     double,
@@ -94,11 +95,12 @@ def equalize(
     paths = without_surprises(network, paths)
     if balance_activations:
         limits = limits_of(network)
-        ties = find_ties(network, student.layers, limits.values() if replace_relu6 else ())
-        between = limits_between(network, ties, limits)
+        between = set(limits) if replace_relu6 else set()
+        ties = _ties_or_pairs(student, network, paths, {name: limits[name] for name in between})
+        between &= limits_between(network, ties, limits)
         chosen = replaceable(network, {name: limits[name] for name in between}, images)
         if chosen != between:  # what goes through the others stays
-            ties = find_ties(network, student.layers, [limits[name] for name in chosen])
+            ties = _ties_or_pairs(student, network, paths, {name: limits[name] for name in chosen})
             chosen &= limits_between(network, ties, limits)
         paths = [path for path in paths if not any(op.module in limits.keys() - chosen for op in path.ops)]
         with without_limit(limits[name] for name in chosen):
@@ -114,6 +116,17 @@ def equalize(
     ties.pass_on(student.layers, scale)
     ties.record(student, scale)
     return paths
+
+
+def _ties_or_pairs(
+    student: Student, network: FloatNetwork, paths: list[Path], unlimited: dict[str, nn.Hardtanh]
+) -> Ties:
+    """Of all channels; of pairs alone, which need no gradient, where a network does not show more."""
+    try:
+        return find_ties(network, student.layers, unlimited.values())
+    except UnknownTies:
+        kept = limits_of(network).keys() - unlimited.keys()
+        return Ties.of_paths([path for path in paths if not any(op.module in kept for op in path.ops)], student.layers)
 
 
 def equalizing_scales(layers: Mapping[str, nn.Module], paths: list[Path], iterations: int) -> Tensor:

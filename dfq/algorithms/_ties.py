@@ -8,9 +8,9 @@ nothing else in between (:mod:`dfq.algorithms._paths`) is the smallest case.
 Nothing is looked up in a list of operations: it is measured. Positive noise stands in the place of what each layer
 makes, and each layer's input is looked at.
 
-- **Homogeneous** is an input feature that is s times as large where all noise is, for s of 16 and 1/16 and signs of
-  both kinds. Any other one, and each of the network's outputs, keeps the channels that it depends on as they are; these
-  are found by a gradient.
+- **Homogeneous** is an input feature that is s times as large where all noise is, for s of 16 and 1/16, where noise is
+  positive and where it has both signs. Any other one, each of the network's outputs, and what quantized layers read
+  that run more than once, keeps the channels that it depends on as they are; these are found by a gradient.
 - **Which channel** a feature stems from is told by doubling the channels whose number has bit k set, for every k.
 - A feature that is more than one channel's, each bit leaving it between once and twice as large, is a **sum**. Mostly
   channels are added that have the same index within their layers: the index is told by the bits of indices, the layers
@@ -22,7 +22,8 @@ In the end powers of two are passed on, which must not change one bit of what th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 
@@ -135,12 +136,22 @@ class _Classes:
             self.parent[self.root(channel)] = self.root(channels[0])
 
 
-class _Probes:
-    """What layers read while noise stands in the place of what they make; inputs [I, M] of some places alone."""
+class UnknownTies(Exception):
+    """A network that does not show what its channels have to do with each other."""
 
-    def __init__(self, network: FloatNetwork, names: Iterable[str]):
+
+class _Probes:
+    """What layers read while noise stands in the place of what they make; inputs [I, M] of some places alone.
+
+    Args:
+        names: layers whose channels may get a scale.
+        others: those whose may not, and neither what they read.
+    """
+
+    def __init__(self, network: FloatNetwork, names: Iterable[str], others: Iterable[str]):
         self.network = network
         self.layers = {name: network.module.get_submodule(name) for name in names}
+        self.read = self.layers | {name: network.module.get_submodule(name) for name in others}
         self.starts: dict[str, int] = {}
         self.num_channels = 0
         for name, layer in self.layers.items():
@@ -148,20 +159,33 @@ class _Probes:
             self.num_channels += num_outputs(layer)
         self.firsts = {name: (layer, self.starts[name]) for name, layer in self.layers.items()}
         self.index = torch.cat([torch.arange(num_outputs(layer)) for layer in self.layers.values()])  # within its layer
+        self.sizes: dict[str, torch.Size] = {}  # of inputs, in the first run
         self.places: dict[str, Tensor] = {}
         self.rng = torch.Generator().manual_seed(0)
 
     def inputs(self, change: Change, with_grad: bool = False) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Layer → what it reads, with noise ``change``d; and the network's outputs."""
+        """Layer → what it reads, with noise ``change``d; and what depends on nothing that may change: the network's
+        outputs, what other layers read, and what is read in another number of places than in the first run, which is
+        no number in what is read."""
         found: dict[str, Tensor] = {}
+        ends: list[Tensor] = []
 
         def look(name: str, x: Tensor) -> None:
+            if name not in self.layers or self.sizes.setdefault(name, x.shape) != x.shape:
+                ends.append(x)
+                return
+            if not x.numel():
+                raise UnknownTies(f"{name} reads nothing")  # but may read something another time
             if name not in self.places:
                 self.places[name] = torch.randint(x.shape[1], (NUM_PLACES,), generator=self.rng)
             found[name] = x[:, self.places[name].to(x.device)].float().cpu()
 
-        outputs = substituted(self.network, self.firsts, self.layers, change, look, with_grad)
-        return found, [x.float() for x in tensors_in(outputs) if x.is_floating_point()]
+        outputs = substituted(self.network, self.firsts, self.read, change, look, with_grad)
+        for name, layer in self.layers.items():
+            if name not in self.places:
+                raise UnknownTies(f"{name} does not run")
+            found.setdefault(name, torch.full((num_inputs(layer), NUM_PLACES), torch.nan))
+        return found, [x.float() for x in (*ends, *tensors_in(outputs)) if x.is_floating_point()]
 
     def bits(self, numbers: Tensor, base: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Layer → the number [I] in ``numbers`` [channels] of the channel that each feature stems from, bit by bit; and
@@ -181,45 +205,81 @@ class _Probes:
                 found[name] += is_set.long() << bit
         return found, is_one
 
+    def kinds(self, base: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Layer → which features [I] stay what they are where all noise is scaled, and which are homogeneous (zeros are
+        both)."""
+        stays = {name: torch.ones(len(x), dtype=torch.bool) for name, x in base.items()}
+        follows = {name: torch.ones(len(x), dtype=torch.bool) for name, x in base.items()}
+
+        def scaled(factor: float, is_signed: bool) -> dict[str, Tensor]:
+            return self.inputs(lambda noise, _: (_signed(noise) if is_signed else noise) * factor)[0]
+
+        for is_signed in (False, True):
+            before = scaled(1.0, True) if is_signed else base
+            for factor in (FAR, 1 / FAR):
+                after = scaled(factor, is_signed)
+                for name, x in before.items():
+                    stays[name] &= _is_multiple(after[name], x, 1.0)
+                    follows[name] &= _is_multiple(after[name], x, factor)
+        return stays, follows
+
     def dependences(self) -> _Dependences:
         """By gradients."""
         return _Dependences(self)
 
 
 class _Dependences:
-    """Which channels a value depends on, both where noise is positive and where it has both signs."""
+    """Which channels a value depends on, where noise is positive, and where it has both signs and is large or small."""
 
     def __init__(self, probes: _Probes):
         self.factors = torch.ones(probes.num_channels, requires_grad=True)
-        self.runs = [
+        with _gradients_needed():
+            self.runs = self._runs(probes)
+        self.rng = torch.Generator().manual_seed(1)
+
+    def _runs(self, probes: _Probes) -> list[tuple[dict[str, Tensor], list[Tensor]]]:
+        return [
             probes.inputs(lambda noise, channel: noise * self.factors[channel], with_grad=True),
             probes.inputs(lambda noise, channel: _signed(noise) * self.factors[channel], with_grad=True),
+            probes.inputs(lambda noise, channel: _signed(noise) / FAR * self.factors[channel], with_grad=True),
         ]
-        self.rng = torch.Generator().manual_seed(1)
 
     def of_feature(self, name: str, feature: int) -> Tensor:
         """Channels [channels] that one input feature depends on, where noise is positive."""
         with torch.enable_grad():
             total = self.runs[0][0][name][feature].sum()
-        (gradient,) = torch.autograd.grad(total, self.factors, retain_graph=True, allow_unused=True)
+        return self._of_sum(total)
+
+    def _of_sum(self, total: Tensor) -> Tensor:
+        with _gradients_needed():
+            (gradient,) = torch.autograd.grad(total, self.factors, retain_graph=True, allow_unused=True)
         return torch.zeros(len(self.factors), dtype=torch.bool) if gradient is None else gradient != 0
 
-    def of(self, features: Mapping[str, Tensor], and_outputs: bool = False) -> Tensor:
+    def of(self, features: Mapping[str, Tensor], and_ends: bool = False) -> Tensor:
         """Channels [channels] that any of some input features depends on; ``features``: layer → [I], bool."""
         found = torch.zeros(len(self.factors), dtype=torch.bool)
-        for inputs, outputs in self.runs:
+        for inputs, ends in self.runs:
             with torch.enable_grad():
                 values = [inputs[name][chosen] for name, chosen in features.items() if chosen.any()]
-                values = [value for value in values + (outputs if and_outputs else []) if value.requires_grad]
+                values = [value for value in values + (ends if and_ends else []) if value.requires_grad]
                 if not values:
                     continue
                 # Random weights, so that nothing cancels.
                 terms = [(value * torch.rand(value.shape, generator=self.rng).to(value)).sum() for value in values]
                 total = torch.stack([term.cpu() for term in terms]).sum()
-            (gradient,) = torch.autograd.grad(total, self.factors, retain_graph=True, allow_unused=True)
-            if gradient is not None:
-                found |= gradient != 0
+            found |= self._of_sum(total)
         return found
+
+
+@contextmanager
+def _gradients_needed() -> Iterator[None]:
+    """Networks that only run have none: written over in place, taken to numpy."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnknownTies(str(error)) from error
 
 
 def _signed(noise: Tensor) -> Tensor:
@@ -242,16 +302,19 @@ def _is_multiple(values: Tensor, base: Tensor, factor: float) -> Tensor:
 def find_ties(network: FloatNetwork, names: Iterable[str], unlimited: Iterable[nn.Hardtanh] = ()) -> Ties:
     """Classes of channels of the layers ``names``; others, and layers that run more than once, stay as they are.
 
+    UnknownTies where the network has no gradient (it writes into what its gradient needs), or does not run all of them.
+
     Args:
         unlimited: ReLU6 modules that count as ReLUs.
     """
+    names = list(names)
     products = layer_products(network, names)
     if not products:
         return Ties({}, {}, 0)
     unlimited = list(unlimited)
     for parameter in network.module.parameters():
         parameter.requires_grad_(False)
-    probes = _Probes(network, products)
+    probes = _Probes(network, products, [name for name in names if name not in products])
     with without_limit(unlimited):
         ties = _measured(probes)
         return _without_surprises(network, probes.layers, ties)
@@ -260,19 +323,10 @@ def find_ties(network: FloatNetwork, names: Iterable[str], unlimited: Iterable[n
 def _measured(probes: _Probes) -> Ties:
     base, _ = probes.inputs(lambda noise, _: noise)
     channels, is_one = probes.bits(torch.arange(probes.num_channels), base)
-    both = probes.inputs(lambda noise, _: _signed(noise))[0]
-    is_constant, is_odd = {}, {}
-    runs = [
-        (FAR, probes.inputs(lambda noise, _: _signed(noise) * FAR)[0]),
-        (1 / FAR, probes.inputs(lambda noise, _: _signed(noise) / FAR)[0]),
-    ]
-    for name, x in both.items():
-        is_constant[name] = torch.stack([_is_multiple(run[name], x, 1.0) for _, run in runs]).all(0)
-        is_homogeneous = torch.stack([_is_multiple(run[name], x, s) for s, run in runs]).all(0)
-        is_odd[name] = ~is_homogeneous & ~is_constant[name]
-    is_sum = {
-        name: ~one & ~is_odd[name] & ~is_constant[name] & (base[name] != 0).any(1) for name, one in is_one.items()
-    }
+    is_constant, is_homogeneous = probes.kinds(base)
+    # What is zero where noise is positive, and only there, does not show where it stems from.
+    is_odd = {name: ~is_constant[name] & ~(is_homogeneous[name] & (x != 0).any(1)) for name, x in base.items()}
+    is_sum = {name: ~one & ~is_odd[name] & ~is_constant[name] for name, one in is_one.items()}
     dependences, classes = probes.dependences(), _Classes(probes.num_channels)
     read = {
         name: torch.where(is_odd[name] | is_constant[name] | is_sum[name], -1, numbers)
@@ -293,7 +347,9 @@ def _measured(probes: _Probes) -> Ties:
                     read[name][feature] = members[0]
                 else:
                     is_odd[name][feature] = True
-    stays = {classes.root(channel) for channel in dependences.of(is_odd, and_outputs=True).nonzero().flatten().tolist()}
+    # A norm does not follow a scale of all channels; of one channel it may.
+    kept = dependences.of({name: odd | is_constant[name] for name, odd in is_odd.items()}, and_ends=True)
+    stays = {classes.root(channel) for channel in kept.nonzero().flatten().tolist()}
     roots = torch.tensor([classes.root(channel) for channel in range(probes.num_channels)])
     is_read = {int(roots[channel]) for numbers in read.values() for channel in numbers[numbers >= 0].tolist()}
     number = torch.full((probes.num_channels,), -1)
@@ -339,19 +395,20 @@ def _made_together(ties: Ties) -> list[Tensor]:
 def limits_between(network: FloatNetwork, ties: Ties, modules: Mapping[str, nn.Hardtanh]) -> set[str]:
     """The ReLU6 modules that channels with a class go through."""
     layers = {name: network.module.get_submodule(name) for name in ties.layers}
-    seen: dict[str, Tensor] = {}
-    changed: set[str] = set()
 
-    def look(name: str, _module: nn.Module, inputs: tuple) -> None:
-        x = double(inputs[0])
-        if name in seen and not torch.equal(seen[name], x):
-            changed.add(name)
-        seen.setdefault(name, x)
+    def inputs() -> dict[str, list[Tensor]]:
+        """Of each call of each module."""
+        seen: dict[str, list[Tensor]] = {name: [] for name in modules}
 
-    with without_limit(modules.values()), forward_hooks(modules.items(), before=look):
-        network.outputs(network.example)
-        for factor in (2.0, 0.5):
-            ties.pass_on(layers, torch.full((ties.num_classes,), factor, dtype=torch.float64))
-            if factor == 2.0:
-                network.outputs(network.example)
-    return changed
+        def look(name: str, _module: nn.Module, given: tuple) -> None:
+            seen[name].append(double(given[0]))
+
+        with without_limit(modules.values()), forward_hooks(modules.items(), before=look):
+            network.outputs(network.example)
+        return seen
+
+    before = inputs()
+    ties.pass_on(layers, torch.full((ties.num_classes,), 2.0, dtype=torch.float64))
+    after = inputs()
+    ties.pass_on(layers, torch.full((ties.num_classes,), 0.5, dtype=torch.float64))
+    return {name for name in modules if not all(map(torch.equal, before[name], after[name]))}

@@ -11,7 +11,7 @@ from dfq.algorithms._inputs import in_float
 from dfq.algorithms._least_noise import least_noise_scales
 from dfq.algorithms._paths import find_paths
 from dfq.algorithms._reconstruction import float_reference
-from dfq.algorithms._ties import Ties, find_ties
+from dfq.algorithms._ties import Ties, _measured, _Probes, find_ties
 from dfq.calibration import calibrate
 from dfq.channels import float_network, output_scales, scaled_float_network
 from dfq.evaluation import fidelity
@@ -384,6 +384,90 @@ def test_layers_are_compared_in_the_students_units(equalized):
     assert min(layer["sqnr_db"] for layer in layers) > 60
 
 
+# ------------------------------------------------------------------------------------------------ what is hard to see
+
+
+def flattened(m, x):
+    return m.fc(F.relu(m.b(F.relu(m.a(x)))).flatten(1))
+
+
+def test_inputs_that_few_places_show_are_read_too():
+    """The example has two samples: of both, half of what a ReLU reads is negative."""
+    layers = {"a": conv(3, 16), "b": conv(16, 16), "fc": nn.Linear(16 * 64, 10)}
+    ties = ties_of(as_teacher(Forward(flattened, **layers)))
+    assert ties.num_classes == 32
+    assert (ties.read["fc"].view(16, 64) == ties.made["b"][:, None]).all()
+
+
+NORMS = {
+    "layer norm": lambda x: F.layer_norm(x, (4, 8, 8), eps=1e-9),
+    "unit length": lambda x: F.normalize(x, dim=1),
+    "between 0 and 1": lambda x: x.clamp(0, 1),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_a_norm_reads_beside_a_layer_stays_and_nothing_else(norm):
+    """Scaling all of its channels together changes nothing in it; scaling one does."""
+    layers = {"a": conv(3, 4), "b": conv(4, 4), "c": conv(4, 4), "fc": nn.Linear(4, 10)}
+    teacher = as_teacher(Forward(lambda m, x: pooled(m, m.b(y := m.a(x)) + m.c(NORMS[norm](y))), **layers))
+    student = Student.from_teacher(teacher, PER_TENSOR)
+    network = float_network(student, teacher)
+    probes = _Probes(network, student.layers, ())
+    ties = _measured(probes)  # without the trial of powers of two
+    assert (ties.made["a"] == -1).all() and (ties.made["b"] == ties.made["c"]).all() and (ties.made["b"] >= 0).all()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_a_layer_reads_that_runs_twice_stays(groups):
+    """Without a bias it is homogeneous; but its record would have to say two things."""
+    shared = conv(4, 4, bias=False, groups=groups)
+    layers = {"a": conv(3, 4), "b": shared, "c": conv(4, 4), "fc": nn.Linear(4, 10)}
+    teacher = as_teacher(Forward(lambda m, x: pooled(m, m.c(F.relu(m.b(F.relu(m.b(F.relu(m.a(x)))))))), **layers))
+    ties = ties_of(teacher)
+    assert (ties.made["a"] == -1).all() and (ties.read["c"] == -1).all() and (ties.made["c"] >= 0).all()
+
+
+NO_GRADIENT = {
+    "views in place": lambda m, x: torch.cat([part.relu_() for part in m.a(x).chunk(2, 1)], 1),
+    "a gate in place": lambda m, x: m.a(x) * m.b(x).sigmoid_().mul_(2.0),
+    "numpy": lambda m, x: F.relu(m.a(x)) * (1 + 0 * float(m.b(x).numpy().max())),
+}
+
+
+@pytest.mark.parametrize("kind", NO_GRADIENT)
+def test_networks_that_have_no_gradient_are_equalized_in_pairs(kind):
+    layers = {"a": conv(3, 4), "b": conv(3, 4), "c": conv(4, 4), "d": conv(4, 4), "fc": nn.Linear(4, 10)}
+
+    def forward(m, x):
+        return pooled(m, m.d(F.relu(m.c(NO_GRADIENT[kind](m, x)))))
+
+    teacher, x = as_teacher(Forward(forward, **layers)), images()
+    student = Student.from_teacher(teacher, PER_TENSOR)
+    equalize(student, teacher, images=x, iterations=20)
+    assert (student.surgery.rescaled["d"].input_scale != 1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), teacher(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("least", [0.5, 1e6], ids=["some", "none"])
+def test_layers_that_read_rows_which_are_chosen(least):
+    """How many there are depends on what is scaled; there may be none, where nothing shows what depends on them."""
+
+    def forward(m, x):
+        x = F.relu(m.b(F.relu(m.a(x))))
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        return m.fc(x.mean((2, 3)) + m.c(rows[rows.mean(1) > least]).sum(0))
+
+    layers = {"a": conv(3, 4), "b": conv(4, 4), "c": nn.Linear(4, 4), "fc": nn.Linear(4, 10)}
+    teacher, x = as_teacher(Forward(forward, **layers)), images()
+    student = Student.from_teacher(teacher, PER_TENSOR)
+    equalize(student, teacher, images=x, iterations=20)
+    assert set(student.surgery.rescaled) == {"a", "b"} and (student.surgery.rescaled["b"].scale == 1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), teacher(x), rtol=1e-3, atol=1e-3 * float(teacher(x).abs().max()))
+
+
 class Inverted(nn.Module):
     """A stem and an inverted residual, with a ReLU6 each."""
 
@@ -442,3 +526,14 @@ def test_equalization_goes_on_where_a_relu6_has_become_a_relu(without_relu6):
     equalize(student, teacher, images=x, iterations=20)
     with torch.no_grad():
         torch.testing.assert_close(student(x), before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_relu6_of_several_places_is_left_alone_where_that_is_asked_for():
+    def forward(m, x):
+        return pooled(m, m.b(m.six(m.a(x))) + m.six(m.c(m.six(m.a(-x)))))
+
+    layers = {"a": conv(3, 4), "b": conv(4, 4), "c": conv(4, 4), "fc": nn.Linear(4, 10)}
+    teacher, x = as_teacher(Forward(forward, six=nn.ReLU6(), **layers)), images()
+    student = Student.from_teacher(teacher, PER_TENSOR)
+    equalize(student, teacher, images=0.1 * x, iterations=5, replace_relu6=False)
+    assert isinstance(student.module.six, nn.ReLU6) and not student.surgery.rewrites
