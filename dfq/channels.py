@@ -80,9 +80,9 @@ def scaled_float_network(student: Student, teacher: Teacher) -> FloatNetwork:
 
     Where more than layers took part in a scale (norms whose gain AWQ has divided) it is in the teacher's own units.
     """
-    network = float_network(student, teacher)
+    # A limit would clip at other values.
+    network = float_network(student, teacher, with_limits=not student.surgery.rescaled)
     if student.surgery.rescaled:
-        network = float_network(student, teacher, with_limits=False)  # which would clip at other values
         before = network.outputs(network.example)
         for name, record in student.surgery.rescaled.items():
             layer, weight = network.module.get_submodule(name), weight_in_float(student, network, name)

@@ -60,6 +60,7 @@ from dfq.channels import (
     shaped,
 )
 from dfq.hooks import forward_hooks
+from dfq.progress import say
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -124,7 +125,8 @@ def _ties_or_pairs(
     """Of all channels; of pairs alone, which need no gradient, where a network does not show more."""
     try:
         return find_ties(network, student.layers, unlimited.values())
-    except UnknownTies:
+    except UnknownTies as unknown:
+        say(f"equalization: of pairs of layers alone, since {unknown}")
         kept = limits_of(network).keys() - unlimited.keys()
         return Ties.of_paths([path for path in paths if not any(op.module in kept for op in path.ops)], student.layers)
 

@@ -36,9 +36,9 @@ from dfq.algorithms._paths import (
     Path,
     find_paths,
     layer_products,
-    pass_on,
     without_surprises,
 )
+from dfq.algorithms._ties import Ties
 from dfq.channels import (
     FloatNetwork,
     num_inputs,
@@ -108,13 +108,9 @@ def scale_inputs(student: Student, example: Tensor, images: Tensor, weight_quant
                 found += 1
                 made = path.at_outputs(scale.cpu(), len(rescaled(student, path.first).scale))
                 made = torch.where(made > 0, made, 1.0)
-                pass_on(layers, path, made)
-                record = rescaled(student, path.first)
-                shift = record.shift / made
-                student.surgery.rescaled[path.first] = replace(record, scale=record.scale * made, shift=shift)
-                record = rescaled(student, path.last)
-                at_inputs = record.input_scale * path.at_inputs(made, 1.0)
-                student.surgery.rescaled[path.last] = replace(record, input_scale=at_inputs)
+                ties = Ties.of_paths([path], layers)
+                ties.pass_on(layers, made)
+                ties.record(student, made)
             advance(1)
     with in_float(student):
         after = network.outputs(example)
