@@ -74,7 +74,7 @@ COMMANDS = {
     ),
     "report": Command(
         "print the table of a run again and rewrite its page",
-        "dfq report output_dir=outputs/digits_zeroq_w4a4_distillation/2026-01-31_12-00-00",
+        "dfq report output_dir=outputs/digits_zeroq_w4a4_distillation/2026-01-31_12-00-00-000000",
         ("output_dir",),
         required=("output_dir",),
     ),

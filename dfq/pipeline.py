@@ -47,7 +47,7 @@ from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import Advance, progress_bar, say
 from dfq.ranks import from_environment
 from dfq.scheme import ALLOCATION, MixedScheme, Scheme, read_allocation
-from dfq.settings import choices, load, locate, resolve, to_config
+from dfq.settings import choices, code_record, load, locate, resolve, to_config
 from dfq.student import Student, read_manifest
 from dfq.tasks._outputs import LOGITS, bytes_of_a_sample, moved, to_store
 from dfq.tasks._task import task_of
@@ -189,14 +189,17 @@ def quantize(
     )
     identity = _hash(settings)
     if (path / "student.json").exists():
-        difference = first_difference(_identity(read_manifest(path)["settings"]), settings)
+        made = _identity(read_manifest(path)["settings"])
+        other = made.pop("code", None) != settings["code"]  # in a folder that was asked for: others are named after it
+        difference = first_difference(made, {key: value for key, value in settings.items() if key != "code"})
         if difference:
             raise UserError(
                 f"got student_dir={path}, a student made with other settings ({difference})",
                 "an empty or new folder, or the same settings",
                 "choose another student_dir",
             )
-        say(f"quantize: the student is there already, in {path}")
+        by = ", made by other code of dfq or of its algorithm: remove the folder to have it made anew" if other else ""
+        say(f"quantize: the student is there already, in {path}{by}")
         return Student.load(path, teacher), path
     if path.exists() and not path.is_dir():
         raise UserError(f"got student_dir={path}, which is a file", "a folder")
@@ -652,6 +655,7 @@ def student_place(
         "weight_quantizer": to_config(weight_quantizer),
         "activation_quantizer": to_config(activation_quantizer),
         "seed": seed,
+        "code": code_record(algorithm, weight_quantizer, activation_quantizer),
         **training.recorded(),
     }
     settings = json.loads(json.dumps(settings))

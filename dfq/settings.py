@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import importlib
+import json
 import math
 import re
 import sys
@@ -24,7 +26,7 @@ from typing import Annotated, Any
 import yaml
 
 from dfq.errors import UserError, did_you_mean
-from dfq.source import Parameter, find, signature, statement_of
+from dfq.source import Parameter, code_of, find, signature, statement_of
 
 search_path = [Path(__file__).with_name("conf")]  # folders of yaml files; the command line appends that of --config-dir
 MISSING = "???"  # OmegaConf's word for "has to be given"
@@ -175,6 +177,28 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) or hasattr(value, "__qualname__"):
         return to_config(value)
     return repr(value)
+
+
+def code_record(*methods: Any) -> str:
+    """Hash of the code that methods and their parts run (:func:`dfq.source.code_of`), and of settings of the parts.
+
+    A part is what a method takes by name in a method of its own: its yaml's settings are not among the method's.
+    """
+    waiting, targets, settings = list(methods), set[str](), list[dict[str, Any]]()
+    while waiting:
+        method = waiting.pop()
+        parts = method.parts() if hasattr(method, "parts") else []
+        waiting += parts
+        settings += map(to_config, parts)
+        targets |= _targets(to_config(method))
+    return hashlib.sha256(json.dumps([code_of(targets), settings], sort_keys=True).encode()).hexdigest()
+
+
+def _targets(config: Any) -> set[str]:
+    if isinstance(config, Mapping):
+        own = {config["_target_"]} if "_target_" in config else set()
+        return own.union(*map(_targets, config.values()))
+    return set().union(*map(_targets, config)) if isinstance(config, list) else set()
 
 
 def locate(target: str, where: str = "") -> Any:

@@ -8,12 +8,13 @@ made at run time) is None.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.machinery
 import importlib.util
 import io
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -71,6 +72,37 @@ def packages(target: str) -> set[str]:
     return imported - set(sys.stdlib_module_names)
 
 
+def code_of(targets: Iterable[str]) -> str:
+    """Hash of the code that ``targets`` (``package.module.Name``) run: their modules, and all that these import of the
+    same top-level packages and of dfq, inside functions too. Other packages are known by their versions.
+
+    Says whether what was made by a method may be taken for what the method makes now.
+    """
+    found = [definition(target) for target in targets]
+    reached = _reached(tuple(sorted({where[0] for where in found if where})))
+    return hashlib.sha256(b"\0".join(reached)).hexdigest()
+
+
+@lru_cache(maxsize=64)  # as it was when first asked for: a file may be edited while a run goes on with the old code
+def _reached(modules: tuple[str, ...]) -> list[bytes]:
+    """Name and text of every module, in the order of their names."""
+    ours = {"dfq", *(module.partition(".")[0] for module in modules)}
+    waiting, seen = list(modules), {}
+    while waiting:
+        module = waiting.pop()
+        path = source_path(module) if module not in seen and module.partition(".")[0] in ours else None
+        source = _source(module) if path else None
+        if path is None or source is None:
+            continue
+        seen[module] = path.read_bytes()
+        for node in _import_statements(source.tree):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif origin := _origin(module, node):
+                waiting += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+    return [module.encode() + b"\0" + text for module, text in sorted(seen.items())]
+
+
 def modules(target: str) -> list[str]:
     """The module of ``target``, and the private modules beside it that it imports: they are part of it."""
     found = definition(target)
@@ -126,24 +158,36 @@ def find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
 @dataclass
 class _Source:
     tree: ast.Module
-    comments: dict[int, str]  # line number -> comment behind the code of that line
+    text: str
+
+    @cached_property
+    def comments(self) -> dict[int, str]:
+        """Line number -> comment behind the code of that line."""
+        return {
+            token.start[0]: token.string.lstrip("# ").rstrip()
+            for token in tokenize.generate_tokens(io.StringIO(self.text).readline)
+            if token.type == tokenize.COMMENT
+        }
 
     @cached_property
     def imported(self) -> set[str]:
-        """Dotted names, of modules and of what is taken from them."""
+        """Dotted names, of modules and of what is taken from them; not those in a ``try``."""
         imported: set[str] = set()
-
-        def visit(node: ast.AST) -> None:
+        for node in _import_statements(self.tree, (ast.Try,)):
             if isinstance(node, ast.Import):
                 imported.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            elif not node.level and node.module:
                 imported.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
-            elif not isinstance(node, ast.Try) and not _is_for_type_checkers(node):
-                for child in ast.iter_child_nodes(node):
-                    visit(child)
-
-        visit(self.tree)
         return imported
+
+
+def _import_statements(node: ast.AST, without: tuple[type, ...] = ()) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Those that run, inside functions too."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield node
+    elif not isinstance(node, (ast.expr, *without)) and not _is_for_type_checkers(node):
+        for child in ast.iter_child_nodes(node):
+            yield from _import_statements(child, without)
 
 
 def _is_for_type_checkers(node: ast.AST) -> bool:
@@ -154,19 +198,14 @@ def _source(module: str) -> _Source | None:
     path = source_path(module)
     try:
         return _read_source(path, path.stat().st_mtime_ns) if path else None
-    except (OSError, SyntaxError, ValueError, tokenize.TokenError):
+    except (OSError, SyntaxError, ValueError):
         return None
 
 
 @lru_cache(maxsize=256)
 def _read_source(path: Path, _modified: int) -> _Source:
     text = path.read_text(encoding="utf-8")
-    comments = {
-        token.start[0]: token.string.lstrip("# ").rstrip()
-        for token in tokenize.generate_tokens(io.StringIO(text).readline)
-        if token.type == tokenize.COMMENT
-    }
-    return _Source(ast.parse(text), comments)
+    return _Source(ast.parse(text), text)
 
 
 def find(module: str, names: list[str], depth: int = 8) -> tuple[str, ast.stmt] | None:

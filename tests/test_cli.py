@@ -579,6 +579,14 @@ def test_a_folder_for_the_run_that_cannot_be_made(api, capsys):
     assert api.calls[0][1]["output_dir"] == str(Path("elsewhere").absolute())
 
 
+def test_runs_that_start_within_a_second_have_folders_of_their_own(api):
+    for _ in range(4):  # each takes some 0.1 s
+        assert main(["run", "name=mine"]) == 0
+    folders = [Path(config["output_dir"]) for _, config in api.calls]
+    assert len(set(folders)) == 4 and {folder.parent.name for folder in folders} == {"mine"}
+    assert folders == sorted(folders)
+
+
 def test_multirun_runs_every_combination(api, capsys):
     line = "run --multirun scheme=w4a4,w8a8 generator.iterations=1,2 algorithm=round_to_nearest"
     assert main(shlex.split(line)) == 0

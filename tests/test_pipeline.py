@@ -127,6 +127,21 @@ def test_each_arrow_alone_gives_what_the_run_gave(here, capfd):
     assert "nothing: no pixels, no labels" in capfd.readouterr().out
 
 
+def test_a_student_of_other_code_is_made_anew_or_kept_where_its_folder_was_asked_for(here, monkeypatch, capfd):
+    student = only_student_of("zeroq")
+    data = only("outputs/datasets/digits_zeroq_*")
+    monkeypatch.setattr("dfq.pipeline.code_record", lambda *_: "edited since then")
+    students = set(Path("outputs/students").iterdir())
+    assert main(["quantize", f"dataset_dir={data}", *TRAIN]) == 0
+    assert len(set(Path("outputs/students").iterdir()) - students) == 1
+    assert "already" not in capfd.readouterr().err
+    before = (student / "student.safetensors").stat().st_mtime_ns
+    assert main(["quantize", f"dataset_dir={data}", f"student_dir={student}", *TRAIN]) == 0
+    said = capfd.readouterr().err
+    assert f"in {student}, made by other code of dfq or of its algorithm: remove the folder to have it" in said
+    assert (student / "student.safetensors").stat().st_mtime_ns == before
+
+
 def only_student_of(generator: str) -> Path:
     found = []
     for folder in Path("outputs/students").iterdir():

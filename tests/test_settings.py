@@ -4,11 +4,13 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from dfq import settings, source
 from dfq.errors import UserError
+from dfq.settings import code_record, load, resolve
 
 METHOD = '''
 raise RuntimeError("this module must be read, never imported")
@@ -270,3 +272,66 @@ def test_yaml_numbers_are_read_as_omegaconf_reads_them(tmp_path, monkeypatch):
     (tmp_path / "family" / "name.yaml").write_text("defaults: [a]\nlr: 1e-3\nsteps: 10\nname: 1e-3x\n")
     monkeypatch.setattr(settings, "search_path", [*settings.search_path, tmp_path])
     assert settings.load("family", "name") == {"lr": 0.001, "steps": 10, "name": "1e-3x"}
+
+
+def written(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A package of a user with an algorithm, what it imports in several ways, and what it does not."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = """
+        from typing import TYPE_CHECKING
+        from dfq.algorithms.yaqa import YAQA
+        from . import beside
+        if TYPE_CHECKING:
+            from coded.types import Kind
+        class Mine(YAQA):
+            def run(self, work):
+                from coded.inside import CONSTANT
+    """
+    written(tmp_path / "coded", method=textwrap.dedent(method), beside="import coded.further", further="A = 1")
+    written(tmp_path / "coded", inside="CONSTANT = 1", types="Kind = int", unrelated="B = 1", __init__="")
+    return tmp_path / "coded"
+
+
+def code_of_mine() -> str:
+    source._reached.cache_clear()  # as in another process
+    return source.code_of(["coded.method.Mine"])
+
+
+@pytest.mark.parametrize("name", ["method", "beside", "further", "inside"])
+def test_code_that_a_method_runs_decides_its_hash(project, name):
+    before = code_of_mine()
+    assert code_of_mine() == before
+    (project / f"{name}.py").write_text((project / f"{name}.py").read_text() + "\n# edited\n")
+    assert code_of_mine() != before
+
+
+@pytest.mark.parametrize("name", ["types", "unrelated"])
+def test_code_that_a_method_does_not_run_does_not(project, name):
+    before = code_of_mine()
+    (project / f"{name}.py").write_text("C = 2")
+    assert code_of_mine() == before
+
+
+def test_the_code_of_a_method_is_followed_into_dfq_and_no_further():
+    reached = {row.split(b"\0")[0].decode() for row in source._reached(("dfq.algorithms.yaqa",))}
+    assert {"dfq.algorithms._likelihood", "dfq.modules", "dfq.student"} <= reached
+    assert not {"dfq.report", "dfq.cli", "dfq.pipeline", "dfq.algorithms.brecq", "torch"} & reached
+
+
+def test_what_a_method_takes_by_name_is_in_its_record(monkeypatch):
+    steps = resolve("algorithm", "sequence", steps=["equalization", "e2e_rounding"])
+    before = code_record(steps)
+    assert before == code_record(resolve("algorithm", "sequence", steps=["equalization", "e2e_rounding"]))
+    assert before != code_record(resolve("algorithm", "sequence", steps=["equalization", "yaqa"]))
+    changed = load("algorithm", "distillation") | {"dampen": 0.5}  # of the part of a part
+    known = {"distillation": changed}
+    monkeypatch.setattr(settings, "load", lambda family, name: known.get(name) or load(family, name))
+    assert code_record(steps) != before

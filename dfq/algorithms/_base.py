@@ -114,6 +114,10 @@ class Algorithm:
     def run(self, work: Work) -> None:
         raise NotImplementedError
 
+    def parts(self) -> list[Any]:
+        """Algorithms that it hands the student to: their settings and their code make the student too."""
+        return []
+
 
 def is_timed(algorithm: Any) -> bool:
     """Whether an algorithm stops by the clock if it is told to."""

@@ -62,7 +62,7 @@ class Auto(Algorithm):
                 "trainer=single, or another algorithm",
             )
         climb = _Climb(work, seconds_of(self.budget))
-        rungs = [(_name(rung), resolve("algorithm", rung)) for rung in self.rungs]
+        rungs = list(zip(map(_name, self.rungs), self.parts(), strict=True))
         for position, (name, rung) in enumerate(rungs):
             left_s = climb.left_s
             if is_timed(rung):
@@ -88,6 +88,10 @@ class Auto(Algorithm):
                 say(f"auto: ends, {name} raised the agreement by {max(gain, 0):.5f} a minute")
                 break
         work.student.become(climb.best)
+
+    def parts(self) -> list[Any]:
+        """The rungs."""
+        return [resolve("algorithm", rung) for rung in self.rungs]
 
     def _worth_s(self, climb: _Climb) -> float:
         """Seconds after which no rung could have gained enough."""

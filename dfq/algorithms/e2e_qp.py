@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,11 +54,15 @@ class E2EQP(Algorithm):
 
     def run(self, work: Work) -> None:
         work.ensure_calibrated(work.images(self.num_calibration_samples))
+        with fixed_codes(work.student), held(work.student, all_but_grids=self.bias_lr == 0):
+            work.hand_to(self.parts()[0], work.student, "distillation")
+
+    def parts(self) -> list[Any]:
+        """The distillation that trains the steps."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.bias_lr == 0:
             del settings["bias_lr"]
-        with fixed_codes(work.student), held(work.student, all_but_grids=self.bias_lr == 0):
-            work.hand_to(resolve("algorithm", "distillation", **settings), work.student, "distillation")
+        return [resolve("algorithm", "distillation", **settings)]
 
 
 class FixedCodes(Quantizer):

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,12 +77,16 @@ class E2ERounding(Algorithm):
 
     def run(self, work: Work) -> None:
         work.ensure_calibrated(work.images(self.num_calibration_samples))
+        with self._soft(work.student, work.teacher), held(work.student, all_but_grids=self.bias_lr == 0):
+            work.hand_to(self.parts()[0], work.student, "distillation")
+
+    def parts(self) -> list[Any]:
+        """The distillation that trains the roundings."""
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN}
         settings |= {"weight_lr": self.rounding_lr, "patience": None}
         if self.bias_lr > 0:
             settings["bias_lr"] = self.bias_lr
-        with self._soft(work.student, work.teacher), held(work.student, all_but_grids=self.bias_lr == 0):
-            work.hand_to(resolve("algorithm", "distillation", **settings), work.student, "distillation")
+        return [resolve("algorithm", "distillation", **settings)]
 
     @contextmanager
     def _soft(self, student: Student, teacher: Teacher) -> Iterator[None]:

@@ -39,8 +39,7 @@ class Sequence(Algorithm):
                 "algorithm.views=4, or algorithm.shift=0",
             )
         rounded_by = None
-        for step in self.steps:
-            algorithm = resolve("algorithm", step)
+        for algorithm in self.parts():
             name = type(algorithm).__name__
             if rounded_by is not None and isinstance(algorithm, LayerwiseRounding):
                 raise UserError(
@@ -55,8 +54,12 @@ class Sequence(Algorithm):
         """Run the steps on the student."""
         if self.views > 1:
             work = replace(work, views=Views(self.views, self.flip, self.shift))
-        clock, steps = Clock(self.time_limit_s), [resolve("algorithm", step) for step in self.steps]
+        clock, steps = Clock(self.time_limit_s), self.parts()
         for index, algorithm in enumerate(steps):
             if self.time_limit_s is not None:
                 algorithm = within(algorithm, clock.left_s / max(1, sum(map(is_timed, steps[index:]))))
             work.hand_to(algorithm, work.student, f"step_{index}")
+
+    def parts(self) -> list[Any]:
+        """The steps."""
+        return [resolve("algorithm", step) for step in self.steps]
