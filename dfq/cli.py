@@ -463,7 +463,7 @@ def _name_parts(request: checks.Request) -> list[str]:
     if teacher == "factory":
         teacher = str(request.config["teacher"]["factory"]).partition(":")[0].rpartition(".")[2]
     elif teacher != "digits":
-        teacher = str(request.config["teacher"].get("name") or teacher)
+        teacher = Path(request.config["teacher"].get("name") or teacher).absolute().name  # a folder's, a hub id's last
     if request.command in ("evaluate", "export"):
         return [request.command, Path(request.config["student_dir"] or "student").absolute().name]
     scheme = Scheme.from_dict(request.config["scheme"]).name if "scheme" in request.config else ""

@@ -579,6 +579,18 @@ def test_a_folder_for_the_run_that_cannot_be_made(api, capsys):
     assert api.calls[0][1]["output_dir"] == str(Path("elsewhere").absolute())
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "models/Qwen3-0.6B", "../models/Qwen3-0.6B/", "Qwen3-0.6B"])
+def test_a_run_is_named_after_its_network_not_after_where_that_lies(api, name):
+    Path("empty/x").mkdir()
+    Path("models/Qwen3-0.6B").mkdir(parents=True)
+    Path("models/Qwen3-0.6B/config.json").write_text("{}")
+    Path("models/Qwen3-0.6B/model.safetensors").write_bytes(b"")
+    os.chdir("empty" if name.startswith("..") else ".")
+    line = f"generate teacher=huggingface teacher.name={name} generator=self_generation"
+    assert main(shlex.split(line)) == 0
+    assert api.calls[0][1]["name"] == "Qwen3-0.6B_self_generation"
+
+
 def test_runs_that_start_within_a_second_have_folders_of_their_own(api):
     for _ in range(4):  # each takes some 0.1 s
         assert main(["run", "name=mine"]) == 0
