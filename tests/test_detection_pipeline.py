@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,6 +294,12 @@ def test_the_weight_of_boxes_that_no_adapter_tells_is_refused(tmp_path, monkeypa
     )
     terms = [_terms(DistillationSettings(), True, task_of(t)) for t in (teacher, cell_teacher())]
     assert [set(found) for found in terms] == [{"kl", "feature"}, {"kl", "box", "feature"}]
+
+
+def test_boxes_weigh_what_the_task_says_unless_the_algorithm_says_otherwise():
+    task = replace(task_of(cell_teacher()), box_weight=3.0)
+    weights = [_terms(DistillationSettings(box_weight=given), True, task).get("box") for given in (None, 2.0, 0.0)]
+    assert weights == [3.0, 2.0, None]
 
 
 def test_boxes_move_with_their_images():

@@ -63,7 +63,7 @@ class E2ERounding(Algorithm):
     looseness: Share = 0.1  # of a step: how far from its code a weight begins
     kl_weight: NonNegativeFloat = 1.0  # of the task's distillation loss
     feature_weight: NonNegativeFloat | None = None  # of features where width or resolution change; as distillation's
-    box_weight: NonNegativeFloat = 1.0  # of the distance of boxes where the teacher is sure (adapters with candidates)
+    box_weight: NonNegativeFloat | None = None  # of the distance of boxes where the teacher is sure; null: the task's
     divergence: Divergence = "forward"  # of text, weighted by kl_weight
     temperature: PositiveFloat = 1.0  # of both distributions
     top_k: PositiveInt = 64  # tokens that are told apart with top_k, all others being one

@@ -692,8 +692,9 @@ def _terms(
             "algorithm.kl_weight, algorithm.box_weight, algorithm.task_weight (without mixup) and "
             "algorithm.feature_weight for detectors",
         )
-    no_places = detection is not None and not detection.compares_boxes
-    if no_places and weights.pop("box") not in (0, DistillationSettings.box_weight):  # the default is nobody's wish
+    if finds_boxes and settings.box_weight is None:
+        weights["box"] = detection.box_weight
+    if finds_boxes and not detection.compares_boxes and weights.pop("box") and settings.box_weight:
         raise UserError(
             f"got algorithm.box_weight={settings.box_weight} and the adapter {type(detection.detector).__name__}, "
             "whose raw outputs alone are compared",

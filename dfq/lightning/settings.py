@@ -34,7 +34,7 @@ class DistillationSettings:
     feature_loss: Literal["relative_mse", "affinity", "qfd", "cosine"] = "relative_mse"  # qfd: teacher's, quantized
     feature_places: Literal["stages", "blocks"] = "stages"  # blocks: behind each block of the longest list of them
     feature_bits: FewBits = 4  # of the teacher's features with qfd
-    box_weight: NonNegativeFloat = 1.0  # of the distance of boxes where the teacher is sure (adapters with candidates)
+    box_weight: NonNegativeFloat | None = None  # of the distance of boxes where the teacher is sure; null: the task's
     task_weight: NonNegativeFloat = 0.0  # of the network's own loss on the boxes that images were made from (detectors)
     cam_weight: NonNegativeFloat = 0.0  # of the relative squared error of class activation maps (SynQ)
     label_weight: NonNegativeFloat = 0.0  # of cross-entropy to the teacher's class, easy samples only (SynQ)
