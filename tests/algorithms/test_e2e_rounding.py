@@ -230,3 +230,47 @@ def test_rotated_and_rounded_is_refused(teacher, dataset):
     rotated = Scheme(TensorScheme(4, True, "per_channel"), FLOAT)
     with pytest.raises(dfq.UserError, match="got a student that was rotated and rounded: what its weights were"):
         dfq.quantize(teacher, dataset, rotated, algorithm="sequence", steps=["rotation", "gptq", "e2e_rounding"])
+
+
+TRAINED = {
+    "zero_points": (Scheme(TensorScheme(3, False, "per_channel"), FLOAT), "lsq_plus"),
+    "powers_of_two": (Scheme(TensorScheme(4, True, "per_channel", scale_format="e8m0"), FLOAT), "lsq"),
+    "float16": (Scheme(TensorScheme(3, False, "per_group", 8, "uniform", False, "float16"), FLOAT), "lsq"),
+}
+
+
+@pytest.mark.parametrize("name", ["e2e_rounding", "e2e_qp"])
+@pytest.mark.parametrize(("scheme", "gradient"), TRAINED.values(), ids=TRAINED)
+def test_what_a_distillation_has_trained_is_where_it_begins(name, scheme, gradient, make_dataset):
+    """Trained grids are on their way until they are frozen: codes are those of the grids that are stored."""
+    teacher = as_teacher(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)))
+    scheme = Scheme(scheme.weight, scheme.activation, overrides={"0": {"weight": {"grid": "float"}}})
+    dataset = make_dataset(teacher)
+    trained = resolve(
+        "algorithm", "distillation", max_steps=60, batch_size=16, checks=1, gradient=gradient, step_lr=0.01
+    )
+    still = {"max_steps": 1, "checks": 1, "batch_size": 8, "step_lr": 1e-12}
+    still |= {"rounding_lr": 1e-12, "bias_lr": 0.0} if name == "e2e_rounding" else {}
+    found = []
+    for steps in ([trained], [trained, resolve("algorithm", name, **still)]):
+        found.append(dfq.quantize(teacher, dataset, scheme, algorithm="sequence", steps=steps))
+    codes_of = [student.integer_weight("3") for student in found]
+    assert torch.equal(*codes_of)
+    torch.testing.assert_close(*[student.layers["3"].weight for student in found])
+
+
+@pytest.mark.parametrize("looseness", [0.5, 0.9])
+def test_a_weight_does_not_begin_nearer_to_another_code(looseness, make_teacher, make_dataset):
+    """It would be at that one where nothing is learned, and the student that it was given would not stay."""
+    teacher = make_teacher("bare")
+    with pytest.raises(dfq.UserError, match=f"got algorithm.looseness={looseness}; allowed: a number from 0 to 0.49"):
+        dfq.quantize(teacher, make_dataset(teacher), "w4a8", algorithm="e2e_rounding", looseness=looseness)
+
+
+def test_weights_on_levels_of_many_sizes_are_named(make_teacher, make_dataset, capfd):
+    teacher = make_teacher("bare")
+    scheme = Scheme(TensorScheme(4, True, "per_channel", grid="fp4_e2m1"), FLOAT)
+    scheme = Scheme(scheme.weight, FLOAT, overrides={"2": {"weight": {"grid": "uniform", "num_bits": 3}}})
+    steps = ["round_to_nearest", resolve("algorithm", "e2e_rounding", **FEW)]
+    dfq.quantize(teacher, make_dataset(teacher), scheme, algorithm="sequence", steps=steps)
+    assert "E2ERounding leaves as they are: 0, 6\n" in capfd.readouterr().err
