@@ -90,8 +90,6 @@ class E2ERounding(Algorithm):
         """Weights are between two codes inside, and at the nearer one of them afterwards."""
         taken = [name for name, layer in student.layers.items() if _has_codes(layer)]
         tell_left(self, student, taken)
-        for name in taken:  # what was trained before is another grid until it is one that can be stored
-            student.layers[name].weight_quantizer.freeze()
         hard = {layer: layer.weight_quantizer for layer in map(student.layers.get, taken) if layer is not None}
         share = self.rounding_weight / max(1, sum(layer.weight.numel() for layer in hard))  # tied weights count twice
         soft: dict[Quantizer, SoftQuantizer] = {}
