@@ -266,6 +266,10 @@ class _Stop(Exception):
     """Ends a forward that has seen enough."""
 
 
+class _NotReached(RuntimeError):
+    """A block did not run as often with these samples as with those that showed how data flows."""
+
+
 @dataclass
 class Arguments:
     """What a block's first module was called with; its activation is replaced in every run.
@@ -333,7 +337,7 @@ def call_arguments(network: nn.Module, name: str, images: Tensor, count: int = 1
         return found
     finally:
         handle.remove()
-    raise RuntimeError(f"{name} was called {len(found)} times, not {count}")
+    raise _NotReached(f"{name} was called {len(found)} times, not {count}")
 
 
 def run_block(network: nn.Module, block: Block, x: Tensor, arguments: Arguments) -> Tensor:
@@ -454,7 +458,13 @@ class Captures:
     @torch.no_grad()
     def calls_of(self, block: Block) -> list[Captured] | None:
         """What ``block`` gets and should give in each of its calls, with the student as it is now; None: rows of one
-        of them are not of samples."""
+        of them are not of samples, or some samples do not reach it."""
+        try:
+            return self._calls_of(block)
+        except _NotReached:
+            return None
+
+    def _calls_of(self, block: Block) -> list[Captured] | None:
         probe = Probe(block, *(self._arguments(network, block) for network in (self.student, self.reference)))
         if not self._has_rows_of_samples(probe):
             return None

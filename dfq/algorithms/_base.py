@@ -17,6 +17,7 @@ from dfq.errors import UserError
 from dfq.lightning.augmentation import Views
 from dfq.lightning.trainer import SINGLE, Training
 from dfq.progress import say
+from dfq.settings import choices, resolve
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -117,6 +118,18 @@ class Algorithm:
     def parts(self) -> list[Any]:
         """Algorithms that it hands the student to: their settings and their code make the student too."""
         return []
+
+
+def resolved(given: tuple[Any, ...], setting: str) -> list[Any]:
+    """The algorithms that a setting lists: names, mappings with _target_, or objects."""
+    if not given:
+        raise UserError(f"got algorithm.{setting}=[]", "one or more algorithms")
+    found = [resolve("algorithm", one) for one in given]
+    for one in found:
+        if not hasattr(one, "quantize"):
+            allowed = f"{' | '.join(choices('algorithm'))}, or mappings with _target_ and settings"
+            raise UserError(f"got {one!r} in algorithm.{setting}", allowed)
+    return found
 
 
 def is_timed(algorithm: Any) -> bool:

@@ -25,8 +25,8 @@ What a solver does not see is done here, the same for all:
 
 Grids stay what calibration made them (COMQ may change scales). Layers without such a problem of their own keep nearest
 rounding, and are named: those whose weight another layer or its owner reads as well, embeddings, transposed
-convolutions, experts of a mixture in no block or that no token chose. Other experts see neither QEP nor a bias: in the
-float network other tokens may choose them.
+convolutions, experts of a mixture in no block or that no token chose, what no sample reaches. Other experts see neither
+QEP nor a bias, nor do layers that get other rows in the float network: there other tokens may choose them.
 
 Differences from the QEP paper: its damping (the mean of the diagonal, ``propagate_damping``) can be set; it skips some
 layers of language models to save time, here none; grids are not made anew for W*.
@@ -296,6 +296,8 @@ class _ProductsOf(TorchFunctionMode):
             return func(*args, **kwargs)
         self.inside = False
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, length = given["input"], 1 if op_name(func) == "linear" else given["weight"].dim() - 1
+        given["input"] = x[None] if x.dim() == length else x  # of one sample alone
         if len(self.found) + 1 == self.count:
             self.found.append(Product(op_name(func), given))
             raise _Reached
@@ -304,7 +306,10 @@ class _ProductsOf(TorchFunctionMode):
 
 
 def products_in(network: nn.Module, name: str, count: int, run: Callable[[], Any]) -> list[Product]:
-    """The first ``count`` products of the layer ``name`` when ``run`` runs ``network`` or a part of it."""
+    """The first ``count`` products of the layer ``name`` when ``run`` runs ``network`` or a part of it.
+
+    None of a layer that the samples at hand do not reach.
+    """
     mode = _ProductsOf(count)
 
     def enter(_name: str, _module: nn.Module, _inputs: tuple) -> None:
@@ -315,8 +320,11 @@ def products_in(network: nn.Module, name: str, count: int, run: Callable[[], Any
             run()
     except _Reached:
         pass
-    assert mode.found, f"{name} did not run"
     return mode.found
+
+
+def _inputs(products: list[Product]) -> list[Tensor]:
+    return [product.arguments["input"] for product in products]
 
 
 # ------------------------------------------------------------------------------------------------ the algorithm
@@ -413,18 +421,21 @@ class LayerwiseRounding(Algorithm):
         output: Tensor | None,
     ) -> None:
         """One layer, which runs ``count`` times: its weight is then on its grid."""
-        if (self.propagate or self.correct_bias) and name in student.expert_layers:
+        layer = student.layers[name]
+        in_pairs = self.propagate > 0 or self.correct_bias
+        moments = None
+        if not (in_pairs and name in student.expert_layers):
+            moments = self._moments(student, reference, runs, name, count, rng)
+        if moments is None:
             # Other tokens may choose an expert in the float network: there is no pair of inputs to compare.
             alone = replace(self, propagate=0.0, correct_bias=False)
             alone._round(student, reference, runs, name, count, rng, output)
             return
-        layer = student.layers[name]
-        moments = self._moments(student, reference, runs, name, count, rng)
         if moments.mean is None:  # an expert that no token chose: nearest rounding
             return
         centered = self.correct_bias and layer.bias is not None
         hessian = moments.hessian(centered)
-        weight = layer.weight.detach().float().view(len(hessian), -1, hessian.shape[-1])
+        weight = layer.weight.detach().float().reshape(len(hessian), -1, hessian.shape[-1])
         target = weight
         if self.propagate > 0:
             cross = moments.cross_hessian(centered)
@@ -438,7 +449,7 @@ class LayerwiseRounding(Algorithm):
         if centered:
             assert moments.float_mean is not None and layer.bias is not None
             means = torch.stack([moments.float_mean, moments.mean], -1)  # [P, I, 2]
-            left = (weight @ means)[..., 0] - (rounded.float().view_as(weight) @ means)[..., 1]
+            left = (weight @ means)[..., 0] - (rounded.float().reshape(weight.shape) @ means)[..., 1]
             before = layer.bias.detach().clone()
             layer.bias += left.flatten().to(layer.bias.dtype)
             remember_bias_correction(layer, before, of_weight=True)
@@ -463,17 +474,19 @@ class LayerwiseRounding(Algorithm):
 
     def _moments(
         self, student: Student, reference: nn.Module, runs: Runs, name: str, count: int, rng: torch.Generator
-    ) -> Moments:
-        """Over all samples, and all calls of the layer."""
+    ) -> Moments | None:
+        """Over all samples, and all calls of the layer; None where it gets other rows in the float network."""
         moments = Moments()
         needs_float = self.propagate > 0 or self.correct_bias
         for run, run_float, counts in runs():
             mine = products_in(student.module, name, count, run)
-            if not mine[0].arguments["input"].numel():
-                continue
             theirs = products_in(reference, name, count, run_float) if needs_float else []
+            if needs_float and [x.shape for x in _inputs(mine)] != [x.shape for x in _inputs(theirs)]:
+                return None
             for call, product in enumerate(mine):
-                inputs = [products[call].arguments["input"] for products in (mine, theirs) if products]
+                inputs = [_inputs(products)[call] for products in (mine, theirs) if products]
+                if not inputs[0].numel():
+                    continue
                 for columns, weights in self._columns(product, inputs, counts, rng):
                     moments.add(columns[0], columns[1] if needs_float else None, self.propagate > 0, weights)
         return moments

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.channels import (
-    channel_dim,
-)
+from dfq.channels import channel_dim
+from dfq.errors import UserError
 from dfq.hooks import forward_hooks
 from dfq.progress import progress_bar
 from dfq.tasks._task import task_of
@@ -24,9 +23,11 @@ from dfq.teacher import Teacher
 
 def drawn_log_likelihood(task: Any, reference: nn.Module, batch: Tensor, rng: torch.Generator) -> Tensor:
     """sum log p(label), of one label for each sample (token, object) of ``batch``, drawn from the network's own p."""
-    outputs = task.raw_outputs(reference, batch)
+    outputs = task.raw_outputs(reference, batch.clone())  # some networks write into their input
     logits = task.class_logits(outputs) if hasattr(task, "class_logits") else outputs
     log_p = logits.flatten(0, -2).log_softmax(-1)
+    if log_p.isnan().any():
+        raise UserError("got outputs with NaN to draw labels from", "numbers", "look for a network that overflows")
     labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=rng).to(log_p.device)
     return log_p.gather(1, labels).sum()
 
@@ -73,7 +74,8 @@ def output_moments(
                 if gradient is None or not gradient.numel():
                     continue
                 channels = channel_dim(reference.get_submodule(name), gradient)
-                rows = gradient.float().movedim(channels, 0).flatten(1).unflatten(0, (groups[name], -1))
+                of_channels = gradient.float().movedim(channels, 0)
+                rows = of_channels.reshape(groups[name], len(of_channels) // groups[name], -1)
                 total[name] = total.get(name, 0) + rows @ rows.mT
             advance(len(batch))
     return {name: moment for name, moment in total.items() if moment.any()}

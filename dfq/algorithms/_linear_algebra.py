@@ -7,11 +7,15 @@ from torch import Tensor
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping mean(diag) I, positive where an input is always zero: what cannot be seen is rounded to nearest."""
+    """H + damping mean(diag) I, positive where an input is always zero: what cannot be seen is rounded to nearest.
+
+    Zero is also what is too small for a factor: squares of it would be.
+    """
+    tiny = torch.finfo(hessian.dtype).tiny
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    unit = torch.where(mean > 0, mean, 1.0)
-    extra = damping * unit + torch.where(diagonal > 0, 0.0, unit)
+    unit = torch.where(mean > tiny, mean, 1.0)
+    extra = damping * unit + torch.where(diagonal > tiny, 0.0, unit)
     return hessian + torch.diag_embed(extra)
 
 

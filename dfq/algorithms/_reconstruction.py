@@ -284,7 +284,7 @@ def output_loss(task: Any, student: Callable, reference: Callable, parts: tuple[
 
     def of_part(batch: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = task.raw_outputs(reference, batch)
+            wanted = task.raw_outputs(reference, batch.clone())  # some networks write into their input
         return task.distillation_loss(task.raw_outputs(student, batch), wanted)
 
     if len(parts) == 1:

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from dfq.algorithms._base import STEPS, Algorithm, Work, is_timed, trains, within
+from dfq.algorithms._base import STEPS, Algorithm, Work, is_timed, resolved, trains, within
 from dfq.dataset import SyntheticDataset, collate, samples_of
 from dfq.errors import UserError
 from dfq.progress import say
-from dfq.settings import Fraction, NonNegativeFloat, PositiveInt, resolve
+from dfq.settings import Fraction, NonNegativeFloat, PositiveInt
 from dfq.student import Student
 from dfq.tasks._outputs import from_store, joined, moved
 from dfq.tasks._task import task_of
@@ -53,6 +53,9 @@ class Auto(Algorithm):
     min_gain: NonNegativeFloat = 0.0005  # agreement with the teacher a minute: below, the ladder ends
     share: Fraction = 0.5  # of the time left that a rung gets if another one that stops by the clock follows
     growth: PositiveInt = 4  # times as many steps as a rung's settings say, and again that if it pays; 1: as they say
+
+    def __post_init__(self) -> None:
+        self.parts()  # what is no algorithm is told before anything begins
 
     def run(self, work: Work) -> None:
         """Make the student the best one found."""
@@ -91,7 +94,7 @@ class Auto(Algorithm):
 
     def parts(self) -> list[Any]:
         """The rungs."""
-        return [resolve("algorithm", rung) for rung in self.rungs]
+        return resolved(self.rungs, "rungs")
 
     def _worth_s(self, climb: _Climb) -> float:
         """Seconds after which no rung could have gained enough."""

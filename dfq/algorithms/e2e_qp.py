@@ -88,6 +88,7 @@ def fixed_codes(student: Student) -> Iterator[None]:
         if not quantizer.has_qparams or quantizer in owners:
             continue
         owners[quantizer] = layer
+        quantizer.freeze()  # what was trained before is another grid until it is one that can be stored
         codes = student.integer_weight(name)
         size = quantizer.scheme.group_size
         codes = codes if size is None else to_groups(codes, quantizer.axis or 0, size)

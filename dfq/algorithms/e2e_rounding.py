@@ -25,23 +25,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dfq.algorithms._base import Algorithm, Work
+from dfq.algorithms._base import Algorithm, Work, tell_left
 from dfq.algorithms._held import held
 from dfq.algorithms._reconstruction import BlockReconstruction
-from dfq.channels import (
-    float_network,
-    weight_in_float,
-)
+from dfq.channels import float_network, weight_in_float
 from dfq.errors import UserError
 from dfq.losses.token_divergence import Divergence
 from dfq.modules import QuantizedLayer, Quantizer
 from dfq.quantizers._soft import SoftQuantizer, is_off_grid
-from dfq.settings import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share, resolve
+from dfq.settings import Bound, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, resolve
 from dfq.student import Student
 from dfq.teacher import Teacher
 
@@ -60,7 +57,7 @@ class E2ERounding(Algorithm):
     batch_size: PositiveInt = 16  # samples a step
     rounding_weight: NonNegativeFloat = 1e4  # lambda: of the regularizer's mean, in units of the divergence before
     warm_up: Fraction = 0.2  # share of the steps before lambda sets in
-    looseness: Share = 0.1  # of a step: how far from its code a weight begins
+    looseness: Annotated[float, Bound(0, 0.49)] = 0.1  # of a step: how far from its code a weight begins
     kl_weight: NonNegativeFloat = 1.0  # of the task's distillation loss
     feature_weight: NonNegativeFloat | None = None  # of features where width or resolution change; as distillation's
     box_weight: NonNegativeFloat | None = None  # of the distance of boxes where the teacher is sure; null: the task's
@@ -92,6 +89,7 @@ class E2ERounding(Algorithm):
     def _soft(self, student: Student, teacher: Teacher) -> Iterator[None]:
         """Weights are between two codes inside, and at the nearer one of them afterwards."""
         taken = [name for name, layer in student.layers.items() if _has_codes(layer)]
+        tell_left(self, student, taken)
         hard = {layer: layer.weight_quantizer for layer in map(student.layers.get, taken) if layer is not None}
         share = self.rounding_weight / max(1, sum(layer.weight.numel() for layer in hard))  # tied weights count twice
         soft: dict[Quantizer, SoftQuantizer] = {}

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, within
+from dfq.algorithms._base import Algorithm, Clock, Work, is_timed, resolved, within
 from dfq.algorithms._hessian import LayerwiseRounding
 from dfq.errors import UserError
 from dfq.lightning.augmentation import Views
-from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt, resolve
+from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,4 @@ class Sequence(Algorithm):
 
     def parts(self) -> list[Any]:
         """The steps."""
-        return [resolve("algorithm", step) for step in self.steps]
+        return resolved(self.steps, "steps")

@@ -404,7 +404,7 @@ class DistillationModule(LightningModule):
 
         places = [(name, self.student_module.get_submodule(name)) for name in self.features]
         with forward_hooks(places, after=keep):
-            seen.output = self.task.raw_outputs(self.student_module, images)
+            seen.output = self.task.raw_outputs(self.student_module, images.clone())
 
     def _leave_out_padding(self, batch: Mapping[str, Tensor], seen: _Seen) -> None:
         """Of texts of several lengths the tokens alone, as those of one text [1, M, ...]; affinities stay in a text."""
@@ -546,13 +546,18 @@ class DistillationModule(LightningModule):
         a student of their kin knows. Mirrored ones do not, and tell better what it makes of images from elsewhere.
         """
         samples = samples_of(batch)
-        views = [(samples, outputs_of(self.task, self.fast_teacher[0], batch))]
+        teacher, student = self.fast_teacher[0], self.student_module
+
+        def teach(images: Tensor) -> Any:
+            return teacher(images.clone())  # some networks write into their input
+
+        views = [(samples, outputs_of(self.task, teach, batch))]
         if self.settings.flip and samples.is_floating_point() and samples.dim() == 4:
             mirrored = samples.flip(-1)
-            views.append((mirrored, self.task.raw_outputs(self.fast_teacher[0], mirrored)))
+            views.append((mirrored, self.task.raw_outputs(teach, mirrored)))
         figures = []
         for images, target in views:
-            seen = _Seen(target, output=self.task.raw_outputs(self.student_module, images))
+            seen = _Seen(target, output=self.task.raw_outputs(student, images.clone()))
             self._leave_out_padding(batch, seen)
             output, target = seen.output, seen.target
             figures.append((self.task.distillation_loss(output, target), self.task.agreement(output, target)))

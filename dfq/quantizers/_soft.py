@@ -18,6 +18,7 @@ from dfq.quantization import (
     broadcast,
     from_groups,
     round_scale,
+    round_zero_point,
     scale_through,
     soft_quantize,
     soft_rounding,
@@ -32,7 +33,7 @@ class SoftQuantizer(nn.Module):
     """In the place of a weight quantizer while roundings are trained: a weight between two codes, and its step.
 
     Args:
-        quantizer: whose grid it is; it stays as it is.
+        quantizer: whose grid it is; it stays what would be stored of it.
         weight: where each value lies between its two codes at first.
         learn_step: whether the step is trained too.
         rounding_weight, warm_up: of :meth:`penalty`.
@@ -50,6 +51,7 @@ class SoftQuantizer(nn.Module):
         warm_up: float = 0.0,
     ):
         super().__init__()
+        quantizer.freeze()
         self.rounding_weight, self.warm_up = rounding_weight, warm_up
         self.scheme, self.axis, self.enabled = quantizer.scheme, quantizer.axis, True
         self.shape = weight.shape
@@ -91,7 +93,11 @@ class SoftQuantizer(nn.Module):
         return torch.maximum(scale_through(self.step, self.scheme), self.smallest)
 
     def _weight(self, logits: Tensor) -> Tensor:
-        found = soft_quantize(self.base, self._rounded_step, self.zero_point, self.scheme, logits)
+        base, scale, zero_point = self.base, self._rounded_step, self.zero_point
+        if self.scheme.has_float_zero_point:  # stored as its product with the step, which moves it
+            zero_point = round_zero_point(zero_point, scale.detach(), self.scheme)
+            base = base + (self.zero_point - zero_point)
+        found = soft_quantize(base, scale, zero_point, self.scheme, logits)
         return found if self.scheme.group_size is None else from_groups(found, self.axis or 0, self.shape)
 
     def forward(self, _weight: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def learn_step(
     """
     if not quantizer.has_qparams:
         return []
+    quantizer.freeze()  # what was trained before goes on from what would be stored
     names = ["scale"]
     if quantizer.scheme.has_float_zero_point or (offset and not quantizer.scheme.symmetric):
         names.append("zero_point")

@@ -244,3 +244,8 @@ def config_of(name):
     from dfq.settings import load
 
     return load("algorithm", name)
+
+
+def test_no_rungs():
+    with pytest.raises(UserError, match=r"got algorithm.rungs=\[\]; allowed: one or more algorithms"):
+        Auto(rungs=())

@@ -765,3 +765,43 @@ def test_a_look_is_on_mirror_images_too_where_training_mirrors(flip, shared):
         agreements.append(float((wanted.argmax(1) == got.argmax(1)).double().mean()))
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-4)
     assert float(agreement) == pytest.approx(np.mean(agreements))
+
+
+class InPlace(nn.Module):
+    """Writes into what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x):
+        return self.head(self.conv(x.sub_(0.5).mul_(2)).relu().mean((2, 3)))
+
+
+class OnACopy(InPlace):
+    def forward(self, x):
+        return super().forward(x.clone())
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_looks_are_at_what_is_stored_whoever_writes_into_it(flip, counted):
+    found = []
+    for kind in (InPlace, OnACopy):
+        torch.manual_seed(0)
+        module, images = calibrated(as_teacher(kind()), flip=flip)
+        batch, before = {"images": images}, images.clone()
+        found.append(torch.stack([*module.look(batch), module.training_step(batch, 0).detach()]))
+        assert torch.equal(images, before)
+    assert torch.equal(*found)
+
+
+def test_blocks_are_fitted_to_what_is_stored_whoever_writes_into_it(make_dataset):
+    found = []
+    for kind in (InPlace, OnACopy):
+        torch.manual_seed(0)
+        teacher = as_teacher(kind())
+        dataset = make_dataset(teacher, name=kind.__name__)
+        settings = {"iterations": 4, "finish_iterations": 6, "batch_size": 8, "sensitivity": "elements"}
+        student = dfq.quantize(teacher, dataset, W3A3, algorithm="reconstruction", **settings)
+        found.append([layer.weight for layer in student.layers.values()])
+    assert all(map(torch.equal, *found))

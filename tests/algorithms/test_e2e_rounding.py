@@ -10,8 +10,10 @@ from torch import nn
 import dfq
 from dfq.algorithms.e2e_rounding import E2ERounding, _float_weights
 from dfq.lightning.distillation import DistillationModule
+from dfq.modules import Quantizer
 from dfq.quantization import soft_rounding
 from dfq.quantizers._soft import SoftQuantizer, decided, soft_quantizers
+from dfq.quantizers.lsq import learn_step
 from dfq.scheme import FLOAT, Scheme, TensorScheme
 from dfq.settings import resolve
 from dfq.student import Student
@@ -230,3 +232,88 @@ def test_rotated_and_rounded_is_refused(teacher, dataset):
     rotated = Scheme(TensorScheme(4, True, "per_channel"), FLOAT)
     with pytest.raises(dfq.UserError, match="got a student that was rotated and rounded: what its weights were"):
         dfq.quantize(teacher, dataset, rotated, algorithm="sequence", steps=["rotation", "gptq", "e2e_rounding"])
+
+
+TRAINED = {
+    "zero_points": (Scheme(TensorScheme(3, False, "per_channel"), FLOAT), "lsq_plus"),
+    "powers_of_two": (Scheme(TensorScheme(4, True, "per_channel", scale_format="e8m0"), FLOAT), "lsq"),
+    "float16": (Scheme(TensorScheme(3, False, "per_group", 8, "uniform", False, "float16"), FLOAT), "lsq"),
+}
+
+
+@pytest.mark.parametrize("name", ["e2e_rounding", "e2e_qp"])
+@pytest.mark.parametrize(("scheme", "gradient"), TRAINED.values(), ids=TRAINED)
+def test_what_a_distillation_has_trained_is_where_it_begins(name, scheme, gradient, make_dataset):
+    """Trained grids are on their way until they are frozen: codes are those of the grids that are stored."""
+    teacher = as_teacher(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)))
+    scheme = Scheme(scheme.weight, scheme.activation, overrides={"0": {"weight": {"grid": "float"}}})
+    dataset = make_dataset(teacher)
+    trained = resolve(
+        "algorithm", "distillation", max_steps=60, batch_size=16, checks=1, gradient=gradient, step_lr=0.01
+    )
+    still = {"max_steps": 1, "checks": 1, "batch_size": 8, "step_lr": 1e-12}
+    still |= {"rounding_lr": 1e-12, "bias_lr": 0.0} if name == "e2e_rounding" else {}
+    found = []
+    for steps in ([trained], [trained, resolve("algorithm", name, **still)]):
+        found.append(dfq.quantize(teacher, dataset, scheme, algorithm="sequence", steps=steps))
+    codes_of = [student.integer_weight("3") for student in found]
+    assert torch.equal(*codes_of)
+    torch.testing.assert_close(*[student.layers["3"].weight for student in found])
+
+
+@pytest.mark.parametrize("looseness", [0.5, 0.9])
+def test_a_weight_does_not_begin_nearer_to_another_code(looseness, make_teacher, make_dataset):
+    """It would be at that one where nothing is learned, and the student that it was given would not stay."""
+    teacher = make_teacher("bare")
+    with pytest.raises(dfq.UserError, match=f"got algorithm.looseness={looseness}; allowed: a number from 0 to 0.49"):
+        dfq.quantize(teacher, make_dataset(teacher), "w4a8", algorithm="e2e_rounding", looseness=looseness)
+
+
+def test_weights_on_levels_of_many_sizes_are_named(make_teacher, make_dataset, capfd):
+    teacher = make_teacher("bare")
+    scheme = Scheme(TensorScheme(4, True, "per_channel", grid="fp4_e2m1"), FLOAT)
+    scheme = Scheme(scheme.weight, FLOAT, overrides={"2": {"weight": {"grid": "uniform", "num_bits": 3}}})
+    steps = ["round_to_nearest", resolve("algorithm", "e2e_rounding", **FEW)]
+    dfq.quantize(teacher, make_dataset(teacher), scheme, algorithm="sequence", steps=steps)
+    assert "E2ERounding leaves as they are: 0, 6\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("zero_point", ["integer", "float"])
+def test_what_is_looked_at_is_what_is_stored_in_float16(zero_point, make_dataset):
+    """A float zero point is stored as its product with the step, and moves with a step that is trained."""
+    teacher = as_teacher(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)))
+    with torch.no_grad():
+        teacher.module[3].weight += 0.3
+    weight = TensorScheme(3, False, "per_group", 8, scale_format="float16", zero_point=zero_point)
+    plain = {"weight": {"granularity": "per_channel", "group_size": None}}
+    dataset, scheme = make_dataset(teacher), Scheme(weight, FLOAT, overrides={"0": plain})
+    student = dfq.quantize(teacher, dataset, scheme, algorithm="round_to_nearest")
+    before, quantizer = codes(student), student.layers["3"].weight_quantizer
+    with torch.no_grad(), E2ERounding()._soft(student, teacher):
+        for soft in soft_quantizers(student.module):
+            soft.step *= 1.0137
+        looked_at = student.layers["3"].weight_quantizer.hardened()
+    assert student.layers["3"].weight_quantizer is quantizer and torch.equal(codes(student)["3"], before["3"])
+    away = (quantizer(looked_at) - looked_at) / quantizer.steps_of(looked_at)
+    assert float(away.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "e8m0"])
+def test_a_grid_that_was_trained_is_trained_on_from_what_is_stored(scale_format):
+    scheme = TensorScheme(4, False, "per_channel", scale_format=scale_format)
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    grids = []
+    for _ in range(3):
+        quantizer = Quantizer(scheme, (6,), 0)
+        quantizer.set_qparams(torch.linspace(0.1, 0.4, 6), torch.full((6,), 6))
+        learn_step(quantizer, 20, offset=True)
+        with torch.no_grad():
+            quantizer.scale *= 0.9
+            quantizer.zero_point += 1.3
+        grids.append(quantizer)
+    again, soft, quantizer = grids
+    with torch.no_grad():
+        stored = quantizer(weight)
+        learn_step(again, 20, offset=True)
+        assert torch.equal(again(weight), stored)
+        torch.testing.assert_close(SoftQuantizer(soft, weight, True).hardened(), stored)

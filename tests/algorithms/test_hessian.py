@@ -609,3 +609,103 @@ def test_through_the_pipeline_it_is_better_than_rounding(name, make_teacher, mak
         with torch.no_grad():
             errors[method] = float((student(x) - teacher(x)).square().mean())
     assert errors[name] < 0.5 * errors["round_to_nearest"]
+
+
+# ------------------------------------------------------------------------------------------------ unusual networks
+
+
+@pytest.mark.parametrize("name", ["gptq", "comq", "quantease", "yaqa"])
+def test_weights_may_lie_in_memory_as_convolutions_like_it(name, make_teacher, make_dataset):
+    teacher = make_teacher("bare")
+    dataset, found = make_dataset(teacher), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        teacher.module.to(memory_format=layout)
+        found.append(dfq.quantize(teacher, dataset, W3, algorithm=name, num_samples=20))
+    for mine, its in zip(*(student.layers.values() for student in found), strict=True):
+        torch.testing.assert_close(mine.weight, its.weight)
+
+
+class OneByOne(nn.Module):
+    """Layers that see one sample at a time, or a vector of its own, with no dimension of samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2)
+        self.query, self.gain, self.head = nn.Parameter(torch.randn(6)), nn.Linear(6, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        rows = [self.second(self.first(image).relu()).mean((1, 2)) for image in x]
+        return torch.stack([self.head((row * self.gain(self.query)).relu()) for row in rows])
+
+
+@pytest.mark.parametrize("name", ["gptq", "yaqa"])
+def test_layers_without_a_dimension_of_samples(name, make_dataset):
+    torch.manual_seed(0)
+    teacher = as_teacher(OneByOne())
+    dataset, errors = make_dataset(teacher), {}
+    x = settle(NETS["bare"](), seed=8, num_samples=32)
+    for method in ("round_to_nearest", name):
+        student = dfq.quantize(teacher, dataset, W3, algorithm=method)
+        with torch.no_grad():
+            errors[method] = float((student(x).softmax(-1) - teacher(x).softmax(-1)).square().mean())
+    assert errors[name] < 0.5 * errors["round_to_nearest"]
+
+
+class OwnMixture(nn.Module):
+    """Experts as a user writes them: each runs on the tokens that chose it, and not at all without any."""
+
+    def __init__(self, num_experts: int = 4):
+        super().__init__()
+        self.patch, self.router = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, num_experts)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(num_experts))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT
+        tokens = x.reshape(-1, 8)
+        shares, out = self.router(tokens).softmax(-1), torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            chosen = (shares.argmax(-1) == number).nonzero()[:, 0]
+            if len(chosen):
+                out[chosen] = expert(tokens[chosen]) * shares[chosen, number, None]
+        return self.head((tokens + out).view_as(x).mean(1))
+
+
+class OnOccasion(nn.Module):
+    """A layer that noise reaches, which shows how data flows, and smooth samples do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.seldom, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        is_noise = bool(x.detach().diff(dim=-1).abs().mean() > 0.9)
+        x = self.patch(x).mean((2, 3))
+        return self.head(x + self.seldom(x).relu() if is_noise else x)
+
+
+@pytest.mark.parametrize("name", ["gptq", "yaqa"])
+@pytest.mark.parametrize("scheme", [W3, W3A4], ids=["w3", "w3a4"])
+def test_experts_of_a_users_own_mixture(name, scheme, make_dataset):
+    """In the float network other tokens may come to an expert, which shows where they are not as many."""
+    torch.manual_seed(0)
+    teacher = as_teacher(OwnMixture())
+    dataset = make_dataset(teacher, 64)
+    student = dfq.quantize(teacher, dataset, scheme, algorithm=name, batch_size=4)
+    for key, layer in student.layers.items():
+        nearest = layer.weight_quantizer(teacher.module.get_submodule(key).weight)
+        assert not torch.equal(layer.weight, nearest), key
+        if "experts" in key:
+            assert torch.equal(layer.bias, teacher.module.get_submodule(key).bias)
+
+
+@pytest.mark.parametrize("name", ["gptq", "yaqa", "reconstruction"])
+def test_a_layer_that_no_sample_reaches_keeps_nearest_rounding(name, make_dataset):
+    torch.manual_seed(0)
+    teacher = as_teacher(OnOccasion())
+    dataset = make_dataset(teacher)
+    assert "seldom" in {op.module for op in teacher.dataflow.ops}
+    settings = {"iterations": 3, "finish_iterations": 0} if name == "reconstruction" else {}
+    student = dfq.quantize(teacher, dataset, W3, algorithm=name, **settings)
+    layer = student.layers["seldom"]
+    assert torch.equal(layer.weight, layer.weight_quantizer(teacher.module.seldom.weight))

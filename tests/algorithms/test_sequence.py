@@ -96,3 +96,14 @@ def test_what_is_left_to_round(name, settings, leaves_some, tmp_path):
     assert algorithm.rounds_weights is not leaves_some
     assert (max(watcher.seen) > 0.1) is leaves_some
     assert leaves_some or max(watcher.seen) < 1e-3
+
+
+@pytest.mark.parametrize("step", [1, None, ["yaqa"], True], ids=str)
+def test_a_step_that_is_no_algorithm(step):
+    with pytest.raises(UserError, match=r"got .* in algorithm.steps; allowed: adaround \| .*yaqa, or mappings with"):
+        Sequence(("yaqa", step))
+
+
+def test_no_steps():
+    with pytest.raises(UserError, match=r"got algorithm.steps=\[\]; allowed: one or more algorithms"):
+        Sequence(())

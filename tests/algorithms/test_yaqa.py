@@ -225,3 +225,52 @@ def test_branches_of_boxes_alone_are_rounded_too(tmp_path):
     student = dfq.quantize(teacher, dataset, "w4a8", algorithm="yaqa")
     for layer in student.layers.values():
         torch.testing.assert_close(layer.weight_quantizer(layer.weight), layer.weight, rtol=0, atol=1e-6)
+
+
+class InPlace(nn.Module):
+    """Writes into what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv(x.sub_(0.5).mul_(2))).mean((2, 3)))
+
+
+def test_samples_are_not_the_networks_to_write_into():
+    torch.manual_seed(0)
+    net, x = InPlace().eval().requires_grad_(False), torch.randn(5, 3, 8, 8)
+    teacher = dfq.load_teacher(
+        net, task="classification", input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, device="cpu"
+    )
+    before, found = x.clone(), []
+    for _ in range(2):
+        found.append(output_moments(net, teacher, x, {"conv": 1, "head": 1}, 2, torch.Generator().manual_seed(1)))
+        assert torch.equal(x, before)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("conv", "head"))
+
+
+@pytest.mark.parametrize("dead", [slice(0, 2), slice(0, 4)], ids=["one_group", "all"])
+@pytest.mark.parametrize("settings", [{}, {"output_damping": 0.0}], ids=str)
+def test_gradients_too_small_for_a_square_are_none(dead, settings):
+    """What is sure of its labels has gradients whose products leave the range of float32."""
+    given = two_sided(num_problems=4, dtype=torch.float32)
+    output = given.output.clone()
+    output[dead] *= 1e-41
+    assert 0 < float(output[0].diagonal().max()) < torch.finfo(torch.float32).tiny
+    values = YAQA(**settings).solve(replace(given, output=output)).values
+    alone = YAQA(**settings).solve(replace(given, output=None)).values
+    assert is_on_grid(values, given.grid)
+    assert (cost(given, values) < cost(given, given.grid.nearest(given.weight))).all() or len(output[dead]) == 4
+    rows = [given.objective(found)[dead].sum() for found in (values, alone)]
+    assert float(rows[0]) < 1.5 * float(rows[1])
+
+
+def test_outputs_that_are_no_numbers_are_told(tmp_path):
+    teacher = dfq.load_teacher("digits", device="cpu")
+    dataset = dfq.generate(teacher, "gaussian", 16, tmp_path / "data")
+    list(teacher.module.parameters())[-1].data[0] = float("nan")
+    scheme = Scheme(TensorScheme(4, True, "per_channel"), FLOAT)
+    with pytest.raises(UserError, match=r"got outputs with NaN.*allowed: numbers; look for"):
+        dfq.quantize(teacher, dataset, scheme, algorithm="yaqa")
