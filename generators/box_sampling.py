@@ -72,6 +72,7 @@ APART = 0.35  # overlap below which two boxes are of two objects
 CROWDED = 0.2  # overlap with an earlier box above which another place is drawn
 SMALLEST, LARGEST = 0.01, 0.85  # share of the image that an added box covers
 STRIDE = 32  # what sides are a multiple of at low resolution
+LEAST = 64  # and at least: on a grid of one or two places a detector sees objects elsewhere than at full resolution
 TRIES = 10  # places drawn for a box
 NOISE = 16  # images of white noise, and of noise with the spectrum of photographs, that scores are calibrated on
 
@@ -85,7 +86,7 @@ class BoxSampling(Generator):
     batch_size: PositiveInt | Literal["auto"] = 32  # samples made together; auto: as many as memory_bytes allow
     iterations: PositiveInt = 60  # steps at low resolution
     final_iterations: PositiveInt = 40  # steps at full resolution
-    resolution: Share = 0.5  # sides at low resolution, of the network's input
+    resolution: Share = 0.5  # sides at low resolution, of the network's input; 64 pixels at least
     learning_rate: PositiveFloat = 0.15  # first step of Adam, in units of the deviation of pictures
     task_weight: NonNegativeFloat = 0.3  # weight of the detector's own loss; the mean over batch norms has 1
     final_task_weight: NonNegativeFloat = 0.01  # the same at full resolution
@@ -302,7 +303,7 @@ def _shown(pixels: Tensor, spec: InputSpec) -> Tensor:
 @torch.no_grad()
 def low_size(teacher: Teacher, spec: InputSpec, resolution: float) -> tuple[int, int]:
     """Height and width at low resolution; the full ones where the network takes no other."""
-    low = tuple(min(side, max(STRIDE, round(side * resolution / STRIDE) * STRIDE)) for side in spec.size[1:])
+    low = tuple(min(side, max(LEAST, round(side * resolution / STRIDE) * STRIDE)) for side in spec.size[1:])
     try:
         teacher(torch.zeros(1, spec.size[0], *low, device=teacher.device))
     except Exception:  # whatever a forward raises on a size that it does not take

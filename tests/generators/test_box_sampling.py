@@ -184,7 +184,9 @@ def test_labels_are_compared_in_the_second_half():
 
 def test_low_resolution_is_a_multiple_and_falls_back():
     teacher = cell_teacher()
-    assert low_size(teacher, SPEC, 0.5) == (32, 32)  # no smaller than 32
+    small = type(SPEC)((3, 64, 128), SPEC.mean, SPEC.std)
+    assert low_size(teacher, small, 0.5) == (64, 64)  # no smaller than 64, or than the network's input
+    assert low_size(teacher, SPEC, 0.5) == SPEC.size[1:] and max(SPEC.size) < 64
     large = type(SPEC)((3, 352, 640), SPEC.mean, SPEC.std)
     assert low_size(teacher, large, 0.5) == (192, 320)
 
