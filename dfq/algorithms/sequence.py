@@ -11,6 +11,7 @@ docs/generation.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +40,7 @@ class Sequence(Algorithm):
                 "algorithm.views=4, or algorithm.shift=0",
             )
         rounded_by = None
-        for algorithm in self.parts():
+        for algorithm in self._flat():
             name = type(algorithm).__name__
             if rounded_by is not None and isinstance(algorithm, LayerwiseRounding):
                 raise UserError(
@@ -63,3 +64,8 @@ class Sequence(Algorithm):
     def parts(self) -> list[Any]:
         """The steps."""
         return resolved(self.steps, "steps")
+
+    def _flat(self) -> Iterator[Any]:
+        """The steps, those of sequences among them in their place."""
+        for algorithm in self.parts():
+            yield from algorithm._flat() if isinstance(algorithm, Sequence) else [algorithm]

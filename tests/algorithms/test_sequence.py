@@ -22,6 +22,8 @@ from dfq.settings import resolve
         ((GPTQ(), "bias_correction", QuantEase()), "QuantEase", "GPTQ"),
         (("reconstruction", {"_target_": "dfq.algorithms.gptq.GPTQ"}), "GPTQ", "Reconstruction"),
         (("squant", "gptq"), "GPTQ", "SQuant"),
+        ((Sequence(("equalization", "yaqa")), "gptq"), "GPTQ", "YAQA"),
+        (("yaqa", Sequence(("equalization", "gptq"))), "GPTQ", "YAQA"),
     ],
 )
 def test_nothing_is_left_to_round_behind_what_rounds(steps, second, first):
