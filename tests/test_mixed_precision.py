@@ -678,6 +678,7 @@ def test_an_interrupted_run_keeps_its_allocation(make_teacher, make_dataset, tmp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "to_config", lambda method: {"_target_": "a.b"})
+    monkeypatch.setattr(pipeline, "code_record", lambda *methods: "the same")
     arguments = (teacher, dataset, mixed_scheme(mean_weight_bits=3.5))
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(*arguments, Interrupted(), *min_max(), 0, tmp_path / "s")
