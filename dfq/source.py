@@ -74,33 +74,32 @@ def packages(target: str) -> set[str]:
 
 def code_of(targets: Iterable[str]) -> str:
     """Hash of the code that ``targets`` (``package.module.Name``) run: their modules, and all that these import of the
-    same top-level packages and of dfq, inside functions too. Other packages are known by their versions.
+    same top-level packages and of dfq, inside functions too. What other packages do is left out.
 
     Says whether what was made by a method may be taken for what the method makes now.
     """
     found = [definition(target) for target in targets]
     reached = _reached(tuple(sorted({where[0] for where in found if where})))
-    return hashlib.sha256(b"\0".join(reached)).hexdigest()
+    return hashlib.sha256("\0".join(reached).encode()).hexdigest()
 
 
 @lru_cache(maxsize=64)  # as it was when first asked for: a file may be edited while a run goes on with the old code
-def _reached(modules: tuple[str, ...]) -> list[bytes]:
+def _reached(modules: tuple[str, ...]) -> list[str]:
     """Name and text of every module, in the order of their names."""
     ours = {"dfq", *(module.partition(".")[0] for module in modules)}
     waiting, seen = list(modules), {}
     while waiting:
         module = waiting.pop()
-        path = source_path(module) if module not in seen and module.partition(".")[0] in ours else None
-        source = _source(module) if path else None
-        if path is None or source is None:
+        source = _source(module) if module not in seen and module.partition(".")[0] in ours else None
+        if source is None:
             continue
-        seen[module] = path.read_bytes()
+        seen[module] = source.text
         for node in _import_statements(source.tree):
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
             elif origin := _origin(module, node):
                 waiting += [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
-    return [module.encode() + b"\0" + text for module, text in sorted(seen.items())]
+    return [f"{module}\0{text}" for module, text in sorted(seen.items())]
 
 
 def modules(target: str) -> list[str]:

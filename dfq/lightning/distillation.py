@@ -697,14 +697,16 @@ def _terms(
             "algorithm.kl_weight, algorithm.box_weight, algorithm.task_weight (without mixup) and "
             "algorithm.feature_weight for detectors",
         )
-    if finds_boxes and settings.box_weight is None:
+    if finds_boxes and not detection.compares_boxes:
+        del weights["box"]
+        if settings.box_weight:
+            raise UserError(
+                f"got algorithm.box_weight={settings.box_weight} and the adapter {type(detection.detector).__name__}, "
+                "whose raw outputs alone are compared",
+                "algorithm.box_weight=0, or an adapter with candidates(raw)",
+            )
+    elif finds_boxes and settings.box_weight is None:
         weights["box"] = detection.box_weight
-    if finds_boxes and not detection.compares_boxes and weights.pop("box") and settings.box_weight:
-        raise UserError(
-            f"got algorithm.box_weight={settings.box_weight} and the adapter {type(detection.detector).__name__}, "
-            "whose raw outputs alone are compared",
-            "algorithm.box_weight=0, or an adapter with candidates(raw)",
-        )
     found = {name: weight for name, weight in weights.items() if weight and (has_features or name != "feature")}
     if not found:
         raise UserError(
