@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ class Decoder:
             outputs = self.module(new.to(self.device), **kept, **self.options)
         self.cache = next((found for name in CACHE if (found := getattr(outputs, name, None)) is not None), None)
         self.keeps = self.cache is not None
+        if self.keeps and "transformers" in sys.modules:
+            from dfq._growing import make_room  # not above: transformers is an extra, and slow to import
+
+            make_room(self.cache)
         return outputs.logits[:, -1].float().cpu()
 
 

@@ -160,12 +160,14 @@ def choices_in(network: nn.Module) -> list[tuple[str, nn.Module]]:
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, every sub-module's own mode restored after."""
     modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    if any(training for _, training in modes):  # setting it takes longer than a token of a small network
+        module.eval()
     try:
         yield
     finally:
         for m, training in modes:
-            m.training = training
+            if m.training != training:
+                m.training = training
 
 
 @contextmanager

@@ -116,6 +116,49 @@ def test_keys_and_values_that_are_kept_change_nothing():
     assert torch.equal(greedy(plain, ids, 8), kept)
 
 
+def test_keys_and_values_are_written_behind_those_that_are_there():
+    """The same numbers as transformers' own cache: over a border of the memory, with rows and tokens left out."""
+    transformers = pytest.importorskip("transformers")
+    from dfq._growing import LEAST, GrowingLayer, make_room
+
+    torch.manual_seed(0)
+    caches = plain, growing = transformers.DynamicCache(), transformers.DynamicCache()
+    memory = []
+    for _ in range(LEAST + 10):
+        step(caches, 4)
+        make_room(growing)
+        assert [type(layer) for layer in growing.layers] == [GrowingLayer] * 2
+        memory.append(growing.layers[0].keys.data_ptr())
+    assert len(set(memory[1:])) == 2  # one border, and no new memory at any other token
+    for cache in caches:
+        cache.batch_select_indices(torch.tensor([3, 0, 1]))
+        cache.crop(-10)
+        assert cache.get_seq_length() == LEAST
+    held = plain.layers[0].keys.clone()
+    for rows in (held, growing.layers[0].keys):
+        step(caches, 3)  # in the place of the ten
+        assert torch.equal(rows, held)
+
+
+def step(caches, rows):
+    """One token more in two layers; what both caches hold is the same."""
+    keys, values = torch.randn(2, rows, 2, 1, 8)
+    for layer in (0, 1):
+        wanted, found = (cache.update(keys * (layer + 1), values, layer) for cache in caches)
+        assert all(torch.equal(*pair) for pair in zip(wanted, found, strict=True))
+
+
+def test_layers_with_a_window_keep_their_own_cache():
+    transformers = pytest.importorskip("transformers")
+    from dfq._growing import make_room
+
+    cache = transformers.DynamicCache(config=transformers.MistralConfig(sliding_window=4, num_hidden_layers=1))
+    cache.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8), 0)
+    before = cache.layers[0]
+    make_room(cache)
+    assert cache.layers[0] is before
+
+
 WRONG = [
     (
         {"labels": RNG.integers(0, 9, (2, 3))},
