@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
@@ -184,6 +185,14 @@ class Teacher:
         if not isinstance(self.module, nn.Module):
             raise UserError(f"got a {type(self.module).__name__} as teacher", "a torch.nn.Module")
         self.name = self.name or type(self.module).__name__
+        tensors = [*self.module.named_parameters(), *self.module.named_buffers()]
+        empty = [name for name, tensor in tensors if is_lazy(tensor) or tensor.device.type == "meta"]
+        if empty:
+            raise UserError(
+                f"got {self.name}, whose {empty[0]} has no values yet ({len(empty)} such tensors)",
+                "a trained network",
+                "load its weights (lazy layers: after one forward; the meta device: to_empty() first)",
+            )
         self.module.eval().requires_grad_(False)
         if any(t.dtype in HALF for t in (*self.module.parameters(), *self.module.buffers())):
             self.module.float()

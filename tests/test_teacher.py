@@ -122,6 +122,20 @@ def test_not_a_module():
         Teacher(lambda x: x, "classification", SPEC)
 
 
+@pytest.mark.parametrize(
+    ("last", "name"), [(nn.LazyLinear(10), "2.weight"), (nn.Linear(3, 10, device="meta"), "2.weight")]
+)
+def test_a_network_whose_weights_are_not_there(last, name):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    with pytest.raises(UserError) as error:
+        Teacher(network, "classification", SPEC)
+    assert str(error.value) == (
+        f"got Sequential, whose {name} has no values yet (2 such tensors); allowed: a trained network; load its weights "
+        "(lazy layers: after one forward; the meta device: to_empty() first)"
+    )
+    assert Teacher(network[:2], "classification", SPEC).num_parameters == 0
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "", "cpu:0:1", "meta"])
 def test_devices_that_are_not_there(device):
     with pytest.raises(UserError, match=r"got device=.*; allowed: auto \| .*cpu.* on this machine"):

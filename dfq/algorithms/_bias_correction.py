@@ -189,6 +189,13 @@ def rectified_mean(mean: Tensor, std: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ records
 
 
+def has_own_bias(student: Student, name: str) -> bool:
+    """Whether the layer has a bias that nobody else has: what makes up for one layer would move the other."""
+    bias = student.layers[name]._parameters.get("bias")
+    others = student.module.named_parameters(remove_duplicate=False)
+    return bias is not None and sum(other is bias for _, other in others) == 1
+
+
 def undo_bias_correction(student: Student, names: Iterable[str] | None = None) -> None:
     """Take back what bias correction has added: for what rounds weights anew, or compares with the float network.
 

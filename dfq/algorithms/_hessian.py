@@ -46,7 +46,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dfq.algorithms._base import Algorithm, Clock, Work, tell_left
-from dfq.algorithms._bias_correction import remember_bias_correction
+from dfq.algorithms._bias_correction import has_own_bias, remember_bias_correction
 from dfq.algorithms._linear_algebra import cholesky, damped
 from dfq.algorithms._reconstruction import float_copy
 from dfq.algorithms._token_weights import Kind, token_weights
@@ -433,7 +433,7 @@ class LayerwiseRounding(Algorithm):
             return
         if moments.mean is None:  # an expert that no token chose: nearest rounding
             return
-        centered = self.correct_bias and layer.bias is not None
+        centered = self.correct_bias and has_own_bias(student, name)
         hessian = moments.hessian(centered)
         weight = layer.weight.detach().float().reshape(len(hessian), -1, hessian.shape[-1])
         target = weight

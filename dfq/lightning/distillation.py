@@ -361,7 +361,15 @@ class DistillationModule(LightningModule):
         with self.channels.partial_gradients() if self.channels is not None else nullcontext():
             self._learn(images, seen, self._chances(done))
         self._leave_out_padding(batch, seen)
-        loss = balanced_sum([self._loss(name, seen) for name in self.terms], list(self.terms.values()), self.log_scales)
+        losses = [self._loss(name, seen) for name in self.terms]
+        if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses):
+            raise UserError(
+                f"got {self._teacher[0].name}, whose outputs have no gradient (torch.no_grad, detach, argmax or NumPy in "
+                "its forward)",
+                "a differentiable network where it is trained",
+                "gptq, quantease and other algorithms that go layer by layer need none",
+            )
+        loss = balanced_sum(losses, list(self.terms.values()), self.log_scales)
         if s.dampen:
             loss = loss + s.dampen * 0.5 * (1 - math.cos(math.pi * done)) * self._dampening()
         if (self.trainer.global_step + 1) % LOG_STEPS == 0 or self.trainer.global_step + 1 == s.max_steps:

@@ -62,14 +62,22 @@ class SoftQuantizer(nn.Module):
         steps = (
             self._grouped(weight.detach()) / scale + fraction
         )  # once: a weight on a level must not be seen on both sides
-        self.base = torch.floor(steps) - fraction
+        self.base: Tensor
+        self.zero_point: Tensor
+        self.smallest: Tensor
+        self._follows("base", torch.floor(steps) - fraction)
         self.logits = nn.Parameter(soft_rounding_logits(steps, torch.ones_like(scale)))
         # A power of two stays: with B fixed its next one would double all weights.
         if learn_step and self.scheme.scale_format != "e8m0":
             self.step = nn.Parameter(scale.clone())
         else:
             self.register_buffer("step", scale.clone())
-        self.zero_point, self.smallest = zero_point, round_scale(scale * 1e-2, self.scheme)
+        self._follows("zero_point", zero_point)
+        self._follows("smallest", round_scale(scale * 1e-2, self.scheme))
+
+    def _follows(self, name: str, values: Tensor) -> None:
+        """Where the network goes it goes too, but it is what it was made from: no checkpoint holds it."""
+        self.register_buffer(name, values, persistent=False)
 
     def _grouped(self, weight: Tensor) -> Tensor:
         size = self.scheme.group_size

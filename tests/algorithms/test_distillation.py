@@ -68,6 +68,31 @@ def counted(monkeypatch):
     monkeypatch.setattr(DistillationModule, "log", lambda *_args, **_kwargs: None, raising=False)
 
 
+class WithoutGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = NETS["plain"]()
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize("algorithm", ["distillation", "e2e_rounding"])
+def test_a_network_without_a_gradient_is_told_of(algorithm, make_dataset):
+    teacher = as_teacher(WithoutGradient())
+    dataset = make_dataset(teacher, 32)
+    with pytest.raises(UserError) as error:
+        dfq.quantize(teacher, dataset, "w4a8", algorithm=algorithm, max_steps=2)
+    assert str(error.value) == (
+        f"got {teacher.name}, whose outputs have no gradient (torch.no_grad, detach, argmax or NumPy in its forward); "
+        "allowed: a differentiable network where it is trained; gptq, quantease and other algorithms that go layer by "
+        "layer need none"
+    )
+    student = dfq.quantize(teacher, dataset, "w4a8", algorithm="distillation", zeroth_order=True, max_steps=2)
+    assert torch.isfinite(student(dataset.tensors()["images"][:2])).all()
+
+
 # ------------------------------------------------------------------------------------------------ every option
 
 OPTIONS = {

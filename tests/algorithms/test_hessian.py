@@ -343,6 +343,18 @@ def test_the_bias_brings_the_mean_of_the_output_back(kind, propagate, make_teach
     assert off[True] < 1e-4 < 1e-2 < off[False]
 
 
+def test_a_bias_of_two_layers_stays(make_dataset, tmp_path):
+    """What brings one layer's mean back would move the other's."""
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)
+    network = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)), *pooled)
+    network[1].bias = network[0].bias
+    teacher = as_teacher(network)
+    student = run(Nearest(), teacher, make_dataset(teacher), tmp_path)
+    moved = {name: not torch.equal(layer.bias, network[int(name)].bias) for name, layer in student.layers.items()}
+    assert moved == {"0": False, "1": False, "2": True, "5": True}
+    assert student.layers["1"].bias is student.layers["0"].bias
+
+
 def test_qep_asks_for_weights_that_are_closer_to_the_float_network(make_teacher, make_dataset, tmp_path):
     """With weights that need no rounding, the propagated student's outputs are nearer to the teacher's."""
 

@@ -67,6 +67,16 @@ def error(student, teacher, images):
         return float((student(images) - teacher(images)).square().mean() / teacher(images).square().mean())
 
 
+def test_a_soft_weight_goes_where_its_network_goes():
+    quantizer = Quantizer(TensorScheme(4, False, "per_channel", zero_point="float"), (6,), 0)
+    quantizer.set_qparams(torch.full((6,), 0.1), torch.full((6,), 7.3))
+    soft = SoftQuantizer(quantizer, torch.rand(6, 5), True)
+    stored = {name: values.shape for name, values in soft.state_dict().items()}
+    assert stored == {"logits": (6, 5), "step": (6, 1)}, "what a run goes on from"
+    soft.to("meta")
+    assert soft(torch.empty(6, 5, device="meta")).device.type == soft.hardened().device.type == "meta"
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_soft_weight_starts_as_the_float_weight_and_ends_on_the_grid(name):
     scheme, rng = GRIDS[name], torch.Generator().manual_seed(0)
