@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfq.hooks import Dataflow, capture_outputs, evaluation_mode, record_dataflow, tensors_in
 from dfq.modules import QUANTIZED, BiasQuantizer, fold_batch_norm
+from dfq.precision import double
 from dfq.student import Rescaled, Student
 from dfq.surgery import REWRITES, apply
 from dfq.teacher import Teacher
@@ -146,10 +147,6 @@ def batch_norm_statistics(student: Student, teacher: Teacher) -> dict[str, tuple
 
 
 # ------------------------------------------------------------------------------------------------ layers
-
-
-def double(x: Tensor) -> Tensor:
-    return x.detach().cpu().double()  # on the CPU: MPS has no float64
 
 
 def num_outputs(layer: nn.Module) -> int:

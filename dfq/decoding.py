@@ -34,9 +34,9 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, seen: int = 0) -> Tensor:
-        """Logits [N, V] behind ids [N, t], on the CPU; the first ``seen`` of them went in before."""
+        """Logits [N, V] behind ids [N, t], on the network's device; the first ``seen`` of them went in before."""
         if not self.keeps:
-            return self.raw_outputs(ids)[:, -1].float().cpu()
+            return self.raw_outputs(ids)[:, -1].float()
         with evaluation_mode(self.module):
             new = ids if self.cache is None else ids[:, seen:]
             kept: dict[str, Any] = {str(self.name): self.cache, "use_cache": True}
@@ -47,7 +47,7 @@ class Decoder:
             from dfq._growing import make_room  # not above: transformers is an extra, and slow to import
 
             make_room(self.cache)
-        return outputs.logits[:, -1].float().cpu()
+        return outputs.logits[:, -1].float()
 
 
 def greedy(decoder: Decoder, ids: Tensor, num_tokens: int) -> Tensor:
@@ -55,5 +55,5 @@ def greedy(decoder: Decoder, ids: Tensor, num_tokens: int) -> Tensor:
     start = ids.shape[1]
     for place in range(start, start + num_tokens):
         logits = decoder(ids, 0 if place == start else place - 1)
-        ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+        ids = torch.cat([ids, logits.argmax(-1)[:, None].to(ids.device)], 1)
     return ids[:, start:]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, Op, evaluation_mode
+from dfq.precision import double
 from dfq.quantization import (
     broadcast,
     dynamic_qparams,
@@ -96,7 +97,7 @@ class Quantizer(nn.Module):
             self.scale.copy_(round_scale(scale.reshape(self.scale.shape), self.scheme))
             zero_point = zero_point.reshape(self.zero_point.shape)
             if self.scheme.has_float_zero_point:
-                zero_point = round_zero_point(zero_point.to(self.scale.dtype), self.scale, self.scheme)
+                zero_point = round_zero_point(zero_point.to(self.scale), self.scale, self.scheme)
             self.zero_point.copy_(zero_point)
         self.enabled = True
 
@@ -640,14 +641,14 @@ def fold(layer: nn.Module, norm: nn.Module) -> Fold:
     """w' = w * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps)
     (Jacob et al., CVPR 2018, eq. 14)
     """
-    gain = torch.rsqrt(_double(norm.running_var) + norm.eps)
+    gain = torch.rsqrt(double(norm.running_var) + norm.eps)
     if norm.weight is not None:
-        gain = gain * _double(norm.weight)
-    shift = -_double(norm.running_mean) * gain
+        gain = gain * double(norm.weight)
+    shift = -double(norm.running_mean) * gain
     if norm.bias is not None:
-        shift = shift + _double(norm.bias)
-    bias = shift if layer.bias is None else shift + _double(layer.bias) * gain
-    return Fold(_double(layer.weight) * _per_output_channel(gain, layer), bias, gain, shift)
+        shift = shift + double(norm.bias)
+    bias = shift if layer.bias is None else shift + double(layer.bias) * gain
+    return Fold(double(layer.weight) * _per_output_channel(gain, layer), bias, gain, shift)
 
 
 @torch.no_grad()
@@ -676,10 +677,6 @@ def _become(module: nn.Module, other: nn.Module) -> None:
     module.__class__ = type(other)
     module._parameters, module._buffers, module._modules = other._parameters, other._buffers, other._modules
     module.training = training
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.detach().cpu().double()  # on the CPU: MPS has no float64
 
 
 def what_follows(norm: nn.Module) -> nn.Module:

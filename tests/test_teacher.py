@@ -130,8 +130,8 @@ def test_a_network_whose_weights_are_not_there(last, name):
     with pytest.raises(UserError) as error:
         Teacher(network, "classification", SPEC)
     assert str(error.value) == (
-        f"got Sequential, whose {name} has no values yet (2 such tensors); allowed: a trained network; load its weights "
-        "(lazy layers: after one forward; the meta device: to_empty() first)"
+        f"got Sequential, whose {name} has no values yet (2 such tensors); allowed: a trained network; load its "
+        "weights (lazy layers: after one forward; the meta device: to_empty() first)"
     )
     assert Teacher(network[:2], "classification", SPEC).num_parameters == 0
 

@@ -48,6 +48,7 @@ from dfq.errors import UserError
 from dfq.hooks import evaluation_mode, forward_hooks, record_dataflow
 from dfq.modules import QuantizedLayer, Quantizer, to_fast_layout
 from dfq.optimizer import ScaledAdam
+from dfq.precision import exact_device
 from dfq.progress import progress_bar
 from dfq.quantizers._soft import SoftQuantizer, is_off_grid, total
 from dfq.quantizers.lsq import learn_step
@@ -483,7 +484,8 @@ class _Fit:
         self.block, self.network, self.device = calls[0].block, student.module, student.device
         self.trainable = settings.trainable(student, self.block, self._activation_quantizers(student), elements)
         # One size for all batches: a batch of its own would weigh samples with small outputs up.
-        self.sizes = [call.float_outputs.square().mean(dtype=torch.float64).item() or 1.0 for call in calls]
+        squares = (call.float_outputs.square() for call in calls)
+        self.sizes = [x.to(exact_device(x.device)).mean(dtype=torch.float64).item() or 1.0 for x in squares]
 
     def _activation_quantizers(self, student: Student) -> list[Quantizer]:
         """Those that run in the block and have a grid."""

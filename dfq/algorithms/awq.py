@@ -48,6 +48,7 @@ from dfq.channels import (
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, record_dataflow
 from dfq.modules import QuantizedLayer, product_of
+from dfq.precision import exact
 from dfq.progress import progress_bar
 from dfq.quantization import round_to_grid
 from dfq.quantizers._observation import Observation
@@ -97,7 +98,7 @@ def scale_inputs(student: Student, example: Tensor, images: Tensor, weight_quant
                 for name in names:
                     weight = student.module.get_submodule(name).weight
                     assert isinstance(weight, Tensor)
-                    weight.data.copy_(weight.double() * scale.to(weight.device))
+                    weight.data.copy_(exact(weight) * scale)
                     if name in layers:
                         record = rescaled(student, name)
                         student.surgery.rescaled[name] = replace(record, input_scale=record.input_scale * scale.cpu())
@@ -187,13 +188,13 @@ def _divide_gain(norm: nn.Module, scale: Tensor) -> bool:
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    wanted = norm(x).double() / scale.to(weight.device)
+    wanted = exact(norm(x)) / scale
     kept, kept_bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
     if bias is not None:
-        bias.data.copy_(bias.double() / scale.to(bias.device))
+        bias.data.copy_(exact(bias) / scale)
     for offset in (0.0, 1.0):  # some add one to what they hold
-        weight.data.copy_((kept.double() + offset) / scale.to(weight.device) - offset)
-        if torch.allclose(norm(x).double(), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())):
+        weight.data.copy_((exact(kept) + offset) / scale - offset)
+        if torch.allclose(exact(norm(x)), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max())):
             return True
     weight.data.copy_(kept)
     if bias is not None and kept_bias is not None:
@@ -205,7 +206,7 @@ def _best_scale(
     student: Student, names: list[str], squares: dict[str, Tensor], weight_quantizer: Any, num_alphas: int
 ) -> Tensor | None:
     """What the weights [O, I] of layers with the same input are best multiplied with [I], float64; None: with 1."""
-    size = squares[names[0]].double().sqrt()
+    size = exact(squares[names[0]]).sqrt()
     size = size.clamp(min=1e-4 * float(size.max()))
     if not float(size.max()) > 0:
         return None

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dfq.algorithms._base import Algorithm, Work, tell_left
 from dfq.algorithms._inputs import LARGEST_ROWS
+from dfq.precision import exact_device
 from dfq.progress import progress_bar
 from dfq.scheme import TensorScheme
 from dfq.settings import Bound, PositiveFloat, PositiveInt
@@ -67,7 +68,8 @@ class HQQ(Algorithm):
                     rows = quantizer.rows(layer.weight)
                     count = min(len(rows), -(-rows.numel() // LARGEST_ROWS))
                     whole = (rows, quantizer.scale.flatten(), quantizer.zero_point.flatten())
-                    parts = zip(*(x.tensor_split(count) for x in whole), strict=True)
+                    there = exact_device(rows.device)
+                    parts = zip(*(x.to(there).tensor_split(count) for x in whole), strict=True)
                     found = [self.fit(w, s, z, quantizer.scheme) for w, s, z in parts]
                     quantizer.set_qparams(*(torch.cat(values) for values in zip(*found, strict=True)))
                     if layer.bias_quantizer is not None and layer.bias is not None:

@@ -35,6 +35,7 @@ from dfq.channels import (
 )
 from dfq.errors import UserError
 from dfq.modules import LowRankCorrection, product_of
+from dfq.precision import double
 from dfq.progress import progress_bar
 from dfq.settings import PositiveInt
 
@@ -75,8 +76,8 @@ class LQER(Algorithm):
             for name in names:
                 layer = student.layers[name]
                 wanted = weight_in_float(student, network, name)
-                error = wanted - layer.weight_quantizer(layer.weight).double().cpu()
-                size = squares[name].double().cpu().sqrt() if self.scaled else torch.ones(error.shape[1]).double()
+                error = wanted - double(layer.weight_quantizer(layer.weight))
+                size = double(squares[name]).sqrt() if self.scaled else torch.ones(error.shape[1]).double()
                 rank = max(1, min(self.rank, min(error.shape) // 2))
                 down, up = (t.to(getattr(torch, self.storage)) for t in low_rank(error, size, rank))
                 layer.correction = LowRankCorrection(down, up).to(layer.weight.device)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dfq.algorithms._inputs import LARGEST_ROWS, GridSearch, importance, input_squares
 from dfq.modules import QuantizedLayer
+from dfq.precision import exact_device
 from dfq.quantization import choose_qparams, round_scale, round_to_grid, round_zero_point
 from dfq.scheme import TensorScheme
 from dfq.settings import Fraction, PositiveInt
@@ -46,7 +47,9 @@ class NeUQI(GridSearch):
         return input_squares(student, images)
 
     def search(self, layer: QuantizedLayer, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows, weights = layer.weight_quantizer.rows(layer.weight.detach()), importance(layer, known)
+        there = exact_device(layer.weight.device)
+        rows = layer.weight_quantizer.rows(layer.weight.detach()).to(there)
+        weights = importance(layer, known).to(there)
         size = max(1, LARGEST_ROWS // rows.shape[1] // (layer.weight_quantizer.scheme.quant_max + 1))
         parts = zip(rows.split(size), weights.split(size), strict=True)
         found = [self.fit(w, h, layer.weight_quantizer.scheme) for w, h in parts]

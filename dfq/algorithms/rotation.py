@@ -55,6 +55,7 @@ from dfq.dataset import atomic
 from dfq.errors import UserError
 from dfq.hooks import Dataflow, evaluation_mode, record_dataflow
 from dfq.modules import Quantizer, product_of
+from dfq.precision import exact, exact_device
 from dfq.progress import progress_bar, say
 from dfq.quantization import broadcast
 from dfq.settings import NonNegativeInt, PositiveFloat, PositiveInt
@@ -203,15 +204,15 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator, heads: boo
             if of == norm:
                 parts[name].weight.copy_(parts[name].weight.to(gain.device).double() * gain)
     turns = Turns(width, list(readers), writers, list(tables), untied=untied)
-    exact = _exact(example.device)
-    _put(module, turns.of(_doubles(module, turns.names), orthogonal(width, rng).to(exact), {}))
+    there = exact_device(example.device)
+    _put(module, turns.of(_doubles(module, turns.names), orthogonal(width, rng).to(there), {}))
     if not _is_near(_logits(module, example), before):
         raise _refused(teacher, "whose function changes when its residual stream is turned")
     if not heads:
         return turns
     turns.heads = _find_heads(teacher, linears)
     kept = _doubles(module, turns.names)
-    inner = {part.value: orthogonal(part.size, rng).to(exact) for part in turns.heads}
+    inner = {part.value: orthogonal(part.size, rng).to(there) for part in turns.heads}
     _put(module, turns.of(kept, None, inner))
     if not _is_near(_logits(module, example), before):
         say(f"rotation: values of {teacher.name} are not turned within their heads, which would change what it does")
@@ -275,8 +276,8 @@ class _Training:
         student.module.requires_grad_(False)
         device = work.teacher.device
         sizes = {"stream": turns.width, **{part.value: part.size for part in turns.heads}}
-        exact = _exact(device)
-        self.total = {name: torch.eye(size, dtype=torch.float64, device=exact) for name, size in sizes.items()}
+        there = exact_device(device)
+        self.total = {name: torch.eye(size, dtype=torch.float64, device=there) for name, size in sizes.items()}
         self.angles = {name: torch.zeros(size, size, device=device, requires_grad=True) for name, size in sizes.items()}
         # Each of a row's angles moves by lr, and a vector by the root of their squares.
         self.rates = [settings.learning_rate / math.sqrt(size) for size in sizes.values()]
@@ -309,7 +310,7 @@ class _Training:
                 step = min(step + s.refresh, s.iterations)
                 with torch.no_grad():
                     for name, angles in self.angles.items():
-                        self.total[name] = self.total[name] @ cayley(angles.to(_exact(angles.device)).double())
+                        self.total[name] = self.total[name] @ cayley(exact(angles))
                         angles.zero_()
                 self._save(path, step)
         self._bake()
@@ -423,15 +424,10 @@ def cayley(angles: Tensor) -> Tensor:
     return torch.linalg.solve(eye + skew, eye - skew)  # they commute
 
 
-def _exact(device: torch.device) -> torch.device:
-    """Where float64 is computed: there, but for Apple's devices, which have none."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def _doubles(module: nn.Module, names: Container[str]) -> dict[str, Tensor]:
     """Parameters of these names, in float64."""
     found = {name: p.detach() for name, p in module.named_parameters() if name in names}
-    return {name: p.to(_exact(p.device)).double() for name, p in found.items()}
+    return {name: exact(p) for name, p in found.items()}
 
 
 @torch.no_grad()
@@ -475,7 +471,7 @@ def _take_gain(norm: nn.Module) -> Tensor | None:
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
 
     def gains(forward: Callable[[Tensor], Tensor]) -> Tensor:
-        y, wide = (t.to(_exact(t.device)).double() for t in (forward(x), x))
+        y, wide = (exact(t) for t in (forward(x), x))
         return y / (wide * wide.square().mean(-1, keepdim=True).rsqrt())
 
     found = gains(norm)

@@ -364,8 +364,8 @@ class DistillationModule(LightningModule):
         losses = [self._loss(name, seen) for name in self.terms]
         if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses):
             raise UserError(
-                f"got {self._teacher[0].name}, whose outputs have no gradient (torch.no_grad, detach, argmax or NumPy in "
-                "its forward)",
+                f"got {self._teacher[0].name}, whose outputs have no gradient (torch.no_grad, detach, argmax or NumPy "
+                "in its forward)",
                 "a differentiable network where it is trained",
                 "gptq, quantease and other algorithms that go layer by layer need none",
             )

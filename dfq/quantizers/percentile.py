@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dfq.errors import UserError
+from dfq.precision import exact
 from dfq.quantization import choose_qparams
 from dfq.quantizers._observation import Observation
 from dfq.scheme import TensorScheme
@@ -32,13 +33,15 @@ class Percentile:
             return choose_qparams(observation.minimum, observation.maximum, scheme)
         values, order = observation.values.sort(dim=1)
         counts = torch.ones_like(values) if observation.counts is None else observation.counts.gather(1, order)
-        cumulative = counts.double().cumsum(1)
+        cumulative = exact(counts).cumsum(1)
+        there = cumulative.device
         total = cumulative[:, -1:]
         rest, slack = 1 - self.percentile / 100, 1e-9 * total  # 1 - 0.99 is a hair more than 1 / 100
         positive = (observation.minimum >= 0) & (not scheme.has_float_zero_point)  # with a shift zero is no end
-        above = torch.full_like(total, rest / 2).masked_fill(positive[:, None], rest)
+        above = torch.full_like(total, rest / 2).masked_fill(positive[:, None].to(there), rest)
         # The smallest value with at most that share above it, and the largest with at most that share below it.
         high = torch.searchsorted(cumulative, total * (1 - above) - slack)
         low = torch.searchsorted(cumulative, total * rest / 2 + slack, right=True)
-        maximum, minimum = (values.gather(1, i.clamp(max=values.shape[1] - 1))[:, 0] for i in (high, low))
+        ends = (i.clamp(max=values.shape[1] - 1).to(values.device) for i in (high, low))
+        maximum, minimum = (values.gather(1, i)[:, 0] for i in ends)
         return choose_qparams(minimum.masked_fill(positive, 0.0), maximum, scheme)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dfq.precision import exact
 from dfq.quantization import choose_qparams, round_scale, shifted_scale
 from dfq.quantizers._observation import Observation
 from dfq.scheme import TensorScheme
@@ -37,10 +38,10 @@ class TWN:
         shift = torch.zeros_like(values[:, :1]) if scheme.symmetric else values.mean(1, keepdim=True)
         magnitude = (values - shift).abs()
         if self.threshold is None:
-            ordered = magnitude.sort(dim=1, descending=True).values.double()
+            ordered = exact(magnitude.sort(dim=1, descending=True).values)
             total, count = ordered.cumsum(1), torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
             best = (total.square() / count).argmax(1, keepdim=True)
-            scale = (total / count).gather(1, best)[:, 0].float()
+            scale = (total / count).gather(1, best)[:, 0].float().to(values.device)
         else:
             above = magnitude > self.threshold * magnitude.mean(1, keepdim=True)
             scale = (magnitude * above).sum(1) / above.sum(1).clamp(min=1)
