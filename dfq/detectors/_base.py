@@ -37,6 +37,9 @@ from dfq.losses.set_prediction import set_prediction_loss
 from dfq.progress import say
 
 MOST_BEFORE_SUPPRESSION = 1000  # best (place, class) pairs of an image
+# What torchvision and transformers call the gaps between COCO's category ids, and torchvision the id before the first;
+# its detectors of one sigmoid a class (RetinaNet, FCOS) have an output for that one as well, and no use for it.
+NO_OBJECT = ("N/A", "__background__")
 
 
 class Boxes(NamedTuple):
@@ -272,9 +275,9 @@ class Detector(nn.Module):
 
 
 def named_unused(names: Sequence[str] | Mapping[int, str]) -> tuple[int, ...]:
-    """The labels whose names are "N/A": what torchvision and transformers call the gaps between COCO's category ids."""
+    """The labels whose names say that no object has them; see :data:`NO_OBJECT`."""
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-    return tuple(label for label, name in pairs if name == "N/A")
+    return tuple(label for label, name in pairs if name in NO_OBJECT)
 
 
 def adapter_record(network: nn.Module, settings: Collection[str] | None = None) -> dict[str, Any]:
