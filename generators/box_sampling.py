@@ -116,7 +116,7 @@ class BoxSampling(Generator):
         with torch.no_grad():
             for images in noise.to(teacher.device).clamp(*spec.limits(teacher.device)).split(4):
                 outputs = task.raw_outputs(teacher, images)
-                found = task.normalized_detections(outputs)
+                found = task.objects(task.normalized_detections(outputs))
                 best += [float(row.scores.max()) if len(row.scores) else 0.0 for row in found]
             labels = task.labels(outputs)
         plausible, believed = torch.tensor(best).quantile(torch.tensor([0.5, max(0.5, self.certainty)])).tolist()
@@ -231,7 +231,8 @@ class _Descent:
 
     @torch.no_grad()
     def detections(self) -> list[Boxes]:
-        return self.task.normalized_detections(self.task.raw_outputs(self.teacher, self.images()))
+        found = self.task.normalized_detections(self.task.raw_outputs(self.teacher, self.images()))
+        return self.task.objects(found)
 
 
 def placed(rows: list[Boxes], device: torch.device | str) -> list[Boxes]:

@@ -100,12 +100,22 @@ class Detection:
         with torch.no_grad():
             return _detached(self.detector.detect_normalized(outputs, _num_images(outputs)))
 
+    def objects(self, rows: Sequence[Boxes]) -> list[Boxes]:
+        """Without what has one of the adapter's ``unused_labels``, which no object gets whatever the network sees."""
+        if not self.detector.unused_labels:
+            return list(rows)
+        kept = []
+        for row in rows:
+            unused = torch.isin(row.labels, row.labels.new_tensor(self.detector.unused_labels))
+            kept.append(Boxes(*(part[~unused] for part in row)))
+        return kept
+
     def annotate(self, outputs: Any, image_size: tuple[int, int]) -> dict[str, list[Tensor]]:
         """Labels of images by what was found in them: boxes in pixels, labels, scores, one of each an image.
 
         Boxes are cut off at the image's edges, as annotations are.
         """
-        found = self.detections(outputs, [image_size] * _num_images(outputs))
+        found = self.objects(self.detections(outputs, [image_size] * _num_images(outputs)))
         sure = [Boxes(*(part[row.scores >= self.least_score] for part in row)) for row in found]
         sure = [row._replace(boxes=clip_boxes_to_image(row.boxes, image_size)).with_area() for row in sure]
         return {name: [getattr(row, name).cpu() for row in sure] for name in ("boxes", "labels", "scores")}

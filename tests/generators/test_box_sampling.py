@@ -197,6 +197,16 @@ def test_low_resolution_is_a_multiple_and_falls_back():
     assert low_size(teacher, large, 0.5) == (352, 640)
 
 
+def test_what_is_seen_of_a_label_that_is_unused_is_not_added():
+    def made(unused):
+        teacher = cell_teacher()
+        teacher.module.unused_labels = unused
+        easy = replace(FAST.prepare(teacher, batch_rng(0, 0)), plausible=0.01, believed=0.01, labels=[0])
+        return torch.cat(easy.sample(teacher, 4, batch_rng(0, 1), lambda _amount, _note="": None)["labels"])
+
+    assert {0, 3} <= set(made(()).tolist()) and 3 not in made((3,))
+
+
 def test_a_classifier_has_no_boxes():
     with pytest.raises(
         UserError, match=r"got a network without boxes among its outputs .*, and box_sampling draws some"

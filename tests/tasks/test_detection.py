@@ -307,6 +307,14 @@ def test_annotations_lie_inside_their_image():
     assert [row.tolist() for row in rows["labels"]] == [[2]] * 2 and len(rows["scores"]) == 2
 
 
+def test_what_nothing_was_trained_on_is_no_label_of_an_image_though_it_is_seen():
+    found = Boxes(torch.tensor([[1.0, 4, 6, 9], [3, 2, 9, 9]]), torch.tensor([0.9, 0.8]), torch.tensor([2, 3]))
+    teacher = decoding(lambda b, s, k: found)
+    teacher.module.unused_labels = (0, 2)
+    rows = task_of(teacher).annotate(teacher(teacher.example(1)), (32, 32))
+    assert rows["labels"][0].tolist() == [3] and rows["boxes"][0].tolist() == [[3, 2, 9, 9]]
+
+
 def test_raw_outputs_of_integers_alone_are_told():
     Integers = type("Integers", (DecodeOnly,), {"raw": lambda self, images: {"labels": images[:, 0].long()}})
     teacher = cell_teacher(Integers)
