@@ -305,9 +305,11 @@ def _shown(pixels: Tensor, spec: InputSpec) -> Tensor:
 def low_size(teacher: Teacher, spec: InputSpec, resolution: float) -> tuple[int, int]:
     """Height and width at low resolution; the full ones where the network takes no other."""
     low = tuple(min(side, max(LEAST, round(side * resolution / STRIDE) * STRIDE)) for side in spec.size[1:])
+    task = task_of(teacher)
     try:
-        teacher(torch.zeros(1, spec.size[0], *low, device=teacher.device))
-    except Exception:  # whatever a forward raises on a size that it does not take
+        outputs = task.raw_outputs(teacher, torch.zeros(1, spec.size[0], *low, device=teacher.device))
+        task.normalized_detections(outputs)
+    except Exception:  # whatever a forward, or an adapter of fixed places, raises on a size that it does not take
         return spec.size[1], spec.size[2]
     return low[0], low[1]
 
