@@ -209,6 +209,9 @@ class Detector(nn.Module):
             raise self._wrong(f"boxes of {boxes.dtype}, scores of {scores.dtype}, labels of {labels.dtype}")
         if count and int(labels.min()) < 0:
             raise self._wrong(f"a label of {int(labels.min())}")
+        # One that counts from 1 would have boxes drawn and compared of other classes than it means.
+        if count and not self.has_candidates and self.num_classes and int(labels.max()) >= self.num_classes:
+            raise self._wrong(f"a label of {int(labels.max())} with num_classes={self.num_classes}")
         if bool((scores[1:] > scores[:-1]).any()):
             order = scores.detach().argsort(descending=True, stable=True)
             boxes, scores, labels = boxes[order], scores[order], labels[order]

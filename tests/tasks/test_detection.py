@@ -205,6 +205,7 @@ WRONG = {
     "two of three": (lambda b, s, k: {"boxes": b, "labels": k}, "a list that is not boxes, scores and labels"),
     "one tensor": (lambda b, s, k: b, "a Tensor that is not boxes, scores and labels"),
     "no class": (lambda b, s, k: Boxes(b, s, k - 9), "a label of -"),
+    "labels from 1": (lambda b, s, k: Boxes(b, s, k + 1), "a label of 4 with num_classes=4"),
 }
 
 
