@@ -56,6 +56,23 @@ def test_boxes_of_no_area_have_a_finite_gradient():
     assert float(giou(torch.zeros(1, 4), torch.zeros(1, 4))) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_boxes_in_half_precision_are_those_of_the_same_numbers(dtype):
+    """Of a student that is trained in mixed precision; with boxes of no area, and scores of 0 and 1."""
+    boxes = torch.tensor([[0.3, 0.3, 0.3, 0.3], [0.1, 0.1, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]], dtype=dtype)
+    scores = torch.tensor([[0.0, 0.2], [0.0, 0.5], [1.0, 0.0]], dtype=dtype)
+    found = []
+    for number in (dtype, torch.float32):
+        b, s = [part.to(number, copy=True).requires_grad_() for part in (boxes, scores)]
+        wanted = torch.tensor([[0.12, 0.1, 0.4, 0.42], [0.3, 0.3, 0.3, 0.3]])
+        losses = loss_of(b, s, wanted, torch.tensor([0, 1])), box_distance(b[None], boxes.flip(0)[None], s[None, :, 1])
+        losses[1].backward()
+        assert torch.isfinite(b.grad).all() and torch.isfinite(pairwise_iou(b, b)).all()
+        found.append(torch.stack([loss.float() for loss in losses]))
+    assert torch.isfinite(found[1]).all()
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 

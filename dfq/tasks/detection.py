@@ -14,13 +14,14 @@ from torchvision.ops import clip_boxes_to_image
 
 from dfq.detectors._base import Boxes, Candidates, Detector
 from dfq.errors import UserError
-from dfq.losses._box_overlap import pairwise_iou
+from dfq.losses._box_overlap import in_full, pairwise_iou
 from dfq.losses.anchor_divergence import anchor_divergence
 from dfq.losses.box_distance import box_distance
 from dfq.losses.distillation import relative_mse
 from dfq.losses.set_prediction import match
 from dfq.settings import Fraction, NonNegativeFloat
 from dfq.tasks._backend import coco_backend
+from dfq.tasks._outputs import changed
 
 SAME = 0.5  # overlap from which two boxes of a class are one object
 
@@ -54,7 +55,10 @@ class Detection:
         return replace(self, detector=module, **module.task_settings)
 
     def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Any:
-        """A tensor, or a mapping of tensors, as the adapter's ``raw`` gives them; differentiable."""
+        """A tensor, or a mapping of tensors, as the adapter's ``raw`` gives them; differentiable.
+
+        In float32 where it gives half precision: boxes are decoded in pixels and divergences added up over all places.
+        """
         outputs = model(images)
         tensors = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
         if not tensors or not all(isinstance(t, Tensor) and t.dim() > 1 and len(t) == len(images) for t in tensors):
@@ -64,7 +68,7 @@ class Detection:
                 f"{len(images)} images",
                 "a tensor, or a mapping of tensors, each [N, ...] with N the number of images",
             )
-        return outputs
+        return changed(outputs, in_full) if any(in_full(t) is not t for t in tensors) else outputs
 
     def num_outputs(self, outputs: Any) -> int:
         """Classes, that of no object among them."""

@@ -16,8 +16,10 @@ import dfq
 from dfq.detectors._base import Boxes, Candidates, Detector, _say_once, adapter_record
 from dfq.errors import UserError
 from dfq.evaluation import Coco, measure
+from dfq.hooks import tensors_in
 from dfq.losses._box_overlap import iou
 from dfq.settings import resolve
+from dfq.tasks._outputs import changed
 from dfq.tasks._task import task_of
 from dfq.tasks.detection import shared_score
 from dfq.teacher import InputSpec, Teacher
@@ -197,6 +199,21 @@ def test_what_decode_gives_is_taken_in_other_forms(form):
         assert isinstance(theirs, Boxes) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     losses = [task_of(t).synthesis_loss(t(images), targets) for t in (teacher, changed)]
     torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("adapter", [Cells, DecodeOnly])
+def test_raw_outputs_in_half_precision_are_read_in_full(adapter):
+    """Of 2,000 pixels bfloat16 knows every eighth."""
+    teacher = cell_teacher(adapter)
+    task, images = task_of(teacher), teacher.example(2)
+    half = changed(teacher(images), torch.Tensor.bfloat16)
+    found = task.raw_outputs(lambda _: half, images)
+    assert {values.dtype for values in tensors_in(found)} == {torch.float32}
+    rows = task.detections(found, [(2000, 1000)] * 2)
+    for mine, exact in zip(rows, task.detections(changed(half, torch.Tensor.float), [(2000, 1000)] * 2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, exact, strict=True))
+    whole = teacher(images)
+    assert task.raw_outputs(lambda _: whole, images) is whole
 
 
 WRONG = {
