@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -69,6 +70,11 @@ class Detection:
                 "a tensor, or a mapping of tensors, each [N, ...] with N the number of images",
             )
         return changed(outputs, in_full) if any(in_full(t) is not t for t in tensors) else outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where outputs are decoded: an adapter may have tensors of its own, such as its anchors."""
+        return next(chain(self.detector.parameters(), self.detector.buffers()), torch.empty(0)).device
 
     def num_outputs(self, outputs: Any) -> int:
         """Classes, that of no object among them."""
@@ -238,7 +244,7 @@ class BoxMetrics:
         self.metric.warn_on_many_detections = False
 
     def update(self, outputs: Any, targets: Sequence[Mapping[str, Any]]) -> None:
-        found = self.task.detections(outputs, [target["size"] for target in targets])
+        found = [Boxes(*map(Tensor.cpu, row)) for row in self.task.detections(outputs, [t["size"] for t in targets])]
         wanted = [{name: target[name] for name in ("boxes", "labels", "iscrowd")} for target in targets]
         self.metric.update([row._asdict() for row in found], wanted)
 

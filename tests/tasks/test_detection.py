@@ -507,6 +507,18 @@ def test_a_detector_that_finds_everything_has_map_one(tmp_path):
     assert found["map_50"] == pytest.approx(1) and found["map"] < 0.9
 
 
+def test_outputs_are_decoded_where_the_adapter_is(tmp_path, monkeypatch):
+    """Its anchors may be buffers, which lie on the network's device."""
+    write_coco(tmp_path, ROWS)
+    batches = list(Coco(str(tmp_path / "images"), str(tmp_path / "boxes.json")).batches(SPEC))
+    teacher, places = cell_teacher(), []
+    task, outputs = task_of(teacher), teacher(batches[0][0])
+    teacher.module.to("meta")
+    monkeypatch.setattr("dfq.evaluation.moved", lambda found, device: places.append(str(device)) or found)
+    assert set(measure(lambda images: outputs, task, batches, 3, "tiny")) == {"map", "map_50"}
+    assert places == ["meta"]
+
+
 MISTAKES = {
     "no file": (lambda f: f.unlink(), "which does not exist"),
     "no json": (lambda f: f.write_text("{"), "which is not as COCO's (JSONDecodeError"),
@@ -514,6 +526,7 @@ MISTAKES = {
     "unknown category": (
         lambda f: f.write_text(f.read_text().replace('"category_id": 3', '"category_id": 9')), "(KeyError: 9)"),
     "a list": (lambda f: f.write_text("[]"), "(TypeError"),
+    "no name of an image": (lambda f: f.write_text(f.read_text().replace('"0.png"', "null")), "(TypeError"),
 }  # fmt: skip
 
 
