@@ -116,6 +116,20 @@ def test_divergence_of_certain_places_stays_finite():
     assert torch.isfinite(far.grad).all()
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_divergence_of_classes_that_are_ruled_out_is_that_of_the_others(exclusive):
+    """Networks that are told their classes as a text fill up with minus infinity."""
+    teacher = torch.tensor([[[1.0, 0.5, -torch.inf]]])
+    student = torch.tensor([[[0.2, 0.7, -torch.inf]]], requires_grad=True)
+    one = torch.ones(1, 1)
+    found = anchor_divergence(student, teacher, one, exclusive)
+    found.backward()
+    wanted = anchor_divergence(student[..., :2], teacher[..., :2], one, exclusive)
+    assert wanted.item() > 0.01 and found.item() == pytest.approx(wanted.item())
+    assert student.grad.abs().min() == student.grad[0, 0, 2] == 0 and torch.isfinite(student.grad).all()
+    assert torch.isfinite(binary_kl(torch.tensor([0.3, 0.3]), torch.tensor([-torch.inf, torch.inf]))).all()
+
+
 def test_box_distance_counts_confident_places_only():
     student, teacher = torch.tensor(random_boxes(4, 1))[None], torch.tensor(random_boxes(4, 2))[None]
     confidence = torch.tensor([[0.9, 0.0, 0.7, 0.0]], dtype=torch.float64)
