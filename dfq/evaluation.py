@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -367,7 +368,7 @@ class Coco:
         """Each image's file_name, boxes [n, 4] xyxy in its pixels, labels [n], iscrowd [n]."""
         allowed = "COCO's json: images (id, file_name), annotations (image_id, category_id, bbox) and categories (id)"
         try:
-            content = json.loads(Path(self.annotations).read_text())
+            content = json.loads(Path(self.annotations).read_text(encoding="utf-8"))
             numbers = sorted(category["id"] for category in content["categories"])
             label = {number: i if self.labels == "order" else number for i, number in enumerate(numbers)}
             rows: dict[Any, list[tuple[list[float], int, int]]] = {image["id"]: [] for image in content["images"]}
@@ -375,7 +376,7 @@ class Coco:
                 x, y, width, height = entry["bbox"]
                 row = ([x, y, x + width, y + height], label[entry["category_id"]], int(entry.get("iscrowd", 0)))
                 rows[entry["image_id"]].append(row)
-            return [_targets(image["file_name"], rows[image["id"]]) for image in content["images"]]
+            return [_targets(os.fspath(image["file_name"]), rows[image["id"]]) for image in content["images"]]
         except FileNotFoundError:
             raise UserError(f"got evaluation.annotations={self.annotations}, which does not exist", allowed) from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -461,7 +462,7 @@ def measure(
     metrics = None
     with progress_bar(f"evaluate {what}", total, "samples") as advance:
         for images, labels in batches:
-            outputs = moved(task.raw_outputs(model, images), "cpu")
+            outputs = moved(task.raw_outputs(model, images), getattr(task, "device", "cpu"))
             if metrics is None:
                 metrics = task.metrics(task.num_outputs(outputs))
             num_outputs = task.num_outputs(outputs)

@@ -116,7 +116,7 @@ class BoxSampling(Generator):
         with torch.no_grad():
             for images in noise.to(teacher.device).clamp(*spec.limits(teacher.device)).split(4):
                 outputs = task.raw_outputs(teacher, images)
-                found = task.normalized_detections(outputs)
+                found = task.objects(task.normalized_detections(outputs))
                 best += [float(row.scores.max()) if len(row.scores) else 0.0 for row in found]
             labels = task.labels(outputs)
         plausible, believed = torch.tensor(best).quantile(torch.tensor([0.5, max(0.5, self.certainty)])).tolist()
@@ -231,7 +231,8 @@ class _Descent:
 
     @torch.no_grad()
     def detections(self) -> list[Boxes]:
-        return self.task.normalized_detections(self.task.raw_outputs(self.teacher, self.images()))
+        found = self.task.normalized_detections(self.task.raw_outputs(self.teacher, self.images()))
+        return self.task.objects(found)
 
 
 def placed(rows: list[Boxes], device: torch.device | str) -> list[Boxes]:
@@ -304,9 +305,11 @@ def _shown(pixels: Tensor, spec: InputSpec) -> Tensor:
 def low_size(teacher: Teacher, spec: InputSpec, resolution: float) -> tuple[int, int]:
     """Height and width at low resolution; the full ones where the network takes no other."""
     low = tuple(min(side, max(LEAST, round(side * resolution / STRIDE) * STRIDE)) for side in spec.size[1:])
+    task = task_of(teacher)
     try:
-        teacher(torch.zeros(1, spec.size[0], *low, device=teacher.device))
-    except Exception:  # whatever a forward raises on a size that it does not take
+        outputs = task.raw_outputs(teacher, torch.zeros(1, spec.size[0], *low, device=teacher.device))
+        task.normalized_detections(outputs)
+    except Exception:  # whatever a forward, or an adapter of fixed places, raises on a size that it does not take
         return spec.size[1], spec.size[2]
     return low[0], low[1]
 

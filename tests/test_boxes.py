@@ -56,6 +56,23 @@ def test_boxes_of_no_area_have_a_finite_gradient():
     assert float(giou(torch.zeros(1, 4), torch.zeros(1, 4))) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_boxes_in_half_precision_are_those_of_the_same_numbers(dtype):
+    """Of a student that is trained in mixed precision; with boxes of no area, and scores of 0 and 1."""
+    boxes = torch.tensor([[0.3, 0.3, 0.3, 0.3], [0.1, 0.1, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]], dtype=dtype)
+    scores = torch.tensor([[0.0, 0.2], [0.0, 0.5], [1.0, 0.0]], dtype=dtype)
+    found = []
+    for number in (dtype, torch.float32):
+        b, s = [part.to(number, copy=True).requires_grad_() for part in (boxes, scores)]
+        wanted = torch.tensor([[0.12, 0.1, 0.4, 0.42], [0.3, 0.3, 0.3, 0.3]])
+        losses = loss_of(b, s, wanted, torch.tensor([0, 1])), box_distance(b[None], boxes.flip(0)[None], s[None, :, 1])
+        losses[1].backward()
+        assert torch.isfinite(b.grad).all() and torch.isfinite(pairwise_iou(b, b)).all()
+        found.append(torch.stack([loss.float() for loss in losses]))
+    assert torch.isfinite(found[1]).all()
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -97,6 +114,20 @@ def test_divergence_of_certain_places_stays_finite():
     far = torch.tensor([200.0, -200.0], requires_grad=True)
     binary_kl(far, torch.tensor([-200.0, 200.0])).sum().backward()
     assert torch.isfinite(far.grad).all()
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_divergence_of_classes_that_are_ruled_out_is_that_of_the_others(exclusive):
+    """Networks that are told their classes as a text fill up with minus infinity."""
+    teacher = torch.tensor([[[1.0, 0.5, -torch.inf]]])
+    student = torch.tensor([[[0.2, 0.7, -torch.inf]]], requires_grad=True)
+    one = torch.ones(1, 1)
+    found = anchor_divergence(student, teacher, one, exclusive)
+    found.backward()
+    wanted = anchor_divergence(student[..., :2], teacher[..., :2], one, exclusive)
+    assert wanted.item() > 0.01 and found.item() == pytest.approx(wanted.item())
+    assert student.grad.abs().min() == student.grad[0, 0, 2] == 0 and torch.isfinite(student.grad).all()
+    assert torch.isfinite(binary_kl(torch.tensor([0.3, 0.3]), torch.tensor([-torch.inf, torch.inf]))).all()
 
 
 def test_box_distance_counts_confident_places_only():

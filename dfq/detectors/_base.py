@@ -37,6 +37,9 @@ from dfq.losses.set_prediction import set_prediction_loss
 from dfq.progress import say
 
 MOST_BEFORE_SUPPRESSION = 1000  # best (place, class) pairs of an image
+# What torchvision and transformers call the gaps between COCO's category ids, and torchvision the id before the first;
+# its detectors of one sigmoid a class (RetinaNet, FCOS) have an output for that one as well, and no use for it.
+NO_OBJECT = ("N/A", "__background__")
 
 
 class Boxes(NamedTuple):
@@ -206,6 +209,9 @@ class Detector(nn.Module):
             raise self._wrong(f"boxes of {boxes.dtype}, scores of {scores.dtype}, labels of {labels.dtype}")
         if count and int(labels.min()) < 0:
             raise self._wrong(f"a label of {int(labels.min())}")
+        # One that counts from 1 would have boxes drawn and compared of other classes than it means.
+        if count and not self.has_candidates and self.num_classes and int(labels.max()) >= self.num_classes:
+            raise self._wrong(f"a label of {int(labels.max())} with num_classes={self.num_classes}")
         if bool((scores[1:] > scores[:-1]).any()):
             order = scores.detach().argsort(descending=True, stable=True)
             boxes, scores, labels = boxes[order], scores[order], labels[order]
@@ -272,9 +278,9 @@ class Detector(nn.Module):
 
 
 def named_unused(names: Sequence[str] | Mapping[int, str]) -> tuple[int, ...]:
-    """The labels whose names are "N/A": what torchvision and transformers call the gaps between COCO's category ids."""
+    """The labels whose names say that no object has them; see :data:`NO_OBJECT`."""
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-    return tuple(label for label, name in pairs if name == "N/A")
+    return tuple(label for label, name in pairs if name in NO_OBJECT)
 
 
 def adapter_record(network: nn.Module, settings: Collection[str] | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def area(boxes: Tensor) -> Tensor:
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes [..., 4] that are broadcast to each other."""
-    intersection, union = _overlap(a, b)
+    intersection, union = _overlap(in_full(a), in_full(b))
     return intersection / union.clamp(min=SMALLEST)
 
 
@@ -32,11 +32,17 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 
 def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalized intersection over union of boxes [..., 4] that are broadcast to each other."""
+    a, b = in_full(a), in_full(b)
     intersection, union = _overlap(a, b)
     found = (intersection + SMALLEST) / (union + SMALLEST)  # equal boxes of no area are equal
     around = torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1)
     whole = area(around)
     return found - (whole - union) / whole.clamp(min=SMALLEST)
+
+
+def in_full(values: Tensor) -> Tensor:
+    """float32 in place of half precision, which has no number as small as :data:`SMALLEST`, or no boxes apart."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

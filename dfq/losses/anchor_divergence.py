@@ -17,9 +17,14 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from dfq.losses._box_overlap import in_full
+
+FAR = 1e30  # a logit of a class that is ruled out is minus infinity, and 0 times that is no number
+
 
 def binary_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher || student) of one yes-or-no each, in nats; the shape of both."""
+    student_logits, teacher_logits = _finite(student_logits), _finite(teacher_logits)
     yes = teacher_logits.sigmoid()
     return yes * (F.logsigmoid(teacher_logits) - F.logsigmoid(student_logits)) + (1 - yes) * (
         F.logsigmoid(-teacher_logits) - F.logsigmoid(-student_logits)
@@ -43,7 +48,7 @@ def anchor_divergence(
         student_objectness, teacher_objectness: [N, A] logits, where the detector has them.
     """
     if exclusive:
-        p, q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+        p, q = _finite(teacher_logits).log_softmax(-1), _finite(student_logits).log_softmax(-1)
         divergence = (p.exp() * (p - q)).sum(-1)
     else:
         divergence = binary_kl(student_logits, teacher_logits).sum(-1)
@@ -51,3 +56,7 @@ def anchor_divergence(
         assert student_objectness is not None
         divergence = binary_kl(student_objectness, teacher_objectness) + teacher_objectness.sigmoid() * divergence
     return divergence.sum() / confidence.sum().clamp(min=1)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return in_full(logits).clamp(-FAR, FAR)

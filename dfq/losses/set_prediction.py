@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
-from dfq.losses._box_overlap import giou, pairwise_iou
+from dfq.losses._box_overlap import giou, in_full, pairwise_iou
 
 GAMMA = 2.0
 OVERLAP = 0.5  # from which a place repeats a wanted box
@@ -43,6 +43,7 @@ def set_prediction_loss(
     Shapes: ``boxes`` [N, A, 4] and an image's ``wanted_boxes`` [n, 4] xyxy in the same units, ``scores`` [N, A, K], an
     image's ``wanted_labels`` [n].
     """
+    scores = in_full(scores)  # in half precision the logarithms below are infinite
     wanted, labels, there = (
         pad_sequence(list(rows), batch_first=True)  # to the n of the image with the most
         for rows in (wanted_boxes, wanted_labels, [torch.ones_like(row, dtype=torch.bool) for row in wanted_labels])

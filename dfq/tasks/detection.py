@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +15,14 @@ from torchvision.ops import clip_boxes_to_image
 
 from dfq.detectors._base import Boxes, Candidates, Detector
 from dfq.errors import UserError
-from dfq.losses._box_overlap import pairwise_iou
+from dfq.losses._box_overlap import in_full, pairwise_iou
 from dfq.losses.anchor_divergence import anchor_divergence
 from dfq.losses.box_distance import box_distance
 from dfq.losses.distillation import relative_mse
 from dfq.losses.set_prediction import match
 from dfq.settings import Fraction, NonNegativeFloat
 from dfq.tasks._backend import coco_backend
+from dfq.tasks._outputs import changed
 
 SAME = 0.5  # overlap from which two boxes of a class are one object
 
@@ -54,7 +56,10 @@ class Detection:
         return replace(self, detector=module, **module.task_settings)
 
     def raw_outputs(self, model: Callable[[Tensor], Any], images: Tensor) -> Any:
-        """A tensor, or a mapping of tensors, as the adapter's ``raw`` gives them; differentiable."""
+        """A tensor, or a mapping of tensors, as the adapter's ``raw`` gives them; differentiable.
+
+        In float32 where it gives half precision: boxes are decoded in pixels and divergences added up over all places.
+        """
         outputs = model(images)
         tensors = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
         if not tensors or not all(isinstance(t, Tensor) and t.dim() > 1 and len(t) == len(images) for t in tensors):
@@ -64,7 +69,12 @@ class Detection:
                 f"{len(images)} images",
                 "a tensor, or a mapping of tensors, each [N, ...] with N the number of images",
             )
-        return outputs
+        return changed(outputs, in_full) if any(in_full(t) is not t for t in tensors) else outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where outputs are decoded: an adapter may have tensors of its own, such as its anchors."""
+        return next(chain(self.detector.parameters(), self.detector.buffers()), torch.empty(0)).device
 
     def num_outputs(self, outputs: Any) -> int:
         """Classes, that of no object among them."""
@@ -100,12 +110,22 @@ class Detection:
         with torch.no_grad():
             return _detached(self.detector.detect_normalized(outputs, _num_images(outputs)))
 
+    def objects(self, rows: Sequence[Boxes]) -> list[Boxes]:
+        """Without what has one of the adapter's ``unused_labels``, which no object gets whatever the network sees."""
+        if not self.detector.unused_labels:
+            return list(rows)
+        kept = []
+        for row in rows:
+            unused = torch.isin(row.labels, row.labels.new_tensor(self.detector.unused_labels))
+            kept.append(Boxes(*(part[~unused] for part in row)))
+        return kept
+
     def annotate(self, outputs: Any, image_size: tuple[int, int]) -> dict[str, list[Tensor]]:
         """Labels of images by what was found in them: boxes in pixels, labels, scores, one of each an image.
 
         Boxes are cut off at the image's edges, as annotations are.
         """
-        found = self.detections(outputs, [image_size] * _num_images(outputs))
+        found = self.objects(self.detections(outputs, [image_size] * _num_images(outputs)))
         sure = [Boxes(*(part[row.scores >= self.least_score] for part in row)) for row in found]
         sure = [row._replace(boxes=clip_boxes_to_image(row.boxes, image_size)).with_area() for row in sure]
         return {name: [getattr(row, name).cpu() for row in sure] for name in ("boxes", "labels", "scores")}
@@ -224,7 +244,7 @@ class BoxMetrics:
         self.metric.warn_on_many_detections = False
 
     def update(self, outputs: Any, targets: Sequence[Mapping[str, Any]]) -> None:
-        found = self.task.detections(outputs, [target["size"] for target in targets])
+        found = [Boxes(*map(Tensor.cpu, row)) for row in self.task.detections(outputs, [t["size"] for t in targets])]
         wanted = [{name: target[name] for name in ("boxes", "labels", "iscrowd")} for target in targets]
         self.metric.update([row._asdict() for row in found], wanted)
 

@@ -11,6 +11,7 @@ from dfq.detectors._base import Boxes
 from dfq.hooks import given_choices, kept_choices
 from dfq.settings import resolve
 from dfq.tasks._task import task_of
+from dfq.teachers.torchvision import _detector
 
 SIZE = 64
 
@@ -166,6 +167,15 @@ def test_labels_without_a_name_are_no_objects(monkeypatch):
     names = {0: "N/A", 1: "person", 2: "N/A", 3: "car"}
     teacher = transformers_teacher("detr", id2label=names)
     assert task_of(teacher).labels(teacher(teacher.example(1))) == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos"])
+def test_sigmoids_have_no_object_of_the_background_either(name):
+    """COCO's weights have an output for id 0, which nothing has; nothing is drawn of it, and nothing measured."""
+    names = ["__background__", "person", "N/A", "car"]
+    teacher = _detector(FAMILIES[name](), name, None, None, (3, SIZE, SIZE), None, None, names)
+    with torch.no_grad():
+        assert task_of(teacher).labels(teacher(teacher.example(1))) == [1, 3]
 
 
 @pytest.mark.parametrize("derive", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NETS, as_teacher
-from tiny_detectors import CLASSES, SPEC, DecodeOnly, cell_teacher, family_teacher
+from tiny_detectors import CLASSES, SPEC, Cells, DecodeOnly, cell_teacher, family_teacher
 
 from dfq.detectors._base import Boxes
 from dfq.errors import UserError
@@ -195,6 +195,30 @@ def test_low_resolution_is_a_multiple_and_falls_back():
 
     teacher.module.raw = refuses
     assert low_size(teacher, large, 0.5) == (352, 640)
+
+
+def test_a_detector_whose_places_are_fixed_has_no_low_resolution():
+    """A network that takes any size, behind an adapter that knows its cells for that of its input alone."""
+    spec = type(SPEC)((3, 128, 128), SPEC.mean, SPEC.std)
+
+    class Fixed(Cells):
+        def candidates(self, raw):
+            found = super().candidates(raw)
+            size = (torch.arange(32 * 32) % 7 + 1) / 7  # of cells [32, 32]
+            return replace(found, boxes=found.boxes * size[:, None])
+
+    teacher = cell_teacher(Fixed)
+    assert low_size(cell_teacher(), spec, 0.5) == (64, 64) and low_size(teacher, spec, 0.5) == (128, 128)
+
+
+def test_what_is_seen_of_a_label_that_is_unused_is_not_added():
+    def made(unused):
+        teacher = cell_teacher()
+        teacher.module.unused_labels = unused
+        easy = replace(FAST.prepare(teacher, batch_rng(0, 0)), plausible=0.01, believed=0.01, labels=[0])
+        return torch.cat(easy.sample(teacher, 4, batch_rng(0, 1), lambda _amount, _note="": None)["labels"])
+
+    assert {0, 3} <= set(made(()).tolist()) and 3 not in made((3,))
 
 
 def test_a_classifier_has_no_boxes():

@@ -16,8 +16,10 @@ import dfq
 from dfq.detectors._base import Boxes, Candidates, Detector, _say_once, adapter_record
 from dfq.errors import UserError
 from dfq.evaluation import Coco, measure
+from dfq.hooks import tensors_in
 from dfq.losses._box_overlap import iou
 from dfq.settings import resolve
+from dfq.tasks._outputs import changed
 from dfq.tasks._task import task_of
 from dfq.tasks.detection import shared_score
 from dfq.teacher import InputSpec, Teacher
@@ -199,12 +201,28 @@ def test_what_decode_gives_is_taken_in_other_forms(form):
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("adapter", [Cells, DecodeOnly])
+def test_raw_outputs_in_half_precision_are_read_in_full(adapter):
+    """Of 2,000 pixels bfloat16 knows every eighth."""
+    teacher = cell_teacher(adapter)
+    task, images = task_of(teacher), teacher.example(2)
+    half = changed(teacher(images), torch.Tensor.bfloat16)
+    found = task.raw_outputs(lambda _: half, images)
+    assert {values.dtype for values in tensors_in(found)} == {torch.float32}
+    rows = task.detections(found, [(2000, 1000)] * 2)
+    for mine, exact in zip(rows, task.detections(changed(half, torch.Tensor.float), [(2000, 1000)] * 2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, exact, strict=True))
+    whole = teacher(images)
+    assert task.raw_outputs(lambda _: whole, images) is whole
+
+
 WRONG = {
     "another order": (lambda b, s, k: Boxes(b, k, s), r"scores of torch\.int64, labels of torch\.float32"),
     "lengths": (lambda b, s, k: Boxes(b, s[:3], k), r"boxes \[20, 4\], scores \[3\], labels \[20\]"),
     "two of three": (lambda b, s, k: {"boxes": b, "labels": k}, "a list that is not boxes, scores and labels"),
     "one tensor": (lambda b, s, k: b, "a Tensor that is not boxes, scores and labels"),
     "no class": (lambda b, s, k: Boxes(b, s, k - 9), "a label of -"),
+    "labels from 1": (lambda b, s, k: Boxes(b, s, k + 1), "a label of 4 with num_classes=4"),
 }
 
 
@@ -305,6 +323,14 @@ def test_annotations_lie_inside_their_image():
     rows = task_of(teacher).annotate(teacher(teacher.example(2)), (32, 32))
     assert [row.tolist() for row in rows["boxes"]] == [[[0, 4, 6, 32]]] * 2, "the one outside is left out"
     assert [row.tolist() for row in rows["labels"]] == [[2]] * 2 and len(rows["scores"]) == 2
+
+
+def test_what_nothing_was_trained_on_is_no_label_of_an_image_though_it_is_seen():
+    found = Boxes(torch.tensor([[1.0, 4, 6, 9], [3, 2, 9, 9]]), torch.tensor([0.9, 0.8]), torch.tensor([2, 3]))
+    teacher = decoding(lambda b, s, k: found)
+    teacher.module.unused_labels = (0, 2)
+    rows = task_of(teacher).annotate(teacher(teacher.example(1)), (32, 32))
+    assert rows["labels"][0].tolist() == [3] and rows["boxes"][0].tolist() == [[3, 2, 9, 9]]
 
 
 def test_raw_outputs_of_integers_alone_are_told():
@@ -481,6 +507,18 @@ def test_a_detector_that_finds_everything_has_map_one(tmp_path):
     assert found["map_50"] == pytest.approx(1) and found["map"] < 0.9
 
 
+def test_outputs_are_decoded_where_the_adapter_is(tmp_path, monkeypatch):
+    """Its anchors may be buffers, which lie on the network's device."""
+    write_coco(tmp_path, ROWS)
+    batches = list(Coco(str(tmp_path / "images"), str(tmp_path / "boxes.json")).batches(SPEC))
+    teacher, places = cell_teacher(), []
+    task, outputs = task_of(teacher), teacher(batches[0][0])
+    teacher.module.to("meta")
+    monkeypatch.setattr("dfq.evaluation.moved", lambda found, device: places.append(str(device)) or found)
+    assert set(measure(lambda images: outputs, task, batches, 3, "tiny")) == {"map", "map_50"}
+    assert places == ["meta"]
+
+
 MISTAKES = {
     "no file": (lambda f: f.unlink(), "which does not exist"),
     "no json": (lambda f: f.write_text("{"), "which is not as COCO's (JSONDecodeError"),
@@ -488,6 +526,7 @@ MISTAKES = {
     "unknown category": (
         lambda f: f.write_text(f.read_text().replace('"category_id": 3', '"category_id": 9')), "(KeyError: 9)"),
     "a list": (lambda f: f.write_text("[]"), "(TypeError"),
+    "no name of an image": (lambda f: f.write_text(f.read_text().replace('"0.png"', "null")), "(TypeError"),
 }  # fmt: skip
 
 
