@@ -268,7 +268,8 @@ def read_prompts(path: str | None) -> list[Any]:
     assert path is not None
     what = '.txt with a prompt a line, or .jsonl with {"text": ...} | {"messages": [...]}'
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        # With or without a byte order mark. Not splitlines(): a prompt may hold other ends of lines as they are.
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"got generator.prompts={path}, which can't be read ({type(error).__name__})", what) from None
     if not lines:

@@ -13,7 +13,14 @@ import dfq
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators._base import dataset_rng, sample_rng
-from dfq.generators.self_generation import SelfGeneration, _beginnings, decide, repetition, teacher_cache
+from dfq.generators.self_generation import (
+    SelfGeneration,
+    _beginnings,
+    decide,
+    read_prompts,
+    repetition,
+    teacher_cache,
+)
 from dfq.pipeline import generate
 from dfq.settings import resolve
 from dfq.teacher import Teacher, TokenSpec
@@ -204,6 +211,15 @@ def test_prompts(llama, named, tmp_path):
     (tmp_path / "p.txt").write_text("▁a\n\n▁b\n")
     found = made(llama, range(4), tokenizer=named, first="prompts", prompts=str(tmp_path / "p.txt"))
     assert found["input_ids"][:, :2].tolist() == [[1, 3], [1, 4]] * 2
+
+
+def test_prompts_with_other_ends_of_lines_in_them(tmp_path):
+    prompts = ["a\u2028b", "c\x0cd"]
+    (tmp_path / "p.txt").write_text("\ufeff" + "\r\n".join(prompts), encoding="utf-8", newline="")
+    assert read_prompts(str(tmp_path / "p.txt")) == prompts
+    lines = [json.dumps({"text": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_prompts(str(tmp_path / "p.jsonl")) == prompts
 
 
 def test_files_that_were_moved_are_the_same_files(llama, named, tmp_path):
