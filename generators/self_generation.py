@@ -240,6 +240,13 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
             "or template, and no beginning-of-text token",
             "at least one token to go on from",
         )
+    largest = max(max(ids) for ids in (*rows, again, answer or []) if ids)
+    if largest >= spec.vocab_size:
+        raise UserError(
+            f"got {teacher.name} with a vocabulary of {spec.vocab_size}, and id {largest} in a beginning",
+            f"ids from 0 to {spec.vocab_size - 1}",
+            "use the tokenizer of this network; where its beginning-of-text token is none, give generator.begin=false",
+        )
     longest = max(map(len, rows))
     if longest >= spec.length:
         raise UserError(

@@ -355,6 +355,25 @@ def test_an_empty_prompt(llama, named, tmp_path):
         made(llama, [0], **settings, begin=False)
 
 
+def test_ids_that_the_network_does_not_have(llama, named, tmp_path):
+    """A tokenizer to which tokens were added that the network was not, and a configuration's id from elsewhere."""
+    small = Teacher(llama.module, "language_modeling", TokenSpec(40, 20), name="small")
+    (tmp_path / "p.txt").write_text("▁a\n▁wyb\n")
+    with pytest.raises(UserError) as error:
+        made(small, [0], tokenizer=named, first="prompts", prompts=str(tmp_path / "p.txt"))
+    last = "use the tokenizer of this network; where its beginning-of-text token is none, give generator.begin=false"
+    assert str(error.value) == (
+        f"got small with a vocabulary of 40, and id 59 in a beginning; allowed: ids from 0 to 39; {last}"
+    )
+    module = transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1, n_positions=20)
+    )
+    other = Teacher(module, "language_modeling", TokenSpec(40, 20), name="gpt2")
+    with pytest.raises(UserError, match="got gpt2 with a vocabulary of 40, and id 50256 in a beginning; "):
+        made(other, [0])
+    assert made(other, [0], begin=False)["input_ids"].shape == (1, 20)
+
+
 def test_plain_words_are_no_free_places(llama, tmp_path):
     from tokenizers import Tokenizer, models
 
