@@ -85,6 +85,12 @@ class CompressedTensors:
                 f"give {path.parent / FILE}",
             )
         config, folder = network.configuration(student, "compressed_tensors")
+        if folder is not None and path.parent.resolve() == folder.resolve():  # a checkpoint in parts has no such file
+            raise UserError(
+                f"got artifact_path={path}, in the folder that the float network was read from",
+                "a folder of its own, since config.json is written beside the file",
+                "choose another folder",
+            )
         settings, packed = quantization_config(student)
         # Readers look for grids of the cache beside those of weights.
         key_value, scales = (None, {}) if settings is None else key_value_scheme(student)
