@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dfq
 from dfq.calibration import _lend
 from dfq.dataset import SyntheticDataset
 from dfq.decoding import Decoder
 from dfq.errors import UserError
+from dfq.exporters import compressed_tensors
 from dfq.exporters._transformers import keys_and_values, tensors
 from dfq.exporters.compressed_tensors import pack_to_int32, reads_one_group
 from dfq.hooks import forward_hooks
@@ -351,6 +354,24 @@ def test_packing_bit_by_bit(num_bits):
         stream = sum((word % 2**32) << (32 * i) for i, word in enumerate(words))
         got = [(stream >> (i * num_bits)) % 2**num_bits - 2 ** (num_bits - 1) for i in range(37)]
         assert got == row
+
+
+def test_packing_some_rows_at_a_time(monkeypatch):
+    """Bits that are apart take 64 times their room."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in tree_leaves(found) if isinstance(x, torch.Tensor))
+            return found
+
+    values = torch.randint(-4, 4, (64, 40), generator=torch.Generator().manual_seed(0))
+    whole = pack_to_int32(values, 3)
+    monkeypatch.setattr(compressed_tensors, "PACKED_AT_ONCE", 1000, raising=False)
+    with Sizes():
+        assert torch.equal(pack_to_int32(values, 3), whole)
+    assert max(largest) <= max(1024, values.numel())
 
 
 @pytest.mark.parametrize(

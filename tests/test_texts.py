@@ -116,6 +116,24 @@ def test_keys_and_values_that_are_kept_change_nothing():
     assert torch.equal(greedy(plain, ids, 8), kept)
 
 
+@pytest.mark.parametrize("answer", [lambda logits: logits, lambda logits: (logits, None)])
+def test_a_network_with_arguments_of_these_names_and_answers_of_its_own(answer):
+    class Own(_Language):
+        def forward(self, ids, past_key_values=None, use_cache=False):
+            return answer(super().forward(ids))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = Teacher(Own(), "language_modeling", TokenSpec(30, 12), name="own")
+    task, ids = resolve("task", "language_modeling"), teacher.example()[:, :4]
+    wanted = ids
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = torch.cat([wanted, task.raw_outputs(teacher, wanted)[:, -1:].argmax(-1)], 1)
+    found = greedy(Decoder(teacher.module, lambda x: task.raw_outputs(teacher, x), teacher.device), ids, 3)
+    assert torch.equal(found, wanted[:, 4:])
+
+
 def test_keys_and_values_are_written_behind_those_that_are_there():
     """The same numbers as transformers' own cache: over a border of the memory, with rows and tokens left out."""
     transformers = pytest.importorskip("transformers")

@@ -619,3 +619,17 @@ def test_other_tools_read_it(llama, tmp_path, monkeypatch):
         "got to_huggingface(), which needs datasets, not installed here; allowed: to_jsonl(path), which needs nothing; "
         "pip install datasets"
     )
+
+
+def test_what_other_tools_cannot_read(llama, make_teacher, tmp_path):
+    images = generate(make_teacher(), resolve("generator", "gaussian"), 2, 0, tmp_path / "images")
+    with pytest.raises(UserError) as error:
+        images.to_jsonl(tmp_path / "a.jsonl")
+    assert str(error.value) == f"got {tmp_path}/images, a dataset of images; allowed: a dataset of token ids"
+    empty = SyntheticDataset.create(tmp_path / "empty", {"seed": 0}, {"pixels": False, "labels": False})
+    with pytest.raises(UserError, match="a dataset without samples; generate into it first"):
+        empty.to_jsonl(tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+    texts = generate(llama, SelfGeneration(max_repetition=1.0), 2, 0, tmp_path / "texts")
+    with pytest.raises(UserError, match="which can't be written"):
+        texts.to_jsonl(tmp_path)
