@@ -416,6 +416,10 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
     def texts(self) -> Iterator[list[int]]:
         """Token ids of each sample, without padding."""
+        if not self.shards:
+            raise UserError(f"got {self.path}, a dataset without samples", do="generate into it first")
+        if "input_ids" not in self[0]:
+            raise UserError(f"got {self.path}, a dataset of images", "a dataset of token ids")
         for sample in self:
             ids = samples_of(sample)
             yield ids[: int(sample.get("num_tokens", len(ids)))].tolist()
@@ -425,7 +429,12 @@ class SyntheticDataset(torch.utils.data.Dataset):
         lines = []
         for ids in self.texts():
             lines.append(json.dumps({"input_ids": ids} | ({} if decode is None else {"text": decode(ids)})))
-        write_atomic(Path(path), ("\n".join(lines) + "\n").encode())
+        try:
+            write_atomic(Path(path), ("\n".join(lines) + "\n").encode())
+        except OSError as error:
+            raise UserError(
+                f"got to_jsonl({path}), which can't be written ({error.strerror})", "a file name"
+            ) from error
         return Path(path)
 
     def to_huggingface(self) -> Any:

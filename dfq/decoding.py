@@ -41,6 +41,9 @@ class Decoder:
             new = ids if self.cache is None else ids[:, seen:]
             kept: dict[str, Any] = {str(self.name): self.cache, "use_cache": True}
             outputs = self.module(new.to(self.device), **kept, **self.options)
+        if not isinstance(getattr(outputs, "logits", None), Tensor):  # it has these arguments, and answers of its own
+            self.keeps = False
+            return self(ids)
         self.cache = next((found for name in CACHE if (found := getattr(outputs, name, None)) is not None), None)
         self.keeps = self.cache is not None
         if self.keeps and "transformers" in sys.modules:

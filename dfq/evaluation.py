@@ -182,9 +182,11 @@ class Tokens:
     kind: ClassVar[str] = "token ids"
 
     def for_teacher(self, teacher: Teacher) -> Tokens:
-        """A UserError for rows that are longer than the network has positions."""
+        """A UserError for rows that are longer than the network has positions, and where there is none."""
         most = getattr(getattr(teacher.module, "config", None), "max_position_embeddings", None)
         longest = max(map(len, self._rows(self.path)), default=0)
+        if not longest:
+            raise UserError(f"got {self.path}, in which no row has a token to predict", "rows of at least two tokens")
         if most is not None and longest > most:
             raise UserError(
                 f"got {self.path} with a row of {longest} tokens and {teacher.name}, which has {most} positions",
@@ -264,13 +266,16 @@ class Text(Tokens):
 def _text_rows(path: str, tokenizer: str, length: int | None, _fingerprint: str) -> tuple[Tensor, ...]:
     allowed = 'a .txt file, or a .jsonl file with a {"text": ...} a line'
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
         jsonl = Path(path).suffix == ".jsonl"
-        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()] if jsonl else [content]
+        # Not splitlines(): a string of json may hold other ends of lines as they are.
+        texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()] if jsonl else [content]
     except FileNotFoundError:
         raise UserError(f"got {path}, which does not exist", allowed) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"got {path}, which can't be read ({type(error).__name__})", allowed) from None
+    for wrong in [text for text in texts if not isinstance(text, str)][:1]:
+        raise UserError(f"got {path} with {str(wrong)[:50]!r} for text", "a string for text")
     read = load_tokenizer(tokenizer, "evaluation.tokenizer")
     return tuple(_cut([torch.tensor(read(text)["input_ids"], dtype=torch.int64) for text in texts], length))
 

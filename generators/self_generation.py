@@ -241,6 +241,13 @@ def _beginnings(settings: SelfGeneration, teacher: Teacher, rng: torch.Generator
             "or template, and no beginning-of-text token",
             "at least one token to go on from",
         )
+    largest = max(max(ids) for ids in (*rows, again, answer or []) if ids)
+    if largest >= spec.vocab_size:
+        raise UserError(
+            f"got {teacher.name} with a vocabulary of {spec.vocab_size}, and id {largest} in a beginning",
+            f"ids from 0 to {spec.vocab_size - 1}",
+            "use the tokenizer of this network; where its beginning-of-text token is none, give generator.begin=false",
+        )
     longest = max(map(len, rows))
     if longest >= spec.length:
         raise UserError(
@@ -269,7 +276,8 @@ def read_prompts(path: str | None) -> list[Any]:
     assert path is not None
     what = '.txt with a prompt a line, or .jsonl with {"text": ...} | {"messages": [...]}'
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        # With or without a byte order mark. Not splitlines(): a prompt may hold other ends of lines as they are.
+        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"got generator.prompts={path}, which can't be read ({type(error).__name__})", what) from None
     if not lines:

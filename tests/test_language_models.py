@@ -3,17 +3,21 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dfq
 from dfq.calibration import _lend
 from dfq.dataset import SyntheticDataset
 from dfq.decoding import Decoder
 from dfq.errors import UserError
+from dfq.exporters import compressed_tensors
 from dfq.exporters._transformers import keys_and_values, tensors
 from dfq.exporters.compressed_tensors import pack_to_int32, reads_one_group
 from dfq.hooks import forward_hooks
@@ -352,6 +356,24 @@ def test_packing_bit_by_bit(num_bits):
         assert got == row
 
 
+def test_packing_some_rows_at_a_time(monkeypatch):
+    """Bits that are apart take 64 times their room."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in tree_leaves(found) if isinstance(x, torch.Tensor))
+            return found
+
+    values = torch.randint(-4, 4, (64, 40), generator=torch.Generator().manual_seed(0))
+    whole = pack_to_int32(values, 3)
+    monkeypatch.setattr(compressed_tensors, "PACKED_AT_ONCE", 1000, raising=False)
+    with Sizes():
+        assert torch.equal(pack_to_int32(values, 3), whole)
+    assert max(largest) <= max(1024, values.numel())
+
+
 @pytest.mark.parametrize(
     "weight, activation",
     [
@@ -397,6 +419,48 @@ def test_a_head_that_is_rounded_too(name, targets, folder, make_dataset, tmp_pat
         student = nearest(teacher, dataset, Scheme(TensorScheme(8, True), PER_TOKEN, skip=()))
         with pytest.raises(UserError, match="layer lm_head with quantized inputs, which shares the embedding's weight"):
             export(student, resolve("exporter", "compressed_tensors"), path, teacher, dataset)
+
+
+def test_a_folder_that_is_not_to_be_written_to(folder, make_dataset, tmp_path):
+    """The float network's own, in several parts so that no file is in the way; and what is no folder."""
+    source = tmp_path / "source"
+    shutil.copytree(folder("llama"), source)
+    module = transformers.AutoModelForCausalLM.from_pretrained(source)
+    (source / "model.safetensors").unlink()
+    module.save_pretrained(source, max_shard_size="20KB")
+    assert not (source / "model.safetensors").exists()
+    before = (source / "config.json").read_text()
+    teacher = teacher_of(str(source))
+    student = nearest(teacher, make_dataset(teacher, 4), W4_G16)
+    with pytest.raises(UserError) as error:
+        export(student, resolve("exporter", "compressed_tensors"), source / "model.safetensors", teacher)
+    assert str(error.value) == (
+        f"got artifact_path={source}/model.safetensors, in the folder that the float network was read from; allowed: "
+        "a folder of its own, since config.json is written beside the file; choose another folder"
+    )
+    assert (source / "config.json").read_text() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"beside which config\.json can't be written"):
+        export(student, resolve("exporter", "compressed_tensors"), tmp_path / "file/model.safetensors", teacher)
+
+
+@pytest.mark.parametrize("exporter", ["compressed_tensors", "gguf"])
+def test_a_vocabulary_that_has_grown_in_memory(exporter, folder, make_dataset, tmp_path):
+    """config.json is that of the network as it is, not as it was when it was read."""
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder("llama"))
+    module.resize_token_embeddings(80, mean_resizing=False)
+    teacher = dfq.load_teacher(module, "language_modeling", vocab_size=80, length=16, device="cpu")
+    scheme = W4_G16 if exporter == "compressed_tensors" else Scheme(TensorScheme(4, True, "per_group", 32), FLOAT)
+    student = nearest(teacher, make_dataset(teacher, 4), scheme)
+    path = tmp_path / "a" / ("model.safetensors" if exporter == "compressed_tensors" else "model.gguf")
+    found = export(student, resolve("exporter", exporter), path, teacher)
+    if found["parity"]["runtime"] is not None:
+        assert found["parity"]["argmax_agreement"] == 1.0
+    if exporter == "compressed_tensors":
+        config = json.loads((path.parent / "config.json").read_text())
+        was = json.loads((Path(folder("llama")) / "config.json").read_text())
+        assert config["vocab_size"] == 80
+        assert {key for key in was if config.get(key) != was[key]} <= {"vocab_size", "dtype"}
 
 
 def test_what_compressed_tensors_cannot_hold(folder, make_dataset, make_teacher, tmp_path):

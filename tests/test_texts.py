@@ -116,6 +116,24 @@ def test_keys_and_values_that_are_kept_change_nothing():
     assert torch.equal(greedy(plain, ids, 8), kept)
 
 
+@pytest.mark.parametrize("answer", [lambda logits: logits, lambda logits: (logits, None)])
+def test_a_network_with_arguments_of_these_names_and_answers_of_its_own(answer):
+    class Own(_Language):
+        def forward(self, ids, past_key_values=None, use_cache=False):
+            return answer(super().forward(ids))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = Teacher(Own(), "language_modeling", TokenSpec(30, 12), name="own")
+    task, ids = resolve("task", "language_modeling"), teacher.example()[:, :4]
+    wanted = ids
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = torch.cat([wanted, task.raw_outputs(teacher, wanted)[:, -1:].argmax(-1)], 1)
+    found = greedy(Decoder(teacher.module, lambda x: task.raw_outputs(teacher, x), teacher.device), ids, 3)
+    assert torch.equal(found, wanted[:, 4:])
+
+
 def test_keys_and_values_are_written_behind_those_that_are_there():
     """The same numbers as transformers' own cache: over a border of the memory, with rows and tokens left out."""
     transformers = pytest.importorskip("transformers")
@@ -157,6 +175,37 @@ def test_layers_with_a_window_keep_their_own_cache():
     before = cache.layers[0]
     make_room(cache)
     assert cache.layers[0] is before
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_of_json_with_other_ends_of_lines_in_them(mark, tmp_path):
+    """U+2028 and the like are written as they are by json.dumps(ensure_ascii=False), pandas and datasets."""
+    from test_contracts import word_tokenizer
+
+    folder = word_tokenizer(tmp_path / "tokenizer")
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in ("a\u2028b\x85a", "b b"))
+    (tmp_path / "a.jsonl").write_text(mark + content, encoding="utf-8")
+    rows = Text(path=str(tmp_path / "a.jsonl"), tokenizer=folder)._rows(str(tmp_path / "a.jsonl"))
+    assert [row.tolist() for row in rows] == [[1, 2, 1], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": "a b"}\n{"text": null}', "with 'None' for text; allowed: a string for text"),
+        ('{"text": ["a", "b"]}', "with \"['a', 'b']\" for text; allowed: a string for text"),
+        ('{"text": "a"}', "in which no row has a token to predict; allowed: rows of at least two tokens"),
+    ],
+)
+def test_text_that_is_none(content, message, tmp_path, monkeypatch):
+    from test_contracts import word_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    folder = word_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError) as error:
+        dfq.evaluate(language(), evaluation="text", path="a.jsonl", tokenizer=folder)
+    assert str(error.value).replace("a.jsonl, in", "a.jsonl in") == f"got a.jsonl {message}"
 
 
 WRONG = [

@@ -187,8 +187,13 @@ def _divide_gain(norm: nn.Module, scale: Tensor) -> bool:
     """Divide a norm's outputs by ``scale`` [H], in place; false if it is no norm that this can be done to."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
+    if len(weight) != len(scale):  # heads are divided one by one
+        return False
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    wanted = exact(norm(x)) / scale
+    try:
+        wanted = exact(norm(x)) / scale
+    except TypeError:  # it takes more than what it divides: a gate, as behind linear attention
+        return False
     kept, kept_bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
     if bias is not None:
         bias.data.copy_(exact(bias) / scale)

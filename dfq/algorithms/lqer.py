@@ -79,7 +79,10 @@ class LQER(Algorithm):
                 error = wanted - double(layer.weight_quantizer(layer.weight))
                 size = double(squares[name]).sqrt() if self.scaled else torch.ones(error.shape[1]).double()
                 rank = max(1, min(self.rank, min(error.shape) // 2))
-                down, up = (t.to(getattr(torch, self.storage)) for t in low_rank(error, size, rank))
+                down, up = low_rank(error, size, rank)
+                if self.storage == "float16":
+                    down, up = within_float16(down, up)
+                down, up = (t.to(getattr(torch, self.storage)) for t in (down, up))
                 layer.correction = LowRankCorrection(down, up).to(layer.weight.device)
                 student.surgery.corrections[name] = rank, self.storage
                 advance(1)
@@ -90,3 +93,15 @@ def low_rank(error: Tensor, size: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     size = size.clamp(min=SMALLEST_SIZE * float(size.max()) if float(size.max()) > 0 else 1.0)
     u, s, vh = torch.linalg.svd(error * size, full_matrices=False)
     return (vh[:rank] / size).contiguous(), (u[:, :rank] * s[:rank]).contiguous()  # as they are when loaded
+
+
+def within_float16(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of down [K, I] and up [O, K] in numbers that float16 holds.
+
+    Inputs that are all small make ``down`` infinite there and ``up`` zero. Of such a component both factors get about
+    the same size, by a power of two; others stay as they are.
+    """
+    limits, sizes = torch.finfo(torch.float16), torch.stack([down.abs().amax(1), up.abs().amax(0)])
+    fits = ((sizes <= limits.max) & (sizes >= limits.tiny)).all(0) | (sizes == 0).any(0)
+    exponent = torch.where(fits, 0.0, (torch.log2(sizes[0] / sizes[1]) / 2).round())
+    return down * torch.exp2(-exponent)[:, None], up * torch.exp2(exponent)

@@ -184,7 +184,8 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator, heads: boo
     if not readers or not tables:
         raise _refused(teacher, "in which no layer reads from a norm")
     width = next(iter(tables.values())).embedding_dim
-    readers = {name: norm for name, norm in readers.items() if parts[name].weight.shape[1] == width}
+    wide = {norm for norm in readers.values() if next(parts[norm].parameters()).numel() == width}  # heads' are not
+    readers = {name: norm for name, norm in readers.items() if parts[name].weight.shape[1] == width and norm in wide}
     writers = [name for name in linears if name not in readers and parts[name].weight.shape[0] == width]
     owners: dict[int, str] = {}
     untied = [name for name in readers if any(parts[name].weight is table.weight for table in tables.values())]
@@ -474,7 +475,10 @@ def _take_gain(norm: nn.Module) -> Tensor | None:
         y, wide = (exact(t) for t in (forward(x), x))
         return y / (wide * wide.square().mean(-1, keepdim=True).rsqrt())
 
-    found = gains(norm)
+    try:
+        found = gains(norm)
+    except TypeError:  # it takes more than what it divides, such as a gate
+        return None
     if not torch.allclose(found, found[:1].expand_as(found), rtol=1e-3, atol=1e-5):
         return None
     for neutral in (1.0, 0.0):  # some add one to what they hold

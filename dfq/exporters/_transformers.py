@@ -22,6 +22,8 @@ from dfq.teacher import Teacher
 
 OWN = ("weight_quantizer", "input_quantizer", "bias_quantizer", "correction", HOLDER)  # sub-modules that dfq has added
 
+OF_A_RUN = ("use_cache", "dtype", "torch_dtype", "architectures", "transformers_version")  # not of the network itself
+
 
 def configuration(student: Student, exporter: str) -> tuple[dict[str, Any], Path | None]:
     """config.json of the network as transformers reads it, and the folder that it came from."""
@@ -42,7 +44,18 @@ def configuration(student: Student, exporter: str) -> tuple[dict[str, Any], Path
         found = {**config.to_dict(), "use_cache": True, "architectures": [architecture(student.module)]}
     else:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not (student.teacher.get("config") or {}).get("name"):  # in memory it may have become another since
+            found |= _changed(config.to_dict(), found)
     return found | ({"tie_word_embeddings": False} if untied(student) else {}), folder
+
+
+def _changed(own: dict[str, Any], published: dict[str, Any]) -> dict[str, Any]:
+    """What a network's configuration says otherwise than the config.json it began from: a vocabulary that has grown."""
+    return {
+        key: value
+        for key, value in own.items()
+        if key in published and value != published[key] and key not in OF_A_RUN and not isinstance(value, dict)
+    }
 
 
 def architecture(module: nn.Module) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dfq.dataset import write_atomic
+from dfq.errors import UserError
 from dfq.exporters import _artifact as artifact
 from dfq.student import Student
 
@@ -64,4 +65,9 @@ def has_tokenizer(files: Iterable[str]) -> bool:
 def write_beside(path: Path, files: dict[str, bytes]) -> None:
     """Each file into the folder of ``path``."""
     for name, content in files.items():
-        write_atomic(path.parent / name, content)
+        try:
+            write_atomic(path.parent / name, content)
+        except OSError as error:
+            raise UserError(
+                f"got artifact_path={path}, beside which {name} can't be written ({error.strerror})"
+            ) from error

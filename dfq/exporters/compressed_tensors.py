@@ -50,6 +50,7 @@ from dfq.surgery import stacked_experts
 from dfq.teacher import Teacher
 
 FILE = "model.safetensors"
+PACKED_AT_ONCE = 2**22  # bits that are apart at a time, each in an int64: those of a whole head would not fit anywhere
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,12 @@ class CompressedTensors:
                 f"give {path.parent / FILE}",
             )
         config, folder = network.configuration(student, "compressed_tensors")
+        if folder is not None and path.parent.resolve() == folder.resolve():  # a checkpoint in parts has no such file
+            raise UserError(
+                f"got artifact_path={path}, in the folder that the float network was read from",
+                "a folder of its own, since config.json is written beside the file",
+                "choose another folder",
+            )
         settings, packed = quantization_config(student)
         # Readers look for grids of the cache beside those of weights.
         key_value, scales = (None, {}) if settings is None else key_value_scheme(student)
@@ -357,6 +364,11 @@ def pack_to_int32(values: Tensor, num_bits: int) -> Tensor:
     Returns:
         int32 [R, ceil(C num_bits / 32)]; values of 3, 5, 6 and 7 bits cross from a word into the next.
     """
+    size = max(1, PACKED_AT_ONCE // max(1, values.shape[1] * num_bits))
+    return torch.cat([_packed(rows, num_bits) for rows in values.split(size)])
+
+
+def _packed(values: Tensor, num_bits: int) -> Tensor:
     unsigned = (values.to(torch.int64) + 2 ** (num_bits - 1)) & (2**num_bits - 1)
     rows, columns = unsigned.shape
     words = -(-columns * num_bits // 32)

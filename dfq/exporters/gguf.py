@@ -390,6 +390,8 @@ def _vocabulary(folder: Path | None, config: dict[str, Any]) -> tuple[dict[str, 
     for name, key, place in (("bos", "bos", 0), ("eos", "eos", -1), ("padding", "pad", None)):
         value = ids.get(settings.get(f"{key}_token"), config.get(f"{key}_token_id"))
         value = value[0] if isinstance(value, list) else value
+        if value is not None and not 0 <= value < size:  # -1 is what some configurations have for none
+            value = None
         if value is not None:
             found[f"tokenizer.ggml.{name}_token_id"] = (UINT32, value)
         if place is not None:

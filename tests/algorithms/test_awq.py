@@ -28,7 +28,12 @@ CONFIGS = {
     "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
     "gemma": lambda: transformers.GemmaConfig(**GROUPED),
     "phi": lambda: transformers.PhiConfig(**TEXT),
-}
+    "gated_norms": lambda: transformers.Qwen3NextConfig(
+        **GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+}  # fmt: skip
 W3 = Scheme(TensorScheme(3, False, "per_group", 16), FLOAT)
 
 

@@ -83,6 +83,27 @@ def test_all_of_the_error_at_full_rank(make_dataset):
     assert float((left**2).sum()) == pytest.approx((singular[3:] ** 2).sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize("factor", [2.0**-24, 2.0**20])
+def test_inputs_of_any_size(factor, make_dataset):
+    """1 / size and size are beyond float16: the pair was infinite times zero."""
+
+    def made(factor):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            teacher = as_teacher(Network())
+        network = teacher.module
+        network.first.weight *= factor
+        network.first.bias *= factor
+        network.head.weight /= factor
+        dataset = make_dataset(teacher, 32, name=f"d{factor}")
+        student = dfq.quantize(teacher, dataset, W2, algorithm="lqer", rank=4)
+        with torch.no_grad():
+            return student(dataset.samples())
+
+    found, wanted = made(factor), made(1.0)
+    assert torch.allclose(found, wanted, atol=1e-2 * float(wanted.abs().max()))
+
+
 def test_pt2_carries_the_pairs(make_dataset, tmp_path):
     teacher = as_teacher(Network())
     student = dfq.quantize(teacher, make_dataset(teacher), W3A8, algorithm="lqer", rank=4)

@@ -60,6 +60,23 @@ def test_the_function_is_unchanged(name):
     assert not torch.allclose(before, after) and torch.allclose(before.norm(dim=1), after.norm(dim=1), rtol=1e-4)
 
 
+def test_norms_of_heads_are_not_the_streams():
+    """Behind linear attention: a norm of each head with a gate; the layer that reads it writes into the stream."""
+    config = transformers.Qwen3NextConfig(
+        **UNTIED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    teacher = random_teacher(config)
+    other = Student.from_teacher(teacher, W4A4)  # experts are layers there
+    turns = rotate(other.module, teacher, torch.Generator().manual_seed(0))
+    assert "model.layers.0.linear_attn.out_proj" in turns.writers
+    ids = teacher.example(4)
+    with torch.no_grad():
+        wanted, got = teacher(ids).logits, other(ids).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.std()))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_values_are_turned_within_their_heads(name):
     """Each head of values by the same matrix, and what reads its mixtures by its inverse: by hand."""

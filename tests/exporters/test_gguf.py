@@ -439,6 +439,18 @@ def test_byte_pairs_as_in_sentencepiece(spoken):
         assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids, text
 
 
+def test_ids_of_special_tokens_that_are_none(spoken):
+    """Configurations of older networks have -1 for padding that there is none of."""
+
+    def write(folder):
+        byte_level(folder, QWEN_2, False, False)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
+
+    told = metadata(spoken(write)[1])
+    assert "tokenizer.ggml.padding_token_id" not in told and told["tokenizer.ggml.bos_token_id"] == 0
+
+
 WORDS = {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "added_tokens": []}
 
 

@@ -13,7 +13,14 @@ import dfq
 from dfq.dataset import SyntheticDataset
 from dfq.errors import UserError
 from dfq.generators._base import dataset_rng, sample_rng
-from dfq.generators.self_generation import SelfGeneration, _beginnings, decide, repetition, teacher_cache
+from dfq.generators.self_generation import (
+    SelfGeneration,
+    _beginnings,
+    decide,
+    read_prompts,
+    repetition,
+    teacher_cache,
+)
 from dfq.pipeline import generate
 from dfq.settings import resolve
 from dfq.teacher import Teacher, TokenSpec
@@ -206,6 +213,15 @@ def test_prompts(llama, named, tmp_path):
     assert found["input_ids"][:, :2].tolist() == [[1, 3], [1, 4]] * 2
 
 
+def test_prompts_with_other_ends_of_lines_in_them(tmp_path):
+    prompts = ["a\u2028b", "c\x0cd"]
+    (tmp_path / "p.txt").write_text("\ufeff" + "\r\n".join(prompts), encoding="utf-8", newline="")
+    assert read_prompts(str(tmp_path / "p.txt")) == prompts
+    lines = [json.dumps({"text": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_prompts(str(tmp_path / "p.jsonl")) == prompts
+
+
 def test_files_that_were_moved_are_the_same_files(llama, named, tmp_path):
     (tmp_path / "p.txt").write_text("▁a\n▁b\n")
     settings = {"first": "prompts", "prompts": str(tmp_path / "p.txt"), "tokenizer": named}
@@ -337,6 +353,25 @@ def test_an_empty_prompt(llama, named, tmp_path):
     assert made(llama, [0], **settings)["input_ids"][0, 0] == 1
     with pytest.raises(UserError, match="a beginning of no tokens: an empty prompt or template, and no beginning-of-t"):
         made(llama, [0], **settings, begin=False)
+
+
+def test_ids_that_the_network_does_not_have(llama, named, tmp_path):
+    """A tokenizer to which tokens were added that the network was not, and a configuration's id from elsewhere."""
+    small = Teacher(llama.module, "language_modeling", TokenSpec(40, 20), name="small")
+    (tmp_path / "p.txt").write_text("▁a\n▁wyb\n")
+    with pytest.raises(UserError) as error:
+        made(small, [0], tokenizer=named, first="prompts", prompts=str(tmp_path / "p.txt"))
+    last = "use the tokenizer of this network; where its beginning-of-text token is none, give generator.begin=false"
+    assert str(error.value) == (
+        f"got small with a vocabulary of 40, and id 59 in a beginning; allowed: ids from 0 to 39; {last}"
+    )
+    module = transformers.AutoModelForCausalLM.from_config(
+        transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1, n_positions=20)
+    )
+    other = Teacher(module, "language_modeling", TokenSpec(40, 20), name="gpt2")
+    with pytest.raises(UserError, match="got gpt2 with a vocabulary of 40, and id 50256 in a beginning; "):
+        made(other, [0])
+    assert made(other, [0], begin=False)["input_ids"].shape == (1, 20)
 
 
 def test_plain_words_are_no_free_places(llama, tmp_path):
@@ -584,3 +619,17 @@ def test_other_tools_read_it(llama, tmp_path, monkeypatch):
         "got to_huggingface(), which needs datasets, not installed here; allowed: to_jsonl(path), which needs nothing; "
         "pip install datasets"
     )
+
+
+def test_what_other_tools_cannot_read(llama, make_teacher, tmp_path):
+    images = generate(make_teacher(), resolve("generator", "gaussian"), 2, 0, tmp_path / "images")
+    with pytest.raises(UserError) as error:
+        images.to_jsonl(tmp_path / "a.jsonl")
+    assert str(error.value) == f"got {tmp_path}/images, a dataset of images; allowed: a dataset of token ids"
+    empty = SyntheticDataset.create(tmp_path / "empty", {"seed": 0}, {"pixels": False, "labels": False})
+    with pytest.raises(UserError, match="a dataset without samples; generate into it first"):
+        empty.to_jsonl(tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+    texts = generate(llama, SelfGeneration(max_repetition=1.0), 2, 0, tmp_path / "texts")
+    with pytest.raises(UserError, match="which can't be written"):
+        texts.to_jsonl(tmp_path)
