@@ -56,13 +56,13 @@ def test_detectors():
 
 # ------------------------------------------------------------------------------------------------ scenarios
 
+BLOCKWISE = ("adaround", "brecq", "genie_m", "qdrop", "reconstruction", "block_ap")
 BRIEF = {  # settings of what would take long, where each operation is looked at
-    **dict.fromkeys(("zeroq", "deep_inversion", "genie", "spectrum"), {"iterations": 2}),
-    "gdfq": {"epochs": 1},
+    **{name: {"iterations": 2} for name in ("zeroq", "deep_inversion", "genie", "spectrum", *BLOCKWISE)},
+    "gdfq": {"iterations": 2},
     "neuqi": {"num_scales": 3},
     "awq": {"num_alphas": 2},
     "hqq": {"iterations": 2},
-    **dict.fromkeys(("adaround", "brecq", "genie_m", "qdrop", "reconstruction", "block_ap"), {"iterations": 2}),
 }
 
 
@@ -132,7 +132,7 @@ def text(*algorithms):
         students = [quantized(t, dataset, scheme, name) for t in teachers]
         agree(students, ids)
         figures = [dfq.evaluate(*pair, "tokens", path=str(path)) for pair in zip(teachers, students, strict=True)]
-        assert figures[0]["student"]["perplexity"] == pytest.approx(figures[1]["student"]["perplexity"], rel=1e-3)
+        assert figures[0]["student"]["perplexity"] == pytest.approx(figures[1]["student"]["perplexity"], rel=0.02)
     for scheme, quantizer in [("wnvfp4_a16", "percentile"), (Scheme.from_dict(TERNARY), "twn")]:
         for teacher in teachers:
             dfq.quantize(teacher, dataset, scheme, algorithm="round_to_nearest", weight_quantizer=quantizer)
