@@ -1,11 +1,11 @@
 """A GPU that is not there: its tensors lie in the memory of the CPU, and say that they do not.
 
-As on a real one, an operation on tensors of two devices is an error and a tensor has to come back before NumPy sees it;
-as on Apple's there is no float64. torch's kernels for the CPU compute, so that results are those of the CPU. What takes
-a device and forgets one tensor, or doubles one, is found on any machine.
+As on a real one, an operation on tensors of two devices is an error and a tensor has to come back before NumPy sees
+it; as on Apple's there is no float64. torch's kernels for the CPU compute, so that results are those of the CPU. What
+takes a device and forgets one tensor, or doubles one, is found on any machine.
 
-``python simulated_device.py NAME ...`` runs scenarios of ``test_simulated_device.py``, in a process of its own: a device
-is registered once, for good.
+``python simulated_device.py NAME ...`` runs scenarios of ``test_simulated_device.py``, in a process of its own: a
+device is registered once, for good.
 """
 
 import importlib
