@@ -1,8 +1,8 @@
 """Keys and values of a text that is written token by token, in memory that is there before they are.
 
 transformers' ``DynamicLayer`` puts all of them into a new tensor at every token: T (T + 1) / 2 of them are copied for a
-text of T, which is most of what a step moves. Here they are written behind those that are there; the memory grows by
-half when it is full, so that each is copied about twice more.
+text of T, which is most of what a step moves. Here they are written behind those that are there. There is room for as
+many as there will be, or, where nobody knows how many, half as many again when it is full.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from transformers.cache_utils import DynamicLayer
 LEAST = 64  # tokens that there is room for from the start
 
 
-def make_room(cache: Any) -> None:
-    """Layers of ``cache`` that keep all they see go on as :class:`GrowingLayer`; those with a window stay."""
+def make_room(cache: Any, most: int | None = None) -> None:
+    """Layers of ``cache`` that keep all they see go on as :class:`GrowingLayer`; those with a window stay.
+
+    Args:
+        most: tokens that there will be; None: not known.
+    """
     layers = getattr(cache, "layers", [])
     for place, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[place] = GrowingLayer(layer)
+            layers[place] = GrowingLayer(layer, most)
 
 
 class GrowingLayer(DynamicLayer):
@@ -31,9 +35,10 @@ class GrowingLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, begun: DynamicLayer):
+    def __init__(self, begun: DynamicLayer, most: int | None = None):
         super().__init__()
         self.__dict__.update(begun.__dict__)
+        self.most = most
         self._rooms: dict[str, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -46,7 +51,8 @@ class GrowingLayer(DynamicLayer):
         before, length = seen.shape[-2], seen.shape[-2] + new.shape[-2]
         room = self._rooms.get(name)
         if room is None or room.shape[-2] < length or not _begins(seen, room):  # other rows were chosen, say
-            shape = [*seen.shape[:-2], length + max(LEAST, length // 2), seen.shape[-1]]
+            size = self.most if self.most is not None and length <= self.most else length + max(LEAST, length // 2)
+            shape = [*seen.shape[:-2], size, seen.shape[-1]]
             room = self._rooms[name] = torch.empty(shape, dtype=seen.dtype, device=seen.device)
             room[..., :before, :] = seen
         room[..., before:length, :] = new

@@ -20,10 +20,17 @@ class Decoder:
 
     Args:
         raw_outputs: logits [N, T, V] of ids [N, T], for a network that keeps nothing.
+        most: ids that there will be at the end, so that there is room for their keys and values; None: not known.
     """
 
-    def __init__(self, module: nn.Module, raw_outputs: Callable[[Tensor], Tensor], device: torch.device):
-        self.module, self.raw_outputs, self.device = module, raw_outputs, device
+    def __init__(
+        self,
+        module: nn.Module,
+        raw_outputs: Callable[[Tensor], Tensor],
+        device: torch.device,
+        most: int | None = None,
+    ):
+        self.module, self.raw_outputs, self.device, self.most = module, raw_outputs, device, most
         forwards = [kind.__dict__["forward"] for kind in type(module).__mro__ if "forward" in kind.__dict__]
         known = [entry for forward in forwards for entry in inspect.signature(forward).parameters.values()]
         names = {entry.name for entry in known}
@@ -49,7 +56,7 @@ class Decoder:
         if self.keeps and "transformers" in sys.modules:
             from dfq._growing import make_room  # not above: transformers is an extra, and slow to import
 
-            make_room(self.cache)
+            make_room(self.cache, self.most)
         return outputs.logits[:, -1].float()
 
 

@@ -581,7 +581,8 @@ def continuation(
             parts = teacher.input_spec.batches(x, num_prompts)
             return torch.cat([task.raw_outputs(model, part)[:, -1:] for part in parts])
 
-        return greedy(Decoder(model.module, last, model.device), prompts, num_tokens)
+        decoder = Decoder(model.module, last, model.device, prompts.shape[1] + num_tokens)
+        return greedy(decoder, prompts, num_tokens)
 
     wanted, got = written(teacher), written(student)
     same = (wanted == got).int().cumprod(1).sum(1).double()

@@ -381,15 +381,16 @@ class _Writer:
         low, high = s.min_likelihood, s.max_likelihood
         return 2 if (low is not None and mean < low) or (high is not None and mean > high) else None
 
-    def _decoder(self) -> Decoder:
-        return Decoder(self.teacher.module, lambda ids: self.task.raw_outputs(self.teacher, ids), self.teacher.device)
+    def _decoder(self, most: int | None = None) -> Decoder:
+        teacher = self.teacher
+        return Decoder(teacher.module, lambda ids: self.task.raw_outputs(teacher, ids), teacher.device, most)
 
     def write(self, indices: Sequence[int], seed: int, attempt: int) -> list[_Text]:
         texts = [self._start(index, seed, attempt) for index in indices]
         known = min(len(text.prompt) for text in texts)
         ids = torch.stack([text.ids for text in texts])
         ids[:, :known] = torch.tensor([text.prompt[:known] for text in texts])
-        forward = self._decoder()
+        forward = self._decoder(self.length)
         logits = forward(ids[:, :known])
         for place in range(known, self.length):
             chosen = self._choose(logits, texts, ids, place)

@@ -158,6 +158,20 @@ def test_keys_and_values_are_written_behind_those_that_are_there():
         assert torch.equal(rows, held)
 
 
+def test_as_much_room_as_there_will_be():
+    transformers = pytest.importorskip("transformers")
+    from dfq._growing import make_room
+
+    caches, memory = (transformers.DynamicCache(), transformers.DynamicCache()), []
+    for _ in range(8):
+        step(caches, 2)
+        make_room(caches[1], 6)
+        memory.append(caches[1].layers[0].keys)
+    assert len({keys.data_ptr() for keys in memory[1:6]}) == 1
+    assert memory[5].untyped_storage().nbytes() == memory[5].nbytes, "no more than that"
+    assert memory[6].data_ptr() == memory[7].data_ptr() != memory[5].data_ptr()  # and yet no end
+
+
 def step(caches, rows):
     """One token more in two layers; what both caches hold is the same."""
     keys, values = torch.randn(2, rows, 2, 1, 8)
