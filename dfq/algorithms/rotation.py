@@ -203,7 +203,7 @@ def rotate(module: nn.Module, teacher: Teacher, rng: torch.Generator, heads: boo
             raise _refused(teacher, f"whose {norm} does more than divide by a root mean square and multiply")
         for name, of in readers.items():
             if of == norm:
-                parts[name].weight.copy_(parts[name].weight.to(gain.device).double() * gain)
+                parts[name].weight.copy_(exact(parts[name].weight) * gain)
     turns = Turns(width, list(readers), writers, list(tables), untied=untied)
     there = exact_device(example.device)
     _put(module, turns.of(_doubles(module, turns.names), orthogonal(width, rng).to(there), {}))
