@@ -103,7 +103,7 @@ def images(*algorithms):
         agree(students, dataset.tensors()["images"])
         pairs = zip(teachers, students, strict=True)
         found = [dfq.evaluate(*pair, dataset=dataset)["fidelity"]["kl"] for pair in pairs]
-        assert found[1] == pytest.approx(found[0], rel=0.05)
+        assert found[1] == pytest.approx(found[0], rel=0.05, abs=2e-4), name  # training goes apart in the last digits
 
 
 def writes():
