@@ -30,7 +30,7 @@ from dfq.lightning.distillation import LOG_STEPS, DistillationModule
 from dfq.losses.attention import attention_map_loss, attention_output_loss
 from dfq.losses.token_divergence import buckets, divergence
 from dfq.losses.token_scaling import token_scales
-from dfq.precision import exact
+from dfq.precision import exact, exact_device
 from dfq.progress import say
 from dfq.tasks.language_modeling import NO_LABEL, known_tokens, of_tokens
 from dfq.teacher import Teacher, TokenSpec
@@ -278,8 +278,8 @@ def find_head(teacher: Teacher) -> Head | None:
         found = plain(teacher.module, x)
         if not isinstance(found, Tensor) or found.shape != logits.shape:
             return None
-        wide = exact(found)
-        ratio = float((exact(logits) * wide).sum() / wide.square().sum().clamp(min=1e-30))
+        narrow = found.to(exact_device(found.device))  # float64 of all logits, of one at a time, takes memory enough
+        ratio = float((exact(logits) * narrow).sum() / narrow.double().square().sum().clamp(min=1e-30))
         config: Any = getattr(teacher.module, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         cap = getattr(text, "final_logit_softcapping", None)
